@@ -1,0 +1,1828 @@
+#!/usr/bin/env python3
+"""Multi-head knowledge distillation in one script: a large frozen teacher trains a small student.
+
+    python mhkd.py --teacher resnet32x4 --student shufflenetv2          # the main job, CIFAR-100
+    python mhkd.py --teacher wrn_40_2 --student wrn_16_2 --seed 1       # another pair, another seed
+    python mhkd.py --teacher vgg13 --student vgg8 --method kd           # plain distillation
+    python mhkd.py --student vgg8 --method ce                           # a network alone
+    python mhkd.py --teacher resnet20 --student resnet8 --dataset digits    # no download, minutes on a laptop
+    python mhkd.py --report runs/                                       # a table and the curves of what has finished
+
+The method (Wang, Lohit, Jones, Fu: "Multi-head knowledge distillation for model compression", 2020)
+puts small auxiliary classifiers at the ends of the first three units of both networks and matches
+each pair as the final outputs are matched in ordinary distillation: by the KL divergence between
+softened probabilities, and the cross-entropy. The heads are dropped after the training.
+
+This file works alone: copy it into another repository and `import mhkd`, which needs torch only.
+
+Rooms: 1 networks, 2 heads, 3 losses (reading to there is reading the paper), 4 methods, 5 data,
+6 configuration, 7 files, 8 training, 9 report, 10 command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__version__ = "0.1.0"
+
+
+class UsageError(ValueError):
+    """A mistake that the user can mend. The message is one sentence; the command line prints it without a traceback."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. The networks of the benchmark. They know nothing of distillation: forward(x) gives logits.
+#    Names of submodules and their order are those of the published checkpoints (HobbitLong/RepDistiller).
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def conv3x3(in_channels: int, channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, 3, stride, padding=1, groups=groups, bias=False)
+
+
+def conv1x1(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+
+def initialise(model: nn.Module, linear_std: float | None = None) -> None:
+    """He initialisation of the convolutions: normal, variance 2 / (k^2 * C_out), biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and linear_std is not None:
+            nn.init.normal_(module.weight, 0, linear_std)
+            nn.init.zeros_(module.bias)
+
+
+class ResNetBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = nn.Sequential()  # empty: the identity
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(conv1x1(in_channels, channels, stride), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """CIFAR ResNet (He et al. 2016), depth 6n + 2; widths: the stem's channels, then those of the three units."""
+
+    def __init__(self, num_classes: int, depth: int, widths: Sequence[int] = (16, 16, 32, 64)):
+        super().__init__()
+        blocks = (depth - 2) // 6
+        stem, *units = widths
+        self.conv1 = conv3x3(3, stem)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(
+                ResNetBlock(before, width, stride), *(ResNetBlock(width, width, 1) for _ in range(blocks - 1))
+            )
+            for before, width, stride in zip(widths, units, (1, 2, 2))
+        )
+        self.fc = nn.Linear(widths[-1], num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))  # [B, stem, S, S]
+        x = self.layer3(self.layer2(self.layer1(x)))  # [B, C, S/4, S/4]
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class WideResNetBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv3x3(in_channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels)
+        self.convShortcut = conv1x1(in_channels, channels, stride) if in_channels != channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        # A projection starts from the normalised input, the identity from the raw one.
+        shortcut = x if self.convShortcut is None else self.convShortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet (Zagoruyko & Komodakis 2016), depth 6n + 4."""
+
+    def __init__(self, num_classes: int, depth: int, width: int):
+        super().__init__()
+        blocks = (depth - 4) // 6
+        widths = (16, 16 * width, 32 * width, 64 * width)
+        self.conv1 = conv3x3(3, 16)
+        self.block1, self.block2, self.block3 = (
+            nn.Sequential(
+                OrderedDict(
+                    layer=nn.Sequential(
+                        WideResNetBlock(before, channels, stride),
+                        *(WideResNetBlock(channels, channels, 1) for _ in range(blocks - 1)),
+                    )
+                )
+            )
+            for before, channels, stride in zip(widths, widths[1:], (1, 2, 2))
+        )
+        self.bn1 = nn.BatchNorm2d(widths[-1])
+        self.fc = nn.Linear(widths[-1], num_classes)
+        initialise(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))  # [B, C, S/4, S/4]
+        return self.fc(F.relu(self.bn1(x)).mean(dim=(2, 3)))
+
+
+class VGG(nn.Module):
+    """VGG (Simonyan & Zisserman 2015) with batch norm; convs: how many convolutions each of the five blocks has."""
+
+    def __init__(self, num_classes: int, convs: Sequence[int]):
+        super().__init__()
+        channels = 3
+        for i, (count, width) in enumerate(zip(convs, (64, 128, 256, 512, 512))):
+            layers: list[nn.Module] = []
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                channels = width
+            setattr(self, f"block{i}", nn.Sequential(*layers))
+        self.classifier = nn.Linear(channels, num_classes)
+        initialise(self, linear_std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The benchmark pools a fourth time for 64-pixel images only.
+        pooled = (0, 1, 2, 3) if x.size(-1) == 64 else (0, 1, 2)
+        for i in range(5):
+            x = getattr(self, f"block{i}")(x)
+            if i in pooled:
+                x = F.max_pool2d(x, 2)
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
+def conv_bn_relu(conv: nn.Conv2d) -> list[nn.Module]:
+    return [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()]
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int):
+        super().__init__()
+        hidden = in_channels * expansion
+        self.residual = stride == 1 and in_channels == channels
+        self.conv = nn.Sequential(
+            *conv_bn_relu(conv1x1(in_channels, hidden)),
+            *conv_bn_relu(conv3x3(hidden, hidden, stride, groups=hidden)),
+            conv1x1(hidden, channels),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 (Sandler et al. 2018) at half width, with the benchmark's strides and its ReLU for ReLU6."""
+
+    # expansion, channels at full width, blocks, stride of the first block
+    GROUPS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        channels = 16
+        self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(3, channels, stride=2)))
+        groups = []
+        for expansion, full_width, blocks, first_stride in self.GROUPS:
+            group = []
+            for i in range(blocks):
+                group.append(InvertedResidual(channels, full_width // 2, first_stride if i == 0 else 1, expansion))
+                channels = full_width // 2
+            groups.append(nn.Sequential(*group))
+        self.blocks = nn.Sequential(*groups)
+        self.conv2 = nn.Sequential(*conv_bn_relu(conv1x1(channels, 1280)))
+        self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
+        initialise(self, linear_std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.blocks(self.conv1(x)))  # [B, 1280, S/16, S/16]
+        return self.classifier(x.mean(dim=(2, 3)))
+
+
+def channel_shuffle(left: Tensor, right: Tensor) -> Tensor:
+    """Concatenate two maps [B, C, H, W] with their channels interleaved, which is a shuffle in two groups."""
+    return torch.stack((left, right), dim=2).flatten(1, 2)
+
+
+class ShuffleBlock(nn.Module):
+    """Half of the channels pass through, the other half are transformed."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        half = channels // 2
+        self.conv1, self.bn1 = conv1x1(half, half), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = conv3x3(half, half, groups=half), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = conv1x1(half, half), nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        right = F.relu(self.bn1(self.conv1(right)))
+        right = self.bn2(self.conv2(right))
+        return channel_shuffle(left, F.relu(self.bn3(self.conv3(right))))
+
+
+class ShuffleDownBlock(nn.Module):
+    """Halves the map; both branches see all channels."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        half = channels // 2
+        self.conv1, self.bn1 = conv3x3(in_channels, in_channels, 2, groups=in_channels), nn.BatchNorm2d(in_channels)
+        self.conv2, self.bn2 = conv1x1(in_channels, half), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = conv1x1(in_channels, half), nn.BatchNorm2d(half)
+        self.conv4, self.bn4 = conv3x3(half, half, 2, groups=half), nn.BatchNorm2d(half)
+        self.conv5, self.bn5 = conv1x1(half, half), nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        right = F.relu(self.bn3(self.conv3(x)))
+        right = F.relu(self.bn5(self.conv5(self.bn4(self.conv4(right)))))
+        return channel_shuffle(left, right)
+
+
+class ShuffleNetV2(nn.Module):
+    """ShuffleNetV2 (Ma et al. 2018), size 1, with a 1x1 stem for small images."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        widths = (24, 116, 232, 464)
+        self.conv1, self.bn1 = conv1x1(3, 24), nn.BatchNorm2d(24)
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(ShuffleDownBlock(before, width), *(ShuffleBlock(width) for _ in range(blocks)))
+            for before, width, blocks in zip(widths, widths[1:], (3, 7, 3))
+        )
+        self.conv2, self.bn2 = conv1x1(464, 1024), nn.BatchNorm2d(1024)
+        self.linear = nn.Linear(1024, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))  # [B, 464, S/8, S/8]
+        return self.linear(F.relu(self.bn2(self.conv2(x))).mean(dim=(2, 3)))
+
+
+WIDE = (32, 64, 128, 256)
+MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    **{f"resnet{depth}": (ResNet, {"depth": depth}) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": (ResNet, {"depth": depth, "widths": WIDE}) for depth in (8, 32)},
+    **{f"wrn_{depth}_{k}": (WideResNet, {"depth": depth, "width": k}) for depth in (16, 40) for k in (1, 2)},
+    "vgg8": (VGG, {"convs": (1, 1, 1, 1, 1)}),
+    "vgg11": (VGG, {"convs": (1, 1, 2, 2, 2)}),
+    "vgg13": (VGG, {"convs": (2, 2, 2, 2, 2)}),
+    "vgg16": (VGG, {"convs": (2, 2, 3, 3, 3)}),
+    "vgg19": (VGG, {"convs": (2, 2, 4, 4, 4)}),
+    "mobilenetv2": (MobileNetV2, {}),
+    "shufflenetv2": (ShuffleNetV2, {}),
+}
+UNITS_OF = {
+    ResNet: ("layer1", "layer2", "layer3"),
+    WideResNet: ("block1", "block2", "block3"),
+    VGG: ("block0", "block1", "block2"),
+    MobileNetV2: ("blocks.1", "blocks.2", "blocks.4"),
+    ShuffleNetV2: ("layer1", "layer2", "layer3"),
+}
+# The submodules at whose ends the auxiliary heads sit: the first three units (section 3.2).
+UNITS: dict[str, tuple[str, str, str]] = {name: UNITS_OF[kind] for name, (kind, _) in MODELS.items()}
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """One of the networks of MODELS, freshly initialised, for square images [B, 3, S, S], S >= 16.
+
+    Raises:
+        UsageError: there is no network of that name (the message gives the near ones).
+    """
+    kind, variant = MODELS[known("network", name, MODELS)]
+    return kind(num_classes, **variant)
+
+
+def known(what: str, name: str, names: Sequence[str] | dict) -> str:
+    """The name, if it is one of the names; otherwise a UsageError that lists the near ones, or all."""
+    if name in names:
+        return name
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}."
+    raise UsageError(f"there is no {what} '{name}': {hint}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Auxiliary heads (section 3.1), put on any network from outside
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class AuxHead(nn.Sequential):
+    """Auxiliary classifier (section 3.1): two 3x3 convolutions with batch norm and ReLU, two fully connected layers.
+
+    It maps a feature [B, C, H, W] to logits [B, K]. The paper gives the 256 kernels and is silent on the stride, the
+    pooling and the width between the fully connected layers; the README lists these choices.
+
+    Args:
+        in_channels: C.
+        num_classes: K.
+        width: kernels of the convolutions, and units between the fully connected layers.
+        stride: of both convolutions.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, width: int = 256, stride: int = 2):
+        super().__init__(
+            *conv_bn_relu(conv3x3(in_channels, width, stride)),
+            *conv_bn_relu(conv3x3(width, width, stride)),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, num_classes),
+        )
+        initialise(self)
+
+
+class _Tap:
+    """A forward hook that keeps a copy of what its submodule returned, but only while it is `on`.
+
+    A copy, because the next operation may work in place (a ReLU after the unit, say). Plain calls of the network,
+    pickling and deepcopy are not disturbed by it.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+        self.feature: Tensor | None = None
+
+    def keep(self, feature: Tensor) -> None:
+        if self.on:
+            self.feature = feature.clone() if isinstance(feature, Tensor) else feature
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.keep(output)
+
+    def before(self, module: nn.Module, args: tuple) -> None:
+        self.keep(args[0])
+
+    def take(self) -> Tensor:
+        self.on = False
+        feature, self.feature = self.feature, None
+        return feature
+
+
+class MultiHead(nn.Module):
+    """A network with auxiliary heads at the ends of some of its submodules (section 3.1, figure 1).
+
+        student = MultiHead(torchvision.models.resnet18(num_classes=10), ["layer1", "layer2", "layer3"], 10)
+        logits, logits_1, logits_2, logits_3 = student(images)
+        torch.save(student.model.state_dict(), "student.pt")  # the plain network, without the heads
+
+    The network itself, `model`, is not changed and stays usable alone; the heads are in `heads`. The network is run
+    once on a small image of zeros to find out the channels at each unit.
+
+    Args:
+        model: any module that maps images [B, C, H, W] to logits [B, K].
+        units: names of submodules, as in ``model.named_modules()``, that return a feature [B, C, H, W].
+        num_classes: K.
+        frozen: keep the network in eval mode and without gradients, whatever ``train()`` is called. The heads train.
+        width, stride: of the heads, see AuxHead.
+        example_input: what to run the network on once; by default zeros [1, C, 32, 32].
+        classifier: name of the last linear layer, whose input is the penultimate feature; found out by default.
+
+    Raises:
+        UsageError: a unit does not exist, is not run exactly once, or does not return a feature [B, C, H, W]; or the
+            network does not give K logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[str],
+        num_classes: int,
+        frozen: bool = False,
+        *,
+        width: int = 256,
+        stride: int = 2,
+        example_input: Tensor | None = None,
+        classifier: str | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.units = tuple(units)
+        self.frozen = frozen
+        modules = dict(model.named_modules())
+        for name in (*self.units, *([classifier] if classifier else [])):
+            if name not in modules or not name:
+                names = [n for n in modules if n and n.count(".") < 2]
+                near = difflib.get_close_matches(name, modules, n=3)
+                hint = f"did you mean {' or '.join(near)}? " if near else ""
+                raise UsageError(
+                    f"the network has no submodule '{name}': {hint}it has {', '.join(names[:40])}"
+                    + (", ..." if len(names) > 40 else "")
+                )
+        channels, self.classifier = self._probe(modules, num_classes, example_input, classifier)
+        self._taps = [_Tap() for _ in self.units]
+        for name, tap in zip(self.units, self._taps):
+            modules[name].register_forward_hook(tap.after)
+        self._penultimate = _Tap()
+        if self.classifier:
+            modules[self.classifier].register_forward_pre_hook(self._penultimate.before)
+        parameter = next(model.parameters(), torch.empty(0))
+        self.heads = nn.ModuleList(AuxHead(c, num_classes, width, stride) for c in channels)
+        self.heads.to(parameter.device, parameter.dtype)
+        if frozen:
+            model.requires_grad_(False).eval()
+
+    def _probe(
+        self, modules: dict[str, nn.Module], num_classes: int, example: Tensor | None, classifier: str | None
+    ) -> tuple[list[int], str | None]:
+        """Run the network once; the channels at each unit, and the name of the last linear layer (or None)."""
+        shapes: dict[str, list] = {name: [] for name in self.units}
+        linear: list[str] = []
+
+        def note_unit(name: str) -> Callable:
+            return lambda module, args, output: shapes[name].append(getattr(output, "shape", type(output).__name__))
+
+        def note_linear(name: str) -> Callable:
+            return lambda module, args: linear.append(name)
+
+        handles = [modules[name].register_forward_hook(note_unit(name)) for name in shapes]
+        handles += [m.register_forward_pre_hook(note_linear(n)) for n, m in modules.items() if isinstance(m, nn.Linear)]
+        if example is None:
+            first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
+            example = torch.zeros(1, first.in_channels if first else 3, 32, 32)
+        parameter = next(self.model.parameters(), example)
+        modes = {module: module.training for module in modules.values()}
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                logits = self.model(example.to(parameter.device, parameter.dtype))
+        except Exception as error:
+            raise UsageError(
+                f"the network could not be run on an input of shape {list(example.shape)} "
+                f"({error}): pass an example_input that it accepts"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
+        if not isinstance(logits, Tensor) or logits.shape != (len(example), num_classes):
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UsageError(f"the network returns {got}, not logits [{len(example)}, {num_classes}]")
+        for name, seen in shapes.items():
+            if len(seen) != 1:
+                raise UsageError(
+                    f"the submodule '{name}' runs {len(seen)} times in a forward pass; name one that runs exactly once"
+                )
+            if not isinstance(seen[0], torch.Size) or len(seen[0]) != 4:
+                got = list(seen[0]) if isinstance(seen[0], torch.Size) else seen[0]
+                raise UsageError(f"the submodule '{name}' returns {got}, not a feature [B, C, H, W]")
+        return [shapes[name][0][1] for name in self.units], classifier or (linear[-1] if linear else None)
+
+    def train(self, mode: bool = True) -> MultiHead:
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def forward(self, x: Tensor, penultimate: bool = False) -> list[Tensor] | tuple[list[Tensor], Tensor]:
+        """Logits [final, head 1, ..., head D], each [B, K]; with `penultimate` also the classifier's input [B, C]."""
+        if penultimate and not self.classifier:
+            raise UsageError("the network has no linear layer for the penultimate feature: name its classifier")
+        if self.frozen and self.model.training:
+            self.model.eval()  # somebody called train() on the network itself
+        for tap in self._taps:
+            tap.on = True
+        self._penultimate.on = penultimate
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+                logits = self.model(x)
+        finally:
+            features = [tap.take() for tap in self._taps]
+            feature = self._penultimate.take()
+        outputs = [logits, *(head(f) for head, f in zip(self.heads, features))]
+        return (outputs, feature) if penultimate else outputs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The loss: equations 1 and 2
+# ----------------------------------------------------------------------------------------------------------------------
+
+BACKENDS = ("auto", "reference", "fused")
+
+
+def mhkd_loss(
+    student_logits: Sequence[Tensor],
+    teacher_logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    tau: float = 4.0,
+    alpha: float = 0.9,
+    beta: float = 0.5,
+    head_weights: Sequence[float] | None = None,
+    teacher_ce: Sequence[bool] | None = None,
+    ignore_index: int = -100,
+    return_terms: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-head knowledge distillation loss (Wang et al. 2020, section 3, equations 1 and 2).
+
+    Over the heads h = 0 (the final outputs), 1, ..., D with weights w_h, plus the cross-entropy from which the
+    teacher's own heads learn (section 3.1):
+
+        sum_h w_h * (alpha * tau^2 * KL(p_T || p_S) + (1 - alpha) * CE(y, z_S))  +  sum_{h marked} CE(y, z_T)
+
+    p_T and p_S are the softmax of the teacher's and the student's logits divided by tau. All terms are means over the
+    rows whose label is not `ignore_index`; with no such row they are NaN, as PyTorch's own means are. A class of
+    teacher probability 0 contributes 0 to the divergence, also where the student's probability is 0 (masked classes,
+    whose logits are -inf).
+
+    Args:
+        student_logits: a tensor [B, K] for each head, the final output first.
+        teacher_logits: as many tensors of the same shapes. The divergence sends them no gradient.
+        labels: class indices [B], int64.
+        tau: temperature, > 0.
+        alpha: weight of the divergence against the student's cross-entropy, 0 to 1.
+        beta: weight of every auxiliary head, used where `head_weights` is None.
+        head_weights: a weight for each head; None means [1, beta, beta, ...].
+        teacher_ce: for each head, whether the teacher's own cross-entropy is added, with weight 1; None marks the
+            teacher logits that require a gradient.
+        ignore_index: rows with this label count nowhere.
+        return_terms: return the terms too.
+        backend: "reference" is plain PyTorch; "auto" takes the fused kernel where it is installed, "fused" insists.
+
+    Returns:
+        The loss, a scalar: float64 if any logits are, otherwise float32 (the arithmetic, too, of half types). With
+        `return_terms` also a detached tensor [H, 3]: KL * tau^2, the student's cross-entropy and the teacher's, which
+        is 0 where it is not marked.
+
+    Raises:
+        ValueError: lists or shapes that do not agree; tau, alpha or a weight out of range.
+        TypeError: logits that are not floating point, labels that are not int64.
+        RuntimeError: backend "fused", and the kernel is not installed.
+    """
+    H = len(student_logits)
+    head_weights = [1.0] + [beta] * (H - 1) if head_weights is None else list(head_weights)
+    teacher_ce = [z.requires_grad for z in teacher_logits] if teacher_ce is None else list(teacher_ce)
+    _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce, backend)
+    if backend == "fused":
+        raise RuntimeError('the fused kernel is not installed: use backend="auto" or backend="reference"')
+
+    dtypes = [z.dtype for z in (*student_logits, *teacher_logits)]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    counted = labels != ignore_index  # [B]
+    loss = torch.zeros((), dtype=dtype, device=labels.device)
+    terms = []
+    for z_s, z_t, weight, marked in zip(student_logits, teacher_logits, head_weights, teacher_ce):
+        # A NaN in a row that does not count must reach neither the loss nor the gradients.
+        z_s = torch.where(counted[:, None], z_s.to(dtype), 0)  # [B, K]
+        z_t = torch.where(counted[:, None], z_t.to(dtype), 0)  # [B, K]
+        log_p_s = F.log_softmax(z_s / tau, dim=1)
+        log_p_t = F.log_softmax(z_t.detach() / tau, dim=1)
+        p_t = log_p_t.exp()
+        kl = torch.where(p_t == 0, 0, p_t * (log_p_t - log_p_s)).sum()  # F.kl_div would give inf - inf = NaN
+        kl = kl / counted.sum() * tau**2
+        ce = F.cross_entropy(z_s, labels, ignore_index=ignore_index)
+        ce_t = F.cross_entropy(z_t, labels, ignore_index=ignore_index) if marked else torch.zeros_like(kl)
+        # Equation 1 for each head, equation 2 over them. A coefficient of 0 leaves its term out, were it infinite.
+        for coefficient, term in ((weight * alpha, kl), (weight * (1 - alpha), ce), (float(marked), ce_t)):
+            if coefficient != 0:
+                loss = loss + coefficient * term
+        terms.append(torch.stack((kl, ce, ce_t)).detach())
+    return (loss, torch.stack(terms)) if return_terms else loss
+
+
+def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce, backend):
+    H = len(student_logits)
+    if H == 0 or not H == len(teacher_logits) == len(head_weights) == len(teacher_ce):
+        raise ValueError(
+            f"the lists differ in length: {H} student logits, {len(teacher_logits)} teacher logits, "
+            f"{len(head_weights)} head weights, {len(teacher_ce)} marks in teacher_ce"
+        )
+    for z in (*student_logits, *teacher_logits):
+        if not z.is_floating_point():
+            raise TypeError(f"logits must be floating point, not {z.dtype}")
+        if z.dim() != 2 or z.shape != student_logits[0].shape:
+            raise ValueError(
+                f"all logits must be [B, K] and of one shape: {list(z.shape)}, {list(student_logits[0].shape)}"
+            )
+        if z.device != labels.device:
+            raise ValueError(f"logits and labels must be on one device: {z.device}, {labels.device}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be class indices of dtype int64, not {labels.dtype}")
+    if labels.shape != student_logits[0].shape[:1]:
+        raise ValueError(f"labels must be [B]: {list(labels.shape)} for logits {list(student_logits[0].shape)}")
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"tau must be a finite number above 0, not {tau}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
+    if not all(math.isfinite(w) for w in head_weights):
+        raise ValueError(f"the head weights must be finite, not {head_weights}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Methods: what each needs, the modules it adds, its named loss terms. The training loop knows none of them.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Method(nn.Module):
+    """A way to train the student. Register a subclass in METHODS and `--method` knows it.
+
+    Its forward takes the logits of both networks, lists [final, head 1, ..., head D] (the teacher's is None without
+    a teacher), and the labels [B], and returns named terms whose sum is the loss.
+    """
+
+    options: tuple[str, ...] = ()  # the fields of Config that matter to it alone
+    needs_teacher = True
+    needs_units = False  # auxiliary heads on both networks
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+
+
+class CrossEntropy(Method):
+    """The network alone: the baseline, and the way teachers are trained."""
+
+    needs_teacher = False
+
+    def forward(self, student: list[Tensor], teacher: None, labels: Tensor) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(student[0], labels)}
+
+
+class MultiHeadDistillation(Method):
+    """Equation 2 over the final outputs and the auxiliary heads."""
+
+    options = ("tau", "alpha", "beta", "units", "teacher_units", "student_units", "head_width", "head_stride")
+    needs_units = True
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        c = self.config
+        return {
+            "mhkd": mhkd_loss(
+                student, teacher, labels, tau=c.tau, alpha=c.alpha, beta=c.beta, backend=c.backend,
+                teacher_ce=[False] + [True] * (len(teacher) - 1),
+            )
+        }  # fmt: skip
+
+
+class Distillation(Method):
+    """Knowledge distillation (Hinton et al. 2015): equation 2 without auxiliary heads."""
+
+    options = ("tau", "alpha")
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        c = self.config
+        return {"kd": mhkd_loss(student, teacher, labels, tau=c.tau, alpha=c.alpha, backend=c.backend)}
+
+
+METHODS: dict[str, type[Method]] = {"ce": CrossEntropy, "kd": Distillation, "mhkd": MultiHeadDistillation}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Data: whole data sets as one uint8 tensor on the device; augmentation in batched tensor operations
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Data:
+    """A data set. Images are uint8 [N, S, S, 3], labels int64 [N]; mean and std of each channel on the 0-1 scale."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    sha256: str  # of all images and labels
+
+    def to(self, device: torch.device) -> Data:
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
+        std = torch.tensor(self.std, device=images.device) * 255
+        mean = torch.tensor(self.mean, device=images.device) * 255
+        return ((images - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def augment(images: Tensor, corners: Tensor, mirrored: Tensor, padding: int) -> Tensor:
+    """Random crop and horizontal flip of uint8 images [B, S, S, 3], for given draws.
+
+    Args:
+        images: the batch, which is padded with `padding` black pixels on each side.
+        corners: row and column [B, 2] where each crop of S x S begins in the padded image, 0 to 2 * padding.
+        mirrored: bool [B], which images are flipped.
+    """
+    B, S = images.shape[:2]
+    span = torch.arange(S, device=images.device)
+    rows = corners[:, 0, None] + span  # [B, S]
+    columns = corners[:, 1, None] + torch.where(mirrored[:, None], span.flip(0), span)  # [B, S]
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))  # [B, S + 2p, S + 2p, 3]
+    return padded[torch.arange(B, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def draw_epoch(config: Config, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """All that is random in an epoch: the order [N], and for each step of it crop corners [N, 2] and flips [N].
+
+    Drawn on the CPU before the epoch begins, so that a seed means the same on every device.
+    """
+    order = torch.randperm(size, generator=generator)
+    corners = torch.randint(2 * config.crop_padding + 1, (size, 2), generator=generator)
+    mirrored = torch.rand(size, generator=generator) < 0.5
+    return order, corners, mirrored & config.flip
+
+
+# What each data set brings: the sources return train images, train labels, test images, test labels, class names.
+Source = tuple[Tensor, Tensor, Tensor, Tensor, list[str]]
+
+STATISTICS = {  # mean and standard deviation of the channels, as the benchmark has them; measured for the others
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+
+
+def need(module: str, package: str, purpose: str) -> Any:
+    """Import an optional dependency, or say in one sentence how to get it."""
+    try:
+        return __import__(module, fromlist=["*"])
+    except Exception as error:  # also what a torchvision built for another PyTorch raises
+        raise UsageError(f"{purpose} needs {package} ({error}): pip install {package}") from error
+
+
+def _from_torchvision(config: Config) -> Source:
+    name, files = {
+        "cifar10": ("CIFAR10", "cifar-10-python.tar.gz, or the folder cifar-10-batches-py from it,"),
+        "cifar100": ("CIFAR100", "cifar-100-python.tar.gz, or the folder cifar-100-python from it,"),
+        "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
+    }[config.dataset]
+    dataset = getattr(need("torchvision.datasets", "torchvision", f"--dataset {config.dataset}"), name)
+    if config.dataset == "svhn":
+        need("scipy.io", "scipy", "--dataset svhn")
+    root = Path(config.data)
+
+    def parts(download: bool) -> list:
+        if config.dataset == "svhn":
+            return [dataset(root, split=split, download=download) for split in ("train", "test")]
+        return [dataset(root, train=train, download=download) for train in (True, False)]
+
+    try:
+        train, test = parts(download=False)
+    except Exception:
+        try:
+            with locked(root, "another run is downloading the data"):
+                train, test = parts(download=True)
+        except Exception as error:
+            raise UsageError(
+                f"{name} is not in '{root}' and could not be downloaded ({error}): put {files} there, "
+                "or try --dataset digits, which needs no data"
+            ) from error
+    if config.dataset == "svhn":  # [N, 3, 32, 32]
+        images = [torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous() for part in (train, test)]
+        labels = [torch.as_tensor(part.labels, dtype=torch.int64) for part in (train, test)]
+        classes = [str(digit) for digit in range(10)]
+    else:  # [N, 32, 32, 3]
+        images = [torch.from_numpy(part.data) for part in (train, test)]
+        labels = [torch.as_tensor(part.targets) for part in (train, test)]
+        classes = list(train.classes)
+    return images[0], labels[0], images[1], labels[1], classes
+
+
+def _from_digits(config: Config) -> Source:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,437 to train on, 360 to test."""
+    digits = need("sklearn.datasets", "scikit-learn", "--dataset digits").load_digits()
+    grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
+    images = grey[..., None].repeat(1, 1, 1, 3)  # [1797, 8, 8, 3]
+    labels = torch.from_numpy(digits.target).to(torch.int64)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order[360:], order[:360]
+    return images[train], labels[train], images[test], labels[test], [str(digit) for digit in range(10)]
+
+
+IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+
+
+def _from_folder(config: Config) -> Source:
+    """The user's images: train/<class>/... and test/<class>/... (or val/), decoded once and cached below --out."""
+    root, size = Path(config.data), config.image_size
+    if not root.is_dir():
+        raise UsageError(f"there is no data folder '{root}': --data names the folder that holds train/ and test/")
+    parts = [root / "train", next((root / n for n in ("test", "val") if (root / n).is_dir()), root / "test")]
+    for part in parts:
+        if not part.is_dir():
+            raise UsageError(f"there is no folder '{part}': a data folder holds train/ and test/ (or val/)")
+    names = [sorted(d.name for d in part.iterdir() if d.is_dir() and d.name[0] != ".") for part in parts]
+    for part, found in zip(parts, names):
+        if not found:
+            raise UsageError(f"'{part}' has no classes: it must hold one folder of images for each class")
+    if names[0] != names[1]:
+        only = [", ".join(sorted(set(a) - set(b))[:5]) or "none" for a, b in (names, names[::-1])]
+        raise UsageError(
+            f"'{parts[0]}' and '{parts[1]}' differ in their classes: only in the first {only[0]}; "
+            f"only in the second {only[1]}"
+        )
+    files: list[list[tuple[Path, int]]] = []
+    for part in parts:
+        files.append([])
+        for label, name in enumerate(names[0]):
+            found = sorted(f for f in (part / name).rglob("*") if f.suffix.lower() in IMAGE_FILES)
+            if not found:
+                raise UsageError(f"the class folder '{part / name}' holds no images")
+            files[-1] += [(file, label) for file in found]
+
+    # The cache is good for these very files: their names, sizes and times, not where the folder lies.
+    key = hashlib.sha256(repr((names[0], size)).encode())
+    for part, listed in zip(parts, files):
+        for file, _ in listed:
+            stat = file.stat()
+            key.update(repr((file.relative_to(part).as_posix(), stat.st_size, stat.st_mtime_ns)).encode())
+    cache = Path(config.out) / "cache" / f"folder-{key.hexdigest()[:16]}.pt"
+    with locked(cache.parent, "another run is decoding images"):
+        if cache.is_file():
+            with contextlib.suppress(Exception):  # a cache that cannot be read is made again
+                content = torch.load(cache, weights_only=True)
+                return (*content["images_and_labels"], names[0])
+        result = []
+        for part, listed in zip(parts, files):
+            images = torch.empty(len(listed), size, size, 3, dtype=torch.uint8)
+            _decode([file for file, _ in listed], images, f"decoding {part.name}")
+            result += [images, torch.tensor([label for _, label in listed])]
+        write_atomically(cache, lambda f: torch.save({"images_and_labels": result}, f))
+    return (*result, names[0])
+
+
+def _decode(files: list[Path], images: Tensor, title: str) -> None:
+    """Decode image files into uint8 [N, S, S, 3]: the shorter side resized to S, the middle square cut out."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    numpy = need("numpy", "numpy", "--dataset folder")
+    pil = need("PIL.Image", "pillow", "--dataset folder")
+    ops = need("PIL.ImageOps", "pillow", "--dataset folder")
+    S = images.shape[1]
+
+    def decode(i: int) -> None:
+        try:
+            with pil.open(files[i]) as image:
+                image = ops.exif_transpose(image).convert("RGB")
+                if image.size != (S, S):
+                    image = ops.fit(image, (S, S), method=pil.Resampling.BILINEAR)
+                images[i] = torch.from_numpy(numpy.array(image))
+        except Exception as error:
+            raise UsageError(f"the image '{files[i]}' cannot be read ({error}): mend or remove it") from error
+
+    with ThreadPoolExecutor() as pool, Progress(len(files), title) as progress:
+        for _ in pool.map(decode, range(len(files))):
+            progress.step(1)
+
+
+SOURCES: dict[str, Callable[[Config], Source]] = {
+    "cifar100": _from_torchvision,
+    "cifar10": _from_torchvision,
+    "svhn": _from_torchvision,
+    "folder": _from_folder,
+    "digits": _from_digits,
+}
+
+
+def load_data(config: Config) -> Data:
+    """The data set that a resolved configuration names, resized, its subset taken, with its normalisation.
+
+    Raises:
+        UsageError: it is not there and cannot be downloaded, or a folder of images is not as it should be.
+    """
+    train_images, train_labels, test_images, test_labels, classes = SOURCES[config.dataset](config)
+
+    def resize(images: Tensor) -> Tensor:
+        size = (config.image_size, config.image_size)
+        if images.shape[1:3] == size:
+            return images
+        resized = torch.empty(len(images), *size, 3, dtype=torch.uint8)
+        for old, new in zip(images.split(1000), resized.split(1000)):
+            part = F.interpolate(old.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True)
+            new.copy_(part.round().clamp(0, 255).permute(0, 2, 3, 1))
+        return resized
+
+    train_images, test_images = resize(train_images), resize(test_images)
+    if config.dataset in STATISTICS:
+        mean, std = STATISTICS[config.dataset]
+    else:
+        mean, std = measure(train_images)
+    if config.subset:
+        fixed = torch.Generator().manual_seed(0)  # the same images for every run
+        train, test = (torch.randperm(len(y), generator=fixed)[: config.subset] for y in (train_labels, test_labels))
+        train_images, train_labels = train_images[train], train_labels[train]
+        test_images, test_labels = test_images[test], test_labels[test]
+    digest = hashlib.sha256()
+    for tensor in (train_images, train_labels, test_images, test_labels):
+        digest.update(str(tensor.shape).encode())
+        digest.update(tensor.numpy())
+    return Data(train_images, train_labels, test_images, test_labels, classes, mean, std, digest.hexdigest())
+
+
+def measure(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images [N, S, S, 3], on the 0-1 scale, exactly."""
+    value = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in range(3):
+        count = torch.bincount(images[..., channel].flatten(), minlength=256).double()
+        mean = (count * value).sum() / count.sum()
+        variance = (count * (value - mean) ** 2).sum() / count.sum()
+        means.append(round(mean.item(), 6))
+        stds.append(round(max(variance.sqrt().item(), 1 / 255), 6))  # a channel of one value is not divided by 0
+    return tuple(means), tuple(stds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Configuration: one dataclass is the command line, what is recorded, and the argument of train()
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def option(default: Any, help: str, parse: Callable = str, recorded: bool = True) -> Any:
+    """A field of Config. What is not `recorded` is no configuration: a run may go on where it differs."""
+    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "recorded": recorded})
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in words(text))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run does. None means: the paper's value for the data set and network (see RECIPES)."""
+
+    teacher: str | None = option(None, "network that teaches")
+    student: str | None = option(None, "network that learns")
+    method: str = option("mhkd", "ce (the student alone), kd (final outputs only) or mhkd")
+    dataset: str = option("cifar100", "cifar100, cifar10, svhn, folder (your images) or digits (no download)")
+    data: str = option("data", "folder of the data; downloads go there", recorded=False)
+    units: tuple[int, ...] = option((1, 2, 3), "units with an auxiliary head, entries of UNITS: 1,2,3", integers)
+    teacher_units: tuple[str, ...] | None = option(None, "or the teacher's submodules by name: layer1,layer2", words)
+    student_units: tuple[str, ...] | None = option(None, "or the student's submodules by name", words)
+    epochs: int | None = option(None, "epochs: 240; svhn 150; digits 30", int)
+    batch_size: int | None = option(None, "images a step: 64; svhn 200", int)
+    lr: float | None = option(None, "learning rate: 0.05, mobilenetv2 and shufflenetv2 0.01; svhn 0.001", float)
+    lr_steps: tuple[int, ...] | None = option(
+        None, "epochs after which it falls: 150,180,210; svhn 80,110,135; scaled with --epochs", integers
+    )
+    lr_decay: float = option(0.1, "factor by which it falls", float)
+    momentum: float = option(0.9, "of SGD", float)
+    weight_decay: float = option(5e-4, "of SGD", float)
+    tau: float = option(4.0, "temperature", float)
+    alpha: float = option(0.9, "weight of the divergence against the cross-entropy (equation 1)", float)
+    beta: float | None = option(None, "weight of the auxiliary heads (equation 2): 0.5; svhn 5", float)
+    head_width: int = option(256, "kernels in the auxiliary heads' convolutions", int)
+    head_stride: int = option(2, "stride of the auxiliary heads' convolutions", int)
+    crop_padding: int | None = option(None, "padding for the random crop: 4; digits 2", int)
+    flip: bool | None = option(None, "do not flip images at random", bool)  # --no-flip
+    image_size: int | None = option(None, "side of the images in pixels, at least 16: 32; digits 16", int)
+    subset: int | None = option(None, "train on and test with at most so many images, always the same", int)
+    seed: int = option(0, "the student's initial weights, batch order and augmentation", int)
+    teacher_seed: int = option(0, "of the teacher, where it is trained here", int)
+    teacher_weights: str | None = option(None, "checkpoint of the teacher; else it is trained first", recorded=False)
+    out: str = option("runs", "where run folders go", recorded=False)
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps: the best there is", recorded=False)
+    backend: str = option("auto", "of the loss: auto, reference or fused", recorded=False)
+
+    def recorded(self) -> dict[str, Any]:
+        """The fields that make two runs different, as JSON would give them back."""
+        fields = [f.name for f in dataclasses.fields(self) if f.metadata["recorded"]]
+        return json.loads(json.dumps({name: getattr(self, name) for name in fields}))
+
+
+# Section 4.1 for CIFAR-100 and section 4.2 for SVHN. Milestones are those of the full schedule.
+_CIFAR = {"epochs": 240, "lr_steps": (150, 180, 210), "batch_size": 64, "lr": 0.05, "beta": 0.5}
+_CIFAR |= {"crop_padding": 4, "flip": True, "image_size": 32}
+RECIPES: dict[str, dict[str, Any]] = {
+    "cifar100": _CIFAR,
+    "cifar10": _CIFAR,
+    "folder": _CIFAR,
+    "svhn": _CIFAR | {"epochs": 150, "lr_steps": (80, 110, 135), "batch_size": 200, "lr": 0.001, "beta": 5.0},
+    "digits": _CIFAR | {"epochs": 30, "lr_steps": (19, 23, 26), "crop_padding": 2, "flip": False, "image_size": 16},
+}
+# The benchmark that Table 1 compares with trains these with 0.01, except on SVHN, which it does not have.
+LOW_LR, LOW_LR_MODELS = 0.01, ("mobilenetv2", "shufflenetv2")
+TEACHER_OPTIONS = ("teacher", "teacher_seed", "teacher_weights")
+
+
+def resolve(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:
+    """The same configuration with every value filled in, checked.
+
+    Options that do not matter to the method go back to their defaults, so that they do not tell two runs apart.
+
+    Raises:
+        UsageError: a name that does not exist, a value that makes no sense.
+    """
+    known("data set", config.dataset, SOURCES)
+    method = METHODS[known("method", config.method, METHODS)]
+    if not config.student:
+        raise UsageError("--student is missing: python mhkd.py --teacher resnet32x4 --student shufflenetv2")
+    known("network", config.student, MODELS)
+    if method.needs_teacher:
+        if not config.teacher:
+            raise UsageError(f"--teacher is missing: --method {config.method} needs one (--method ce does not)")
+        known("network", config.teacher, MODELS)
+    values: dict[str, Any] = {}
+    relevant = (*method.options, *(TEACHER_OPTIONS if method.needs_teacher else ()))
+    special = {name for m in METHODS.values() for name in m.options} | set(TEACHER_OPTIONS)
+    for field in dataclasses.fields(config):
+        if field.name in special and field.name not in relevant:
+            if getattr(config, field.name) != field.default:
+                note(f"--{field.name.replace('_', '-')} has no effect with --method {config.method}")
+            values[field.name] = field.default
+    config = dataclasses.replace(config, **values)
+
+    recipe = dict(RECIPES[config.dataset])
+    if config.student in LOW_LR_MODELS and config.dataset != "svhn":
+        recipe["lr"] = LOW_LR
+    milestones, full = recipe.pop("lr_steps"), recipe["epochs"]
+    if "beta" not in relevant:
+        del recipe["beta"]
+    values = {name: value for name, value in recipe.items() if getattr(config, name) is None}
+    if config.teacher_weights:
+        values["teacher_seed"] = 0  # nothing is trained with it
+    config = dataclasses.replace(config, **values)
+    if config.lr_steps is None:
+        steps = tuple(round(step * config.epochs / full) for step in milestones)
+        config = dataclasses.replace(config, lr_steps=steps)
+    _check_values(config)
+    return config
+
+
+def _check_values(config: Config) -> None:
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "epochs": (lambda v: v >= 1, "at least 1"),
+        "batch_size": (lambda v: v >= 2, "at least 2 (batch norm needs two images)"),
+        "lr": (lambda v: 0 < v < math.inf, "a number above 0"),
+        "lr_steps": (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "epochs in ascending order"),
+        "lr_decay": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+        "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        "weight_decay": (lambda v: 0 <= v < math.inf, "a number not below 0"),
+        "tau": (lambda v: 0 < v < math.inf, "a number above 0"),
+        "alpha": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+        "beta": (lambda v: 0 <= v < math.inf, "a number not below 0"),
+        "head_width": (lambda v: v >= 1, "at least 1"),
+        "head_stride": (lambda v: v >= 1, "at least 1"),
+        "crop_padding": (lambda v: v >= 0, "at least 0"),
+        "image_size": (lambda v: v >= 16, "at least 16"),
+        "subset": (lambda v: v >= 2, "at least 2"),
+        "seed": (lambda v: 0 <= v < 2**62, "not negative"),
+        "teacher_seed": (lambda v: 0 <= v < 2**62, "not negative"),
+        "backend": (lambda v: v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
+        "units": (
+            lambda v: bool(v) and set(v) <= {1, 2, 3} and len(set(v)) == len(v),
+            "some of 1,2,3, each at most once",
+        ),
+    }
+    for name, (holds, wanted) in rules.items():
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {shown}")
+    if METHODS[config.method].needs_units and len(units_of(config, "teacher")) != len(units_of(config, "student")):
+        raise UsageError("--teacher-units and --student-units must name as many submodules as each other")
+
+
+def units_of(config: Config, role: str) -> tuple[str, ...]:
+    """The submodules of the teacher or the student that carry auxiliary heads."""
+    if not METHODS[config.method].needs_units:
+        return ()
+    named = getattr(config, f"{role}_units")
+    return named or tuple(UNITS[getattr(config, role)][unit - 1] for unit in config.units)
+
+
+def run_name(config: Config, data: Data, teacher_sha256: str | None) -> str:
+    """The name of a run's folder: data set, teacher, student, method, seed, and whatever is not the default."""
+    who = {name: getattr(config, name) for name in ("dataset", "teacher", "student", "method")}
+    standard = resolve(Config(**who)).recorded()
+    standard["lr_steps"] = resolve(Config(**who, epochs=config.epochs)).recorded()["lr_steps"]
+    if config.dataset == "folder":
+        who["dataset"] += f"_{data.sha256[:8]}"  # two folders of images are two data sets
+    parts = [value for value in who.values() if value] + [f"seed{config.seed}"]
+    for name, value in config.recorded().items():
+        if name not in who and name != "seed" and value != standard[name]:
+            parts.append(f"{name}={'+'.join(map(str, value)) if isinstance(value, list) else value}")
+    if config.teacher_weights:
+        parts.append(f"weights={teacher_sha256[:8]}")
+    name = "-".join(parts)
+    if len(name) > 200:  # file systems end at 255
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Files: nothing that was computed is lost, whenever a run is killed
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """Write beside the file, flush to the disk, then rename: at every moment the old content or the new is there."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        kept = "; the file of before is untouched" if path.exists() else ""
+        raise UsageError(f"'{path}' could not be written ({error}){kept}: make room and run the same again") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file, None where there is none."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise UsageError(f"'{path}' is damaged ({error}): move its folder away") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, waiting: str) -> Iterator[None]:
+    """Hold a folder for this process alone; the kernel lets it go however the process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder '{folder}' cannot be made ({error})") from error
+    try:
+        import fcntl
+    except ImportError:  # Windows: no such locks; do not start two equal runs at once there
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{waiting} in '{folder}': waiting for it", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load a checkpoint, {"model": state_dict} or a state dict alone, strictly into a network, which is returned.
+
+    Raises:
+        UsageError: the file is missing or broken, holds another network or another number of classes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint '{path}'")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = content.get("model", content.get("state_dict", content))
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}  # from DataParallel
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"'{path}' cannot be read as a checkpoint, it may be truncated ({reason})") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    differing = [name for name in wanted if shapes.get(name) != wanted[name]] + [n for n in shapes if n not in wanted]
+    if differing:
+        last = list(wanted)[-2:]  # the classifier's weight and bias
+        if set(differing) <= set(last) and all(n in shapes and shapes[n][1:] == wanted[n][1:] for n in last):
+            raise UsageError(f"'{path}' has {shapes[last[0]][0]} classes where {wanted[last[0]][0]} are needed")
+        holds = next((name for name in MODELS if _same_network(name, shapes)), "another network")
+        first = differing[0]
+        raise UsageError(
+            f"'{path}' holds {holds}, not this network: '{first}' is {shapes.get(first, 'missing')} there, "
+            f"{wanted.get(first, 'missing')} here"
+        )
+    model.load_state_dict(state)
+    return model
+
+
+def _same_network(name: str, shapes: dict[str, tuple]) -> bool:
+    with torch.device("meta"):
+        wanted = {key: tuple(tensor.shape) for key, tensor in build_model(name, 1).state_dict().items()}
+    last = list(wanted)[-2:]
+    return wanted.keys() == shapes.keys() and all(shapes[k] == wanted[k] for k in wanted if k not in last)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside the configuration."""
+    from importlib import metadata
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return ""
+
+    commit = git("rev-parse", "HEAD")
+    if commit and git("status", "--porcelain", "--", Path(__file__).name):
+        commit += " with changes"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in ("torchvision", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "device": str(device),
+        "hardware": hardware_name(device),
+        "threads": torch.get_num_threads(),
+        **versions,
+        "mhkd": __version__,
+        "commit": commit or None,
+        "loss": loss_backend(),
+    }
+
+
+def hardware_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def loss_backend() -> str:
+    """The backend that mhkd_loss(backend="auto") takes."""
+    return "reference"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Distiller(nn.Module):
+    """Student, frozen teacher and method as one module: what a training step runs."""
+
+    def __init__(self, student: MultiHead, teacher: MultiHead | None, method: Method):
+        super().__init__()
+        self.student, self.teacher, self.method = student, teacher, method
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Normalised images [B, 3, S, S], labels [B]; returns the loss's named terms, the student's logits [B, K]."""
+        student_logits = self.student(images)
+        teacher_logits = self.teacher(images) if self.teacher else None
+        return self.method(student_logits, teacher_logits, labels), student_logits[0]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The state dict without the frozen teacher network."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("teacher.model.")}
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train the student that the configuration describes, and the teacher first where it has no weights.
+
+    A finished run is not repeated; an interrupted one goes on from its last finished epoch. Under `torchrun` every
+    process takes its share of each batch, and the first one writes.
+
+    Returns:
+        The content of result.json. "accuracy", in percent of the test images, is that of the last epoch's student,
+        saved without heads and loaded into the plain network.
+
+    Raises:
+        UsageError: something is wrong that the user can mend; nothing has been overwritten.
+    """
+    resolved = resolve(config, note=lambda text: say(f"note: {text}"))
+    device = pick_device(resolved.device)
+    with team(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if resolved.teacher_weights and not Path(resolved.teacher_weights).is_file():
+            raise UsageError(f"there is no checkpoint '{resolved.teacher_weights}'")
+        if resolved.teacher_units or resolved.student_units:  # better now than after the teacher's training
+            for role in ("teacher", "student"):
+                MultiHead(build_model(getattr(resolved, role), 10), units_of(resolved, role), 10)
+        with main_process_first():
+            data = load_data(resolved)
+        N = len(data.train_labels)
+        if resolved.batch_size > N:
+            raise UsageError(f"--batch-size {resolved.batch_size} is larger than the data, {N} training images")
+        if resolved.batch_size % world_size():
+            raise UsageError(f"--batch-size {resolved.batch_size} is not a multiple of the {world_size()} processes")
+        data = data.to(device)
+        if not resolved.teacher:
+            return _train_one(resolved, data, device)
+        if resolved.teacher_weights:
+            weights, sha256, accuracy = Path(resolved.teacher_weights), sha256_of(resolved.teacher_weights), None
+        else:
+            say(f"teacher {resolved.teacher}: no --teacher-weights, so it is trained with the same recipe, and kept")
+            alone = {"student": config.teacher, "teacher": None, "method": "ce"}
+            alone |= {"seed": config.teacher_seed, "teacher_seed": 0}
+            result = _train_one(resolve(dataclasses.replace(config, **alone)), data, device)
+            weights = Path(resolved.out) / result["name"] / "student.pt"
+            sha256, accuracy = result["student_sha256"], result["accuracy"]
+        teacher = load_weights(build_model(resolved.teacher, len(data.classes)), weights).to(device)
+        return _train_one(resolved, data, device, teacher, sha256, accuracy)
+
+
+def _train_one(
+    config: Config,
+    data: Data,
+    device: torch.device,
+    teacher: nn.Module | None = None,
+    teacher_sha256: str | None = None,
+    teacher_accuracy: float | None = None,
+) -> dict[str, Any]:
+    """One run in its folder, under its lock. Data and teacher are on the device."""
+    folder = Path(config.out) / run_name(config, data, teacher_sha256)
+    record = {
+        "config": config.recorded(),
+        "units": {role: list(units_of(config, role)) for role in ("teacher", "student")},
+        "teacher_sha256": teacher_sha256,
+        "data_sha256": data.sha256,
+    }
+    lock = locked(folder, "another run of this configuration is at work") if is_main() else contextlib.nullcontext()
+    with lock:
+        wait_for_all()
+        before = read_json(folder / "config.json")
+        if before:
+            _refuse_other_configuration(folder, before, record)
+        result = read_json(folder / "result.json")
+        student = folder / "student.pt"
+        if result and student.is_file() and sha256_of(student) == result["student_sha256"]:
+            say(f"finished before: '{folder}'")
+            return result
+        here = {**environment(device), "data": config.data, "out": config.out}
+        environments = before["environments"] if before else []
+        if environments and environments[-1] != here:
+            last = environments[-1]
+            changes = [f"{name} {last.get(name)} -> {here[name]}" for name in here if last.get(name) != here[name]]
+            say(f"note: this run goes on in other surroundings: {', '.join(changes)}")
+        if not environments or environments[-1] != here:
+            environments = [*environments, here]
+        facts = {"classes": data.classes, "mean": data.mean, "std": data.std}
+        facts |= {"train_images": len(data.train_labels), "test_images": len(data.test_labels)}
+        if is_main():
+            write_json(folder / "config.json", {**record, "data": facts, "environments": environments})
+        if teacher:
+            teacher_accuracy = evaluate(teacher, data) if teacher_accuracy is None else teacher_accuracy
+            say(f"teacher {config.teacher}: {teacher_accuracy:.2f} % on the test images")
+        student, log = _train_in(folder, config, data, device, teacher, record)
+        return _finish(folder, config, data, student, log, {**record, "environment": here}, teacher_accuracy)
+
+
+def _refuse_other_configuration(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = ({**r["config"], **{k: v for k, v in r.items() if k.endswith("sha256")}} for r in (before, now))
+    differing = [f"{k} {old.get(k)} there, {new.get(k)} now" for k in {**old, **new} if old.get(k) != new.get(k)]
+    if differing:
+        raise UsageError(
+            f"'{folder}' was written with another configuration ({'; '.join(differing)}): "
+            "move it away, or give another --out"
+        )
+
+
+def _train_in(
+    folder: Path,
+    config: Config,
+    data: Data,
+    device: torch.device,
+    teacher: nn.Module | None,
+    record: dict[str, Any],
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The epochs that are left. Returns the student and its log, an entry for each epoch."""
+    K = len(data.classes)
+    torch.manual_seed(config.seed)
+    # The student comes first, so that its initial weights depend on the seed alone, not on the method.
+    student = build_model(config.student, K)
+    method = METHODS[config.method](config)
+    heads = {"width": config.head_width, "stride": config.head_stride}
+    distiller = Distiller(
+        MultiHead(student, units_of(config, "student"), K, **heads),
+        MultiHead(teacher, units_of(config, "teacher"), K, frozen=True, **heads) if teacher else None,
+        method,
+    ).to(device)
+    optimizer = torch.optim.SGD(
+        [p for p in distiller.parameters() if p.requires_grad],
+        lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(config.seed)
+    log: list[dict[str, Any]] = []
+
+    if (folder / "checkpoint.pt").is_file():
+        log = _restore(folder, distiller, optimizer, generator, record)
+        say(f"'{folder}' goes on after epoch {len(log)} of {config.epochs}")
+    else:
+        say(f"'{folder}': {config.epochs} epochs on {device}, {len(data.train_labels)} training images")
+    step_module = parallel(distiller, device)
+    N = len(data.train_labels)
+    with Progress(config.epochs * N, config.student, done=len(log) * N) as progress:
+        for epoch in range(len(log) + 1, config.epochs + 1):
+            started = time.perf_counter()
+            # Epochs 1 to s of a milestone s keep the rate; epoch s + 1 is the first with the lower one.
+            lr = config.lr * config.lr_decay ** sum(epoch > step for step in config.lr_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            try:
+                means = train_epoch(step_module, optimizer, data, config, generator, progress)
+            except FloatingPointError as error:
+                raise UsageError(
+                    f"the loss is not finite in epoch {epoch}, {error}: '{folder}' keeps the state after epoch "
+                    f"{epoch - 1}; try a lower --lr"
+                ) from error
+            rate = N / (time.perf_counter() - started)
+            entry = {"epoch": epoch, "lr": lr, **means, "test_accuracy": evaluate(student, data)}
+            entry |= {"images_per_second": round(rate, 1), "seconds": round(time.perf_counter() - started, 3)}
+            log.append(entry)
+            if is_main():
+                _save_epoch(folder, distiller, optimizer, generator, record, log)
+            progress.line(_epoch_line(config, entry), f"epoch {epoch}, {entry['test_accuracy']:.2f} %")
+    return student, log
+
+
+def train_epoch(
+    distiller: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    config: Config,
+    generator: torch.Generator,
+    progress: Progress,
+) -> dict[str, float]:
+    """One epoch. Returns means over the steps: the loss, its named terms, the training accuracy in percent."""
+    distiller.train()
+    device = data.train_images.device
+    order, corners, mirrored = (t.to(device) for t in draw_epoch(config, len(data.train_labels), generator))
+    batches = [slice(i, i + config.batch_size) for i in range(0, len(order), config.batch_size)]
+    if len(order) - batches[-1].start < 2 * world_size():
+        batches.pop()  # batch norm cannot train on one image alone
+    history = []  # for each step its figures, on the device: the host waits for them once an epoch
+    for batch in batches:
+        stop = min(batch.stop, len(order))
+        stop -= (stop - batch.start) % world_size()  # equal shares for all processes
+        mine = slice(batch.start + rank(), stop, world_size())
+        images = augment(data.train_images[order[mine]], corners[mine], mirrored[mine], config.crop_padding)
+        labels = data.train_labels[order[mine]]
+        figures = train_step(distiller, optimizer, data.normalise(images), labels)
+        history.append(torch.stack(list(figures.values())))
+        if device.type == "cpu" and world_size() == 1 and not math.isfinite(history[-1][0]):
+            break  # on other devices asking would make the host wait; there the end of the epoch tells
+        progress.step(len(labels) * world_size())
+    steps = average_over_processes(torch.stack(history)).cpu().double()  # [steps, figures]
+    bad = (~steps[:, 0].isfinite()).nonzero()
+    if len(bad):
+        raise FloatingPointError(f"step {bad[0].item() + 1}")
+    return dict(zip(figures, steps.mean(dim=0).tolist()))
+
+
+def train_step(
+    distiller: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """One step of SGD on normalised images [B, 3, S, S]. Returns the loss, its terms and the accuracy in percent."""
+    terms, logits = distiller(images, labels)
+    loss = sum(terms.values())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
+    return {name: value.detach() for name, value in {"loss": loss, **terms, "train_accuracy": accuracy}.items()}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, batch_size: int = 500) -> float:
+    """Accuracy of a network on the test images, in percent; its mode is left as it was."""
+    mode = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=data.test_labels.device)
+    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size)):
+        correct += (model(data.normalise(images)).argmax(dim=1) == labels).sum()
+    model.train(mode)
+    return 100 * correct.item() / len(data.test_labels)
+
+
+def _save_epoch(folder, distiller, optimizer, generator, record, log) -> None:
+    """The state after an epoch: checkpoint.pt first, it is what counts; log.jsonl is written again from it."""
+    state = {
+        "epoch": len(log),
+        "distiller": distiller.trained_state(),
+        "optimizer": optimizer.state_dict(),
+        "generator": generator.get_state(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "record": json.dumps(record),
+        "log": json.dumps(log),
+    }
+    write_atomically(folder / "checkpoint.pt", lambda file: torch.save(state, file))
+    _write_log(folder, log)
+
+
+def _write_log(folder: Path, log: list[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(entry) + "\n" for entry in log)
+    write_atomically(folder / "log.jsonl", lambda file: file.write(lines.encode()))
+
+
+def _restore(folder, distiller, optimizer, generator, record) -> list[dict[str, Any]]:
+    path = folder / "checkpoint.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before, log = json.loads(state["record"]), json.loads(state["log"])
+        _refuse_other_configuration(folder, before, record)
+        missing, unexpected = distiller.load_state_dict(state["distiller"], strict=False)
+        if unexpected or any(not name.startswith("teacher.model.") for name in missing):
+            raise KeyError((missing + unexpected)[0])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"'{path}' cannot be read ({error}): move '{folder}' away to begin again") from error
+    if is_main():
+        _write_log(folder, log)
+    return log
+
+
+def _finish(folder, config, data, student, log, record, teacher_accuracy) -> dict[str, Any]:
+    """Save the plain student, load it again into the plain network, and report the accuracy of that."""
+    K = len(data.classes)
+    best = max(log, key=lambda entry: entry["test_accuracy"])
+    if is_main():
+        content = {
+            "model": student.state_dict(),
+            "name": config.student,
+            "classes": data.classes,
+            "image_size": config.image_size,
+            "mean": list(data.mean),
+            "std": list(data.std),
+        }
+        write_atomically(folder / "student.pt", lambda file: torch.save(content, file))
+        deployed = load_weights(build_model(config.student, K), folder / "student.pt").to(data.test_labels.device)
+        write_json(
+            folder / "result.json",
+            {
+                "name": folder.name,
+                "accuracy": evaluate(deployed, data),
+                "accuracy_is": "of the last epoch's student, saved without heads and loaded into the plain network",
+                "best_accuracy": best["test_accuracy"],
+                "best_epoch": best["epoch"],
+                "teacher_accuracy": teacher_accuracy,
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "epochs": len(log),
+                "seconds": round(sum(entry["seconds"] for entry in log), 3),
+                "student_sha256": sha256_of(folder / "student.pt"),
+                **record,
+            },
+        )
+    wait_for_all()
+    result = read_json(folder / "result.json")
+    say(
+        f"{config.student} ({config.method}): {result['accuracy']:.2f} % after the last epoch "
+        f"(best: {result['best_accuracy']:.2f} % after epoch {result['best_epoch']}), in '{folder / 'student.pt'}'"
+    )
+    return result
+
+
+def _epoch_line(config: Config, entry: dict[str, Any]) -> str:
+    left = (config.epochs - entry["epoch"]) * entry["seconds"]
+    return (
+        f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  lr {entry['lr']:.3g}  "
+        f"loss {entry['loss']:.4f}  train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
+        f"{entry['images_per_second']:.0f} images/s  {int(left) // 60}:{int(left) % 60:02d} left"
+    )
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, where tqdm is installed; elsewhere lines, where there are any."""
+
+    def __init__(self, total: int, title: str, done: int = 0):
+        self.bar = None
+        if sys.stderr.isatty() and is_main():
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=total, initial=done, desc=title, unit=" images", unit_scale=True, leave=False)
+
+    def step(self, images: int) -> None:
+        if self.bar is not None:
+            self.bar.update(images)
+
+    def line(self, text: str, short: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(short)
+        else:
+            say(text)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def say(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; without a name CUDA, then MPS, then the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and world_size() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used here ({reason})") from error
+    return device
+
+
+# Several processes, as torchrun starts them. Without it each of these is the trivial answer.
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def team(device: torch.device) -> Iterator[None]:
+    if world_size() == 1 or torch.distributed.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """The first process downloads and fills caches; the others then find them."""
+    if not is_main():
+        wait_for_all()
+    yield
+    if is_main():
+        wait_for_all()
+
+
+def average_over_processes(values: Tensor) -> Tensor:
+    if world_size() > 1:
+        torch.distributed.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def parallel(distiller: Distiller, device: torch.device) -> nn.Module:
+    """Gradients averaged over the processes, by PyTorch's DistributedDataParallel."""
+    if world_size() == 1:
+        return distiller
+    return nn.parallel.DistributedDataParallel(distiller, device_ids=[device] if device.type == "cuda" else None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def report(folder: str | Path) -> str:
+    """A Markdown table of the finished runs below a folder, written to report.md there, and curves.png beside it.
+
+    Raises:
+        UsageError: no run below it has finished.
+    """
+    folder = Path(folder)
+    runs = [read_json(path) | {"folder": path.parent} for path in sorted(folder.glob("*/result.json"))]
+    if not runs:
+        raise UsageError(f"no finished run below '{folder}'")
+    rows = ["| data set | teacher | student | method | seed | last epoch % | best epoch % (which) | epochs | run |"]
+    rows += ["|---|---|---|---|---:|---:|---:|---:|---|"]
+    for run in sorted(runs, key=lambda r: (r["config"]["dataset"], str(r["config"]["teacher"]), r["accuracy"])):
+        c = run["config"]
+        teacher = f"{c['teacher']} ({run['teacher_accuracy']:.2f})" if c["teacher"] else "-"
+        best = f"{run['best_accuracy']:.2f} ({run['best_epoch']})"
+        dataset = c["dataset"] + (f", {c['subset']} images" if c["subset"] else "")
+        cells = [dataset, teacher, c["student"], c["method"], c["seed"], f"{run['accuracy']:.2f}", best, run["epochs"]]
+        rows.append(f"| {' | '.join(map(str, cells))} | {run['name']} |")
+    table = "\n".join(rows)
+    write_atomically(folder / "report.md", lambda file: file.write((table + "\n").encode()))
+    try:
+        import matplotlib
+    except ImportError:
+        say("note: no picture of the curves without matplotlib: pip install matplotlib")
+        return table
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot(xlabel="epoch", ylabel="test accuracy, %")
+        for run in runs:
+            log = [json.loads(line) for line in (run["folder"] / "log.jsonl").read_text().splitlines()]
+            c = run["config"]
+            label = f"{c['student']} {c['method']}" + (f" from {c['teacher']}" if c["teacher"] else "")
+            axes.plot([e["epoch"] for e in log], [e["test_accuracy"] for e in log], label=f"{label}, seed {c['seed']}")
+        axes.legend(frameon=False, fontsize="small", loc="lower right")
+        FigureCanvasAgg(figure)
+        write_atomically(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=150))
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="mhkd.py",
+        description=__doc__.split("\n\nThe method")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Config):
+        name, default = field.name.replace("_", "-"), field.default
+        help = field.metadata["help"]
+        if field.metadata["parse"] is bool:
+            parser.add_argument(f"--no-{name}", dest=field.name, action="store_const", const=False, help=help)
+            continue
+        if default is not None:
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            help = f"{help} [{shown}]"
+        parser.add_argument(f"--{name}", type=field.metadata["parse"], default=default, help=help, metavar="X")
+    parser.add_argument("--report", metavar="DIR", help="instead of training: table and curves of the runs below DIR")
+    parser.add_argument("--version", action="store_true", help="print the versions and the backend of the loss")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        parsed = vars(parse_arguments(arguments))
+        if parsed.pop("version"):
+            print(f"mhkd {__version__}, PyTorch {torch.__version__}, loss: {loss_backend()}")
+        elif folder := parsed.pop("report"):
+            print(report(folder))
+        else:
+            train(Config(**parsed))
+    except UsageError as error:
+        print(f"mhkd.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mhkd.py: interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
