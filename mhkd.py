@@ -514,8 +514,8 @@ class MultiHead(nn.Module):
         """Logits [final, head 1, ..., head D], each [B, K]; with `penultimate` also the classifier's input [B, C]."""
         if penultimate and not self.classifier:
             raise UsageError("the network has no linear layer for the penultimate feature: name its classifier")
-        if self.frozen and self.model.training:
-            self.model.eval()  # somebody called train() on the network itself
+        if self.frozen and any(module.training for module in self.model.modules()):
+            self.model.eval()  # somebody called train() on the network itself, or on a part of it
         for tap in self._taps:
             tap.on = True
         self._penultimate.on = penultimate
@@ -811,7 +811,7 @@ def _from_torchvision(config: Config) -> Source:
         labels = [torch.as_tensor(part.labels, dtype=torch.int64) for part in (train, test)]
         classes = [str(digit) for digit in range(10)]
     else:  # [N, 32, 32, 3]
-        images = [torch.from_numpy(part.data) for part in (train, test)]
+        images = [torch.from_numpy(part.data).contiguous() for part in (train, test)]
         labels = [torch.as_tensor(part.targets) for part in (train, test)]
         classes = list(train.classes)
     return images[0], labels[0], images[1], labels[1], classes
@@ -1078,6 +1078,8 @@ def resolve(config: Config, note: Callable[[str], None] = lambda text: None) -> 
         steps = tuple(round(step * config.epochs / full) for step in milestones)
         config = dataclasses.replace(config, lr_steps=steps)
     _check_values(config)
+    if config.backend == "fused" and not loss_backend().startswith("fused"):
+        raise UsageError("--backend fused: the fused kernel is not installed, so use auto or reference")
     return config
 
 
@@ -1335,8 +1337,11 @@ def train(config: Config) -> dict[str, Any]:
         N = len(data.train_labels)
         if resolved.batch_size > N:
             raise UsageError(f"--batch-size {resolved.batch_size} is larger than the data, {N} training images")
-        if resolved.batch_size % world_size():
-            raise UsageError(f"--batch-size {resolved.batch_size} is not a multiple of the {world_size()} processes")
+        if resolved.batch_size % world_size() or resolved.batch_size < 2 * world_size():
+            raise UsageError(
+                f"--batch-size {resolved.batch_size} does not give each of the {world_size()} processes the same "
+                "number of images, two at least"
+            )
         data = data.to(device)
         if not resolved.teacher:
             return _train_one(resolved, data, device)
@@ -1386,12 +1391,11 @@ def _train_one(
             last = environments[-1]
             changes = [f"{name} {last.get(name)} -> {here[name]}" for name in here if last.get(name) != here[name]]
             say(f"note: this run goes on in other surroundings: {', '.join(changes)}")
-        if not environments or environments[-1] != here:
-            environments = [*environments, here]
-        facts = {"classes": data.classes, "mean": data.mean, "std": data.std}
-        facts |= {"train_images": len(data.train_labels), "test_images": len(data.test_labels)}
-        if is_main():
-            write_json(folder / "config.json", {**record, "data": facts, "environments": environments})
+        if is_main() and (not environments or environments[-1] != here):
+            facts = {"classes": data.classes, "mean": data.mean, "std": data.std}
+            facts |= {"train_images": len(data.train_labels), "test_images": len(data.test_labels)}
+            content = {**record, "data": facts, "environments": [*environments, here]}
+            write_json(folder / "config.json", content)
         if teacher:
             teacher_accuracy = evaluate(teacher, data) if teacher_accuracy is None else teacher_accuracy
             say(f"teacher {config.teacher}: {teacher_accuracy:.2f} % on the test images")
@@ -1498,6 +1502,8 @@ def train_epoch(
     bad = (~steps[:, 0].isfinite()).nonzero()
     if len(bad):
         raise FloatingPointError(f"step {bad[0].item() + 1}")
+    if not torch.stack([p.isfinite().all() for p in distiller.parameters()]).all():
+        raise FloatingPointError(f"after the last step, {len(steps)}: its update made weights infinite or NaN")
     return dict(zip(figures, steps.mean(dim=0).tolist()))
 
 

@@ -1,0 +1,27 @@
+"""What the README shows works as it stands there."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8") if README.is_file() else None
+pytestmark = pytest.mark.skipif(TEXT is None, reason="there is no README.md")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT or "", re.DOTALL | re.MULTILINE)
+
+
+def test_an_example_shows_a_network_of_torchvision():
+    assert any("torchvision.models" in block for block in BLOCKS)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_an_example_runs_as_it_stands(block, tmp_path):
+    pytest.importorskip("torchvision")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", block]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
