@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -534,6 +536,54 @@ class MultiHead(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 BACKENDS = ("auto", "reference", "fused")
+MAX_FUSED_HEADS = 16  # kMaxHeads in csrc/mhkd_loss.h
+
+
+_fused_is_there: bool | None = None  # not looked for yet
+
+
+def _load_fused() -> bool:
+    """Whether the compiled kernel is installed. The first call loads it, which registers torch.ops.mhkd."""
+    global _fused_is_there
+    if _fused_is_there is None:
+        _fused_is_there = hasattr(torch.ops.mhkd, "loss")  # another copy of this file may have loaded it
+        spec = importlib.util.find_spec("mhkd_fused")  # finds the library; it is no Python module and never imported
+        if not _fused_is_there and spec is not None and spec.origin is not None:
+            try:
+                torch.ops.load_library(spec.origin)
+                _fused_is_there = True
+            except OSError as error:  # built for another PyTorch
+                warnings.warn(f"the fused kernel cannot be loaded, plain PyTorch is used: {error}", stacklevel=2)
+    return _fused_is_there
+
+
+def loss_backend() -> str:
+    """The backend that mhkd_loss(backend="auto") takes, for example "fused (CPU avx2, CUDA sm_90)"."""
+    if not _load_fused():
+        return "reference (the fused kernel is not installed)"
+    parts = [torch.ops.mhkd.cpu_capability()]
+    if hasattr(torch.ops.mhkd, "cuda_architectures"):
+        parts.append(torch.ops.mhkd.cuda_architectures())
+    return f"fused ({', '.join(parts)})"
+
+
+def _use_fused(backend: str, heads: int, labels: Tensor) -> bool:
+    """Whether the kernel computes this call: where it can for "auto", or an error that says why not for "fused"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "reference" or (backend == "auto" and heads > MAX_FUSED_HEADS):
+        return False
+    if not _load_fused():
+        missing = "the fused kernel is not installed"
+    elif labels.is_cuda and not hasattr(torch.ops.mhkd, "cuda_architectures"):
+        missing = "the fused kernel was built without CUDA"
+    elif labels.device.type not in ("cpu", "cuda", "meta"):
+        missing = f"there is no fused kernel for {labels.device.type} tensors"
+    else:
+        return True
+    if backend == "fused":
+        raise RuntimeError(f'{missing}: use backend="auto" or backend="reference"')
+    return False
 
 
 def mhkd_loss(
@@ -582,16 +632,19 @@ def mhkd_loss(
         is 0 where it is not marked.
 
     Raises:
-        ValueError: lists or shapes that do not agree; tau, alpha or a weight out of range.
+        ValueError: lists or shapes that do not agree; tau, alpha or a weight out of range; an unknown backend.
         TypeError: logits that are not floating point, labels that are not int64.
-        RuntimeError: backend "fused", and the kernel is not installed.
+        IndexError: a label that is no class (on CUDA a device assertion).
+        RuntimeError: tensors on different devices; backend "fused", and the kernel is not installed.
     """
     H = len(student_logits)
     head_weights = [1.0] + [beta] * (H - 1) if head_weights is None else list(head_weights)
     teacher_ce = [z.requires_grad for z in teacher_logits] if teacher_ce is None else list(teacher_ce)
-    _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce, backend)
-    if backend == "fused":
-        raise RuntimeError('the fused kernel is not installed: use backend="auto" or backend="reference"')
+    if _use_fused(backend, H, labels):
+        settings = (tau, alpha, head_weights, teacher_ce, ignore_index)
+        loss, terms, _ = torch.ops.mhkd.loss(student_logits, teacher_logits, labels, *settings)  # makes the same checks
+        return (loss, terms) if return_terms else loss
+    _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce)
 
     dtypes = [z.dtype for z in (*student_logits, *teacher_logits)]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -617,7 +670,7 @@ def mhkd_loss(
     return (loss, torch.stack(terms)) if return_terms else loss
 
 
-def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce, backend):
+def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce) -> None:
     H = len(student_logits)
     if H == 0 or not H == len(teacher_logits) == len(head_weights) == len(teacher_ce):
         raise ValueError(
@@ -632,7 +685,7 @@ def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, he
                 f"all logits must be [B, K] and of one shape: {list(z.shape)}, {list(student_logits[0].shape)}"
             )
         if z.device != labels.device:
-            raise ValueError(f"logits and labels must be on one device: {z.device}, {labels.device}")
+            raise RuntimeError(f"logits and labels must be on one device: {z.device}, {labels.device}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be class indices of dtype int64, not {labels.dtype}")
     if labels.shape != student_logits[0].shape[:1]:
@@ -641,10 +694,8 @@ def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, he
         raise ValueError(f"tau must be a finite number above 0, not {tau}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
-    if not all(math.isfinite(w) for w in head_weights):
-        raise ValueError(f"the head weights must be finite, not {head_weights}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if not all(math.isfinite(w) and w >= 0 for w in head_weights):
+        raise ValueError(f"the head weights must be finite and not negative, not {list(head_weights)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1281,11 +1332,6 @@ def hardware_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
-
-
-def loss_backend() -> str:
-    """The backend that mhkd_loss(backend="auto") takes."""
-    return "reference"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

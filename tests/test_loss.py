@@ -336,7 +336,7 @@ A, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
     (TypeError, "int64.*int32", {"labels": Y.int()}),
     (ValueError, r"labels must be \[B\].*\[2\]", {"labels": Y[:2]}),
     (ValueError, r"labels must be \[B\].*\[3, 1\]", {"labels": Y[:, None]}),
-    (ValueError, "one device", {"labels": Y.to("meta")}),
+    (RuntimeError, "one device", {"labels": Y.to("meta")}),
     (ValueError, "tau.*0", {"tau": 0.0}), (ValueError, "tau.*-1", {"tau": -1.0}),
     (ValueError, "tau.*nan", {"tau": NAN}), (ValueError, "tau.*inf", {"tau": INF}),
     (ValueError, "alpha.*nan", {"alpha": NAN}), (ValueError, "alpha.*1.1", {"alpha": 1.1}),
@@ -352,7 +352,7 @@ def test_arguments_that_make_no_sense_are_refused(error, message, change):
 
 
 def test_the_fused_backend_is_refused_where_it_is_not_installed():
-    if "fused" in mhkd.loss_backend():
+    if mhkd.loss_backend().startswith("fused"):
         pytest.skip("it is installed")
     with pytest.raises(RuntimeError, match="not installed"):
         mhkd.mhkd_loss([A], [A], Y, backend="fused")
