@@ -7,6 +7,7 @@
     python mhkd.py --student vgg8 --method ce                           # a network alone
     python mhkd.py --teacher resnet20 --student resnet8 --dataset digits    # no download, minutes on a laptop
     python mhkd.py --report runs/                                       # a table and the curves of what has finished
+    torchrun --nproc_per_node 2 mhkd.py --teacher resnet32x4 --student shufflenetv2     # batches shared by processes
 
 The method (Wang, Lohit, Jones, Fu: "Multi-head knowledge distillation for model compression", 2020)
 puts small auxiliary classifiers at the ends of the first three units of both networks and matches
@@ -24,12 +25,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -63,6 +67,10 @@ def conv3x3(in_channels: int, channels: int, stride: int = 1, groups: int = 1) -
 
 def conv1x1(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+
+def conv_bn_relu(conv: nn.Conv2d) -> list[nn.Module]:
+    return [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()]
 
 
 def initialise(model: nn.Module, linear_std: float | None = None) -> None:
@@ -171,7 +179,7 @@ class VGG(nn.Module):
         for i, (count, width) in enumerate(zip(convs, (64, 128, 256, 512, 512))):
             layers: list[nn.Module] = []
             for _ in range(count):
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += conv_bn_relu(nn.Conv2d(channels, width, 3, padding=1))
                 channels = width
             setattr(self, f"block{i}", nn.Sequential(*layers))
         self.classifier = nn.Linear(channels, num_classes)
@@ -185,10 +193,6 @@ class VGG(nn.Module):
             if i in pooled:
                 x = F.max_pool2d(x, 2)
         return self.classifier(x.mean(dim=(2, 3)))
-
-
-def conv_bn_relu(conv: nn.Conv2d) -> list[nn.Module]:
-    return [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()]
 
 
 class InvertedResidual(nn.Module):
@@ -372,8 +376,8 @@ class AuxHead(nn.Sequential):
 class _Tap:
     """A forward hook that keeps a copy of what its submodule returned, but only while it is `on`.
 
-    A copy, because the next operation may work in place (a ReLU after the unit, say). Plain calls of the network,
-    pickling and deepcopy are not disturbed by it.
+    A copy, because the next operation may work in place (a ReLU after the unit, say). Plain calls of the network and
+    deepcopy are not disturbed by it.
     """
 
     def __init__(self) -> None:
@@ -403,14 +407,14 @@ class MultiHead(nn.Module):
         logits, logits_1, logits_2, logits_3 = student(images)
         torch.save(student.model.state_dict(), "student.pt")  # the plain network, without the heads
 
-    The network itself, `model`, is not changed and stays usable alone; the heads are in `heads`. The network is run
-    once on a small image of zeros to find out the channels at each unit.
+    The network itself, `model`, stays usable alone, its state dict is the plain one; the heads are in `heads`. The
+    network is run once on a small image of zeros to find out the channels at each unit. `remove()` takes the hooks off.
 
     Args:
         model: any module that maps images [B, C, H, W] to logits [B, K].
-        units: names of submodules, as in ``model.named_modules()``, that return a feature [B, C, H, W].
+        units: names of submodules, as in `model.named_modules()`, that return a feature [B, C, H, W].
         num_classes: K.
-        frozen: keep the network in eval mode and without gradients, whatever ``train()`` is called. The heads train.
+        frozen: keep the network in eval mode and without gradients, whatever `train()` is called. The heads train.
         width, stride: of the heads, see AuxHead.
         example_input: what to run the network on once; by default zeros [1, C, 32, 32].
         classifier: name of the last linear layer, whose input is the penultimate feature; found out by default.
@@ -433,6 +437,8 @@ class MultiHead(nn.Module):
         classifier: str | None = None,
     ):
         super().__init__()
+        if isinstance(units, str):
+            raise UsageError(f"units must be a list of names: ['{units}']")
         self.model = model
         self.units = tuple(units)
         self.frozen = frozen
@@ -448,11 +454,10 @@ class MultiHead(nn.Module):
                 )
         channels, self.classifier = self._probe(modules, num_classes, example_input, classifier)
         self._taps = [_Tap() for _ in self.units]
-        for name, tap in zip(self.units, self._taps):
-            modules[name].register_forward_hook(tap.after)
+        self._handles = [modules[n].register_forward_hook(tap.after) for n, tap in zip(self.units, self._taps)]
         self._penultimate = _Tap()
         if self.classifier:
-            modules[self.classifier].register_forward_pre_hook(self._penultimate.before)
+            self._handles.append(modules[self.classifier].register_forward_pre_hook(self._penultimate.before))
         parameter = next(model.parameters(), torch.empty(0))
         self.heads = nn.ModuleList(AuxHead(c, num_classes, width, stride) for c in channels)
         self.heads.to(parameter.device, parameter.dtype)
@@ -504,7 +509,16 @@ class MultiHead(nn.Module):
             if not isinstance(seen[0], torch.Size) or len(seen[0]) != 4:
                 got = list(seen[0]) if isinstance(seen[0], torch.Size) else seen[0]
                 raise UsageError(f"the submodule '{name}' returns {got}, not a feature [B, C, H, W]")
+            _, channels, height, width = seen[0]
+            if channels == height != width and example.shape[-2] == example.shape[-1]:
+                raise UsageError(f"the submodule '{name}' returns {list(seen[0])}, with the channels last")
         return [shapes[name][0][1] for name in self.units], classifier or (linear[-1] if linear else None)
+
+    def remove(self) -> nn.Module:
+        """Take the hooks off the network and return it, as plain as it came."""
+        for handle in self._handles:
+            handle.remove()
+        return self.model
 
     def train(self, mode: bool = True) -> MultiHead:
         super().train(mode)
@@ -527,6 +541,11 @@ class MultiHead(nn.Module):
         finally:
             features = [tap.take() for tap in self._taps]
             feature = self._penultimate.take()
+        if not isinstance(logits, Tensor):
+            raise UsageError(f"the network returns {type(logits).__name__}, not logits [B, K]")
+        for name, f in zip(self.units, features):
+            if f is None:  # the probe saw it run, but in training it may be dropped at random
+                raise UsageError(f"the submodule '{name}' did not run in this forward pass")
         outputs = [logits, *(head(f) for head, f in zip(self.heads, features))]
         return (outputs, feature) if penultimate else outputs
 
@@ -557,10 +576,15 @@ def _load_fused() -> bool:
     return _fused_is_there
 
 
+# torch.compile calls it and takes the answer for a constant. This is what torch.compiler.assume_constant_result sets,
+# which would import the whole compiler here.
+_load_fused._dynamo_marked_constant = True
+
+
 def loss_backend() -> str:
     """The backend that mhkd_loss(backend="auto") takes, for example "fused (CPU avx2, CUDA sm_90)"."""
     if not _load_fused():
-        return "reference (the fused kernel is not installed)"
+        return "reference (fused kernel not installed)"
     parts = [torch.ops.mhkd.cpu_capability()]
     if hasattr(torch.ops.mhkd, "cuda_architectures"):
         parts.append(torch.ops.mhkd.cuda_architectures())
@@ -570,19 +594,21 @@ def loss_backend() -> str:
 def _use_fused(backend: str, heads: int, labels: Tensor) -> bool:
     """Whether the kernel computes this call: where it can for "auto", or an error that says why not for "fused"."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        raise ValueError(f"mhkd_loss: backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend == "reference" or (backend == "auto" and heads > MAX_FUSED_HEADS):
         return False
     if not _load_fused():
         missing = "the fused kernel is not installed"
     elif labels.is_cuda and not hasattr(torch.ops.mhkd, "cuda_architectures"):
         missing = "the fused kernel was built without CUDA"
+    elif labels.is_cuda and backend == "auto":
+        return False  # the CUDA kernel has been compiled and emulated but has never run on a GPU: insist to try it
     elif labels.device.type not in ("cpu", "cuda", "meta"):
         missing = f"there is no fused kernel for {labels.device.type} tensors"
     else:
         return True
     if backend == "fused":
-        raise RuntimeError(f'{missing}: use backend="auto" or backend="reference"')
+        raise RuntimeError(f'mhkd_loss: {missing}: use backend="auto" or backend="reference"')
     return False
 
 
@@ -624,7 +650,8 @@ def mhkd_loss(
             teacher logits that require a gradient.
         ignore_index: rows with this label count nowhere.
         return_terms: return the terms too.
-        backend: "reference" is plain PyTorch; "auto" takes the fused kernel where it is installed, "fused" insists.
+        backend: "reference" is plain PyTorch; "auto" takes the fused kernel on the CPU where it is installed; "fused"
+            insists, also on CUDA.
 
     Returns:
         The loss, a scalar: float64 if any logits are, otherwise float32 (the arithmetic, too, of half types). With
@@ -674,28 +701,31 @@ def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, he
     H = len(student_logits)
     if H == 0 or not H == len(teacher_logits) == len(head_weights) == len(teacher_ce):
         raise ValueError(
-            f"the lists differ in length: {H} student logits, {len(teacher_logits)} teacher logits, "
+            f"mhkd_loss: the lists differ in length: {H} student logits, {len(teacher_logits)} teacher logits, "
             f"{len(head_weights)} head weights, {len(teacher_ce)} marks in teacher_ce"
         )
     for z in (*student_logits, *teacher_logits):
         if not z.is_floating_point():
-            raise TypeError(f"logits must be floating point, not {z.dtype}")
-        if z.dim() != 2 or z.shape != student_logits[0].shape:
+            raise TypeError(f"mhkd_loss: logits must be floating point, not {z.dtype}")
+        if z.dim() != 2 or z.shape[1] == 0 or z.shape != student_logits[0].shape:
             raise ValueError(
-                f"all logits must be [B, K] and of one shape: {list(z.shape)}, {list(student_logits[0].shape)}"
+                "mhkd_loss: all logits must be [B, K] and of one shape: "
+                f"{list(z.shape)}, {list(student_logits[0].shape)}"
             )
         if z.device != labels.device:
-            raise RuntimeError(f"logits and labels must be on one device: {z.device}, {labels.device}")
+            raise RuntimeError(f"mhkd_loss: logits and labels must be on one device: {z.device}, {labels.device}")
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be class indices of dtype int64, not {labels.dtype}")
+        raise TypeError(f"mhkd_loss: labels must be class indices of dtype int64, not {labels.dtype}")
     if labels.shape != student_logits[0].shape[:1]:
-        raise ValueError(f"labels must be [B]: {list(labels.shape)} for logits {list(student_logits[0].shape)}")
+        raise ValueError(
+            f"mhkd_loss: labels must be [B]: {list(labels.shape)} for logits {list(student_logits[0].shape)}"
+        )
     if not (math.isfinite(tau) and tau > 0):
-        raise ValueError(f"tau must be a finite number above 0, not {tau}")
+        raise ValueError(f"mhkd_loss: tau must be a finite number above 0, not {tau}")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
+        raise ValueError(f"mhkd_loss: alpha must be between 0 and 1, not {alpha}")
     if not all(math.isfinite(w) and w >= 0 for w in head_weights):
-        raise ValueError(f"the head weights must be finite and not negative, not {list(head_weights)}")
+        raise ValueError(f"mhkd_loss: the head weights must be finite and not negative, not {list(head_weights)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -781,9 +811,14 @@ class Data:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
-        std = torch.tensor(self.std, device=images.device) * 255
-        mean = torch.tensor(self.mean, device=images.device) * 255
+        mean, std = self._statistics
         return ((images - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+    @functools.cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and std on the 0-255 scale, sent to the device once: with each batch the host would have to wait."""
+        device = self.train_images.device
+        return torch.tensor(self.mean, device=device) * 255, torch.tensor(self.std, device=device) * 255
 
 
 def augment(images: Tensor, corners: Tensor, mirrored: Tensor, padding: int) -> Tensor:
@@ -850,7 +885,7 @@ def _from_torchvision(config: Config) -> Source:
         train, test = parts(download=False)
     except Exception:
         try:
-            with locked(root, "another run is downloading the data"):
+            with locked(root / ".download.lock", "another run is downloading the data"):
                 train, test = parts(download=True)
         except Exception as error:
             raise UsageError(
@@ -917,7 +952,7 @@ def _from_folder(config: Config) -> Source:
             stat = file.stat()
             key.update(repr((file.relative_to(part).as_posix(), stat.st_size, stat.st_mtime_ns)).encode())
     cache = Path(config.out) / "cache" / f"folder-{key.hexdigest()[:16]}.pt"
-    with locked(cache.parent, "another run is decoding images"):
+    with locked(cache.parent / ".lock", "another run is decoding images"):
         if cache.is_file():
             with contextlib.suppress(Exception):  # a cache that cannot be read is made again
                 content = torch.load(cache, weights_only=True)
@@ -932,7 +967,10 @@ def _from_folder(config: Config) -> Source:
 
 
 def _decode(files: list[Path], images: Tensor, title: str) -> None:
-    """Decode image files into uint8 [N, S, S, 3]: the shorter side resized to S, the middle square cut out."""
+    """Decode image files into uint8 [N, S, S, 3]: the shorter side resized to S, the middle square cut out.
+
+    Transparent pixels become black, 16-bit grey levels 8-bit.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     numpy = need("numpy", "numpy", "--dataset folder")
@@ -940,10 +978,20 @@ def _decode(files: list[Path], images: Tensor, title: str) -> None:
     ops = need("PIL.ImageOps", "pillow", "--dataset folder")
     S = images.shape[1]
 
+    def rgb(image: Any) -> Any:
+        if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
+            return pil.fromarray((numpy.asarray(image) >> 8).astype("uint8")).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no known range")
+        if "A" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = pil.alpha_composite(pil.new("RGBA", image.size, "black"), image)
+        return image.convert("RGB")
+
     def decode(i: int) -> None:
         try:
             with pil.open(files[i]) as image:
-                image = ops.exif_transpose(image).convert("RGB")
+                image = rgb(ops.exif_transpose(image))
                 if image.size != (S, S):
                     image = ops.fit(image, (S, S), method=pil.Resampling.BILINEAR)
                 images[i] = torch.from_numpy(numpy.array(image))
@@ -1153,6 +1201,8 @@ def _check_values(config: Config) -> None:
         "subset": (lambda v: v >= 2, "at least 2"),
         "seed": (lambda v: 0 <= v < 2**62, "not negative"),
         "teacher_seed": (lambda v: 0 <= v < 2**62, "not negative"),
+        "teacher_units": (lambda v: bool(v), "at least one name"),
+        "student_units": (lambda v: bool(v), "at least one name"),
         "backend": (lambda v: v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
         "units": (
             lambda v: bool(v) and set(v) <= {1, 2, 3} and len(set(v)) == len(v),
@@ -1187,6 +1237,8 @@ def run_name(config: Config, data: Data, teacher_sha256: str | None) -> str:
     for name, value in config.recorded().items():
         if name not in who and name != "seed" and value != standard[name]:
             parts.append(f"{name}={'+'.join(map(str, value)) if isinstance(value, list) else value}")
+    if world_size() > 1:  # batch norm sees each process's share alone
+        parts.append(f"processes={world_size()}")
     if config.teacher_weights:
         parts.append(f"weights={teacher_sha256[:8]}")
     name = "-".join(parts)
@@ -1200,6 +1252,13 @@ def run_name(config: Config, data: Data, teacher_sha256: str | None) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder '{folder}' cannot be made ({error})") from error
+
+
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
     """Write beside the file, flush to the disk, then rename: at every moment the old content or the new is there."""
     part = path.with_name(f"{path.name}.part")
@@ -1211,7 +1270,9 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         kept = "; the file of before is untouched" if path.exists() else ""
-        raise UsageError(f"'{path}' could not be written ({error}){kept}: make room and run the same again") from error
+        raise UsageError(
+            f"'{path}' could not be written ({error}){kept}; with that mended, run the same again"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -1220,12 +1281,17 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file, None where there is none."""
+def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
+    """The content of a JSON file, None where there is none. It must have these keys."""
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text()) if path.is_file() else None
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not all(key in content for key in keys):
+            raise ValueError(f"it must have {', '.join(keys)}")
     except ValueError as error:
         raise UsageError(f"'{path}' is damaged ({error}): move its folder away") from error
+    return content
 
 
 def sha256_of(path: str | Path) -> str:
@@ -1233,27 +1299,24 @@ def sha256_of(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, waiting: str) -> Iterator[None]:
-    """Hold a folder for this process alone; the kernel lets it go however the process ends."""
+def locked(lock: Path, waiting: str) -> Iterator[None]:
+    """Hold a lock file for this process alone; the system lets it go however the process ends."""
+    from filelock import FileLock, Timeout  # PyTorch itself depends on it
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the folder '{folder}' cannot be made ({error})") from error
-    try:
-        import fcntl
-    except ImportError:  # Windows: no such locks; do not start two equal runs at once there
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{waiting} in '{folder}': waiting for it", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            held.acquire(timeout=0)
+        except Timeout:
+            print(f"{waiting}: waiting for it ('{lock}')", flush=True)
+            held.acquire()
+    except OSError as error:
+        raise UsageError(f"the lock '{lock}' cannot be made ({error}): give another --out or --data") from error
+    try:
         yield
     finally:
-        os.close(handle)
+        held.release()
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -1266,10 +1329,17 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     if not path.is_file():
         raise UsageError(f"there is no checkpoint '{path}'")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the benchmark saves its options so
+            content = torch.load(path, map_location="cpu", weights_only=True)
         state = content.get("model", content.get("state_dict", content))
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}  # from DataParallel
+        for prefix in ("module.", "_orig_mod."):  # from DataParallel, from torch.compile
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"'{path}' is no checkpoint, or holds more than tensors, which could run code: save "
+            "{'model': network.state_dict()} alone"
+        ) from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"'{path}' cannot be read as a checkpoint, it may be truncated ({reason})") from error
@@ -1320,7 +1390,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         **versions,
         "mhkd": __version__,
         "commit": commit or None,
-        "loss": loss_backend(),
     }
 
 
@@ -1415,23 +1484,27 @@ def _train_one(
     """One run in its folder, under its lock. Data and teacher are on the device."""
     folder = Path(config.out) / run_name(config, data, teacher_sha256)
     record = {
-        "config": config.recorded(),
+        "config": {**config.recorded(), "processes": world_size()},
         "units": {role: list(units_of(config, role)) for role in ("teacher", "student")},
         "teacher_sha256": teacher_sha256,
         "data_sha256": data.sha256,
     }
-    lock = locked(folder, "another run of this configuration is at work") if is_main() else contextlib.nullcontext()
-    with lock:
+    lock = locked(folder.parent / ".locks" / f"{folder.name}.lock", f"another run is at work on '{folder}'")
+    with lock if is_main() else contextlib.nullcontext():
         wait_for_all()
-        before = read_json(folder / "config.json")
-        if before:
-            _refuse_other_configuration(folder, before, record)
-        result = read_json(folder / "result.json")
+        before = read_json(folder / "config.json", "config", "teacher_sha256", "data_sha256", "environments")
+        result = read_json(folder / "result.json", "config", "teacher_sha256", "data_sha256", "student_sha256")
+        for written in (before, result):
+            if written:
+                _refuse_other_configuration(folder, written, record)
+        if is_main():
+            make_folder(folder)
         student = folder / "student.pt"
         if result and student.is_file() and sha256_of(student) == result["student_sha256"]:
             say(f"finished before: '{folder}'")
             return result
-        here = {**environment(device), "data": config.data, "out": config.out}
+        here = {**environment(device), **{name: getattr(config, name) for name in ("data", "out", "teacher_weights")}}
+        here["loss"] = loss_backend() if _use_fused(config.backend, 1, data.test_labels) else "reference"
         environments = before["environments"] if before else []
         if environments and environments[-1] != here:
             last = environments[-1]
@@ -1450,7 +1523,7 @@ def _train_one(
 
 
 def _refuse_other_configuration(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = ({**r["config"], **{k: v for k, v in r.items() if k.endswith("sha256")}} for r in (before, now))
+    old, new = ({**r["config"], **{k: r[k] for k in ("teacher_sha256", "data_sha256")}} for r in (before, now))
     differing = [f"{k} {old.get(k)} there, {new.get(k)} now" for k in {**old, **new} if old.get(k) != new.get(k)]
     if differing:
         raise UsageError(
@@ -1504,8 +1577,8 @@ def _train_in(
                 means = train_epoch(step_module, optimizer, data, config, generator, progress)
             except FloatingPointError as error:
                 raise UsageError(
-                    f"the loss is not finite in epoch {epoch}, {error}: '{folder}' keeps the state after epoch "
-                    f"{epoch - 1}; try a lower --lr"
+                    f"the loss is not finite in epoch {epoch}, {error}; '{folder}' keeps the state before that epoch: "
+                    "try a lower --lr"
                 ) from error
             rate = N / (time.perf_counter() - started)
             entry = {"epoch": epoch, "lr": lr, **means, "test_accuracy": evaluate(student, data)}
@@ -1567,8 +1640,9 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, batch_size: int = 500) -> float:
+def evaluate(model: nn.Module, data: Data) -> float:
     """Accuracy of a network on the test images, in percent; its mode is left as it was."""
+    batch_size = max(50, 500 * 32**2 // data.test_images.shape[1] ** 2)  # as much memory for larger images
     mode = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=data.test_labels.device)
@@ -1607,7 +1681,7 @@ def _restore(folder, distiller, optimizer, generator, record) -> list[dict[str, 
         _refuse_other_configuration(folder, before, record)
         missing, unexpected = distiller.load_state_dict(state["distiller"], strict=False)
         if unexpected or any(not name.startswith("teacher.model.") for name in missing):
-            raise KeyError((missing + unexpected)[0])
+            raise KeyError([name for name in missing if not name.startswith("teacher.model.")] + unexpected)
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
@@ -1742,7 +1816,9 @@ def team(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Others wait while the first one waits for another run's teacher, or downloads.
+    backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(days=7)
+    torch.distributed.init_process_group(backend, timeout=patience)
     try:
         yield
     finally:
@@ -1775,7 +1851,9 @@ def parallel(distiller: Distiller, device: torch.device) -> nn.Module:
     """Gradients averaged over the processes, by PyTorch's DistributedDataParallel."""
     if world_size() == 1:
         return distiller
-    return nn.parallel.DistributedDataParallel(distiller, device_ids=[device] if device.type == "cuda" else None)
+    devices = [device] if device.type == "cuda" else None
+    # Unused parameters: those of heads that weigh nothing (--beta 0).
+    return nn.parallel.DistributedDataParallel(distiller, device_ids=devices, find_unused_parameters=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1790,7 +1868,8 @@ def report(folder: str | Path) -> str:
         UsageError: no run below it has finished.
     """
     folder = Path(folder)
-    runs = [read_json(path) | {"folder": path.parent} for path in sorted(folder.glob("*/result.json"))]
+    needed = ("config", "accuracy", "best_accuracy", "best_epoch", "teacher_accuracy", "epochs", "name")
+    runs = [read_json(path, *needed) | {"folder": path.parent} for path in sorted(folder.glob("*/result.json"))]
     if not runs:
         raise UsageError(f"no finished run below '{folder}'")
     rows = ["| data set | teacher | student | method | seed | last epoch % | best epoch % (which) | epochs | run |"]
@@ -1816,6 +1895,8 @@ def report(folder: str | Path) -> str:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot(xlabel="epoch", ylabel="test accuracy, %")
         for run in runs:
+            if not (run["folder"] / "log.jsonl").is_file():
+                continue
             log = [json.loads(line) for line in (run["folder"] / "log.jsonl").read_text().splitlines()]
             c = run["config"]
             label = f"{c['student']} {c['method']}" + (f" from {c['teacher']}" if c["teacher"] else "")

@@ -34,12 +34,29 @@ setup() { # sets `python`
         echo "run_all.sh: Python 3.10 or newer is needed: set PYTHON to one" >&2
         exit 1
     fi
-    if has_dependencies "$python"; then return; fi
+    if ! has_dependencies "$python"; then environment; fi
+    kernel
+}
+
+environment() { # one of our own
     if [ ! -x "$VENV/bin/python" ]; then run "$python" -m venv "$VENV"; fi
     python=$VENV/bin/python
     if has_dependencies "$python"; then return; fi
     run "$python" -m pip install --quiet --disable-pip-version-check "${PACKAGES[@]}"
 }
+
+kernel() { # the fused loss, built here beside mhkd.py; where it cannot be built everything works without it
+    local built=mhkd_fused.so log=build/kernel.log
+    if [ -e "$built" ] && [ -z "$(find csrc setup.py -newer "$built")" ] && fused; then return; fi
+    mkdir -p build
+    echo "+ $python setup.py build_ext --inplace  (some minutes; its output goes to $log)"
+    "$python" setup.py build_ext --inplace >"$log" 2>&1 || true
+    grep '^mhkd: ' "$log" || true
+    touch -c "$built"
+    "$python" mhkd.py --version
+}
+
+fused() { "$python" mhkd.py --version | grep -q 'loss: fused'; }
 
 demo() {
     local common=(--dataset digits --epochs 12 --out "$OUT")

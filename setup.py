@@ -1,24 +1,147 @@
-"""Installs the one module: pip install --no-build-isolation ."""
+"""Installs mhkd.py and, where it can be built, the fused loss from csrc/.
 
+    pip install --no-build-isolation .
+
+builds against the PyTorch of this environment: the CPU part always, the CUDA part if this PyTorch has CUDA and a
+toolkit of the same major version is found (no GPU is needed). Without a compiler or a matching toolkit one line says
+so and the rest is installed. TORCH_CUDA_ARCH_LIST chooses the architectures, as in PyTorch's own extensions.
+"""
+
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
 
-here = Path(__file__).parent
+OLDEST_ARCHITECTURE = 75  # Turing; older ones only where TORCH_CUDA_ARCH_LIST asks for them
+
+
+def say(line: str) -> None:
+    print(f"mhkd: {line}", file=sys.stderr, flush=True)
+
+
+def output_of(*command: str | Path) -> str:
+    """What a command prints, nothing where it cannot be run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr
+
+
+def find_toolkit() -> Path | None:
+    """The CUDA toolkit's folder. nvcc on the PATH may be a wrapper, so nvcc is asked where its toolkit is."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable])
+    for nvcc in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+        top = nvcc and re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "any.cu"), re.MULTILINE)
+        if top:
+            return Path(top[1].strip()).resolve()
+    return None
+
+
+def architectures(torch, toolkit: Path) -> str:
+    """The visible GPUs', else all that PyTorch and the toolkit both support from Turing up, PTX for the newest."""
+    if torch.cuda.is_available():
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+    of_toolkit = re.findall(r"compute_(\d+)", output_of(toolkit / "bin" / "nvcc", "--list-gpu-arch"))
+    of_torch = re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "")  # get_arch_list() is empty without a GPU
+    both = sorted(int(name) for name in set(of_toolkit) & set(of_torch) if int(name) >= OLDEST_ARCHITECTURE)
+    return ";".join(f"{name // 10}.{name % 10}" for name in both or [90]) + "+PTX"
+
+
+def fused_extension():
+    """The extension and the command that builds it; none of the two, and a line that says why, where it cannot be."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        say("the fused loss is left out: no PyTorch is visible to this build (use --no-build-isolation)")
+        return None, None
+    compiler = cpp_extension.get_cxx_compiler().split()[0]
+    if shutil.which(compiler) is None:
+        say(f"the fused loss is left out: there is no C++ compiler ({compiler})")
+        return None, None
+
+    # The vector code wants products and sums contracted to one instruction; nothing looks at errno or floating-point
+    # traps. -fopenmp compiles with OpenMP but, as it is missing from the link flags, links to none: the functions come
+    # from the library that PyTorch has loaded. A second one would bring a second pool of threads.
+    cxx = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    if sys.platform == "linux":
+        cxx.append("-fopenmp")
+    sources = ["csrc/mhkd_loss.cpp", "csrc/mhkd_loss_cpu.cpp"]
+    depends = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
+
+    def make(kind, sources, **settings):
+        extension = kind("mhkd_fused", sources, depends=depends, **settings)
+        extension.libraries = [name for name in extension.libraries if name != "torch_python"]  # it needs no Python
+        return extension
+
+    extension = cpu = make(cpp_extension.CppExtension, sources, extra_compile_args={"cxx": cxx})
+    if torch.version.cuda:
+        toolkit = find_toolkit()
+        release = toolkit and re.search(r"release (\d+)\.\d+", output_of(toolkit / "bin" / "nvcc", "--version"))
+        if release and release[1] == torch.version.cuda.split(".")[0]:
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(torch, toolkit))
+            cpp_extension.CUDA_HOME = str(toolkit)
+            # --ftz: without denormal numbers an exponential is one instruction.
+            nvcc = ["-O3", "--ftz=true", f"--threads={min(4, os.cpu_count() or 1)}"]
+            extension = make(
+                cpp_extension.CUDAExtension,
+                [*sources, "csrc/mhkd_loss_cuda.cu"],
+                define_macros=[("MHKD_CUDA_KEY", "CUDA")],
+                extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+            )
+            say(f"the fused loss for CPU and for CUDA {os.environ['TORCH_CUDA_ARCH_LIST']}, toolkit {toolkit}")
+        else:
+            found = f"the toolkit at {toolkit} does not match" if toolkit else "no toolkit (nvcc) is found"
+            say(f"the fused loss for the CPU alone: this PyTorch has CUDA {torch.version.cuda}, {found}")
+
+    class Build(cpp_extension.BuildExtension):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, no_python_abi_suffix=True, **kwargs)  # a plain library: mhkd_fused.so
+
+        def build_extensions(self):
+            try:
+                return super().build_extensions()
+            except Exception as error:  # whatever it is, mhkd.py works without
+                reason = str(error).splitlines()[0]
+            if extension is not cpu:
+                say(f"the fused loss for the CPU alone: the CUDA part does not compile ({reason})")
+                for name in ("sources", "define_macros", "extra_compile_args", "include_dirs", "libraries"):
+                    setattr(self.extensions[0], name, getattr(cpu, name))
+                try:
+                    return super().build_extensions()
+                except Exception as error:
+                    reason = str(error).splitlines()[0]
+            say(f"the fused loss is left out: it does not compile ({reason})")
+            self.extensions = []
+
+    return extension, Build
+
+
+here = Path(__file__).resolve().parent
+extension, build = fused_extension()
 setup(
     name="mhkd",
-    version=re.search(r'__version__ = "(.+)"', (here / "mhkd.py").read_text()).group(1),
+    version=re.search(r'__version__ = "(.+)"', (here / "mhkd.py").read_text())[1],
     description="Multi-head knowledge distillation for model compression: the reference implementation",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
-    py_modules=["mhkd"],
     python_requires=">=3.10",
     install_requires=["torch>=2.6"],
     extras_require={
         "all": ["torchvision", "numpy", "tqdm", "scikit-learn", "scipy", "matplotlib"],
         "test": ["pytest", "hypothesis", "ruff"],
     },
+    py_modules=["mhkd"],
     entry_points={"console_scripts": ["mhkd = mhkd:main"]},
+    ext_modules=[extension] if extension else [],
+    cmdclass={"build_ext": build} if build else {},
 )

@@ -391,3 +391,18 @@ def test_draws_leave_the_global_generator_alone(tmp_path):
     before = torch.get_rng_state()
     mhkd.draw_epoch(config(tmp_path), 100, torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sixteen_bit_grey_levels_keep_their_brightness(folder):
+    levels = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(levels).save(folder / "val" / "cat" / "d.png")
+    image = mhkd.load_data(of_folder(folder)).test_images[0].numpy()
+    assert np.array_equal(image, np.repeat((levels >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_transparent_pixels_are_black_whatever_colour_they_hide(folder):
+    array = np.full((32, 32, 4), 200, np.uint8)
+    array[..., 3] = np.where(np.arange(32) < 16, 0, 255)
+    save(folder / "val" / "cat" / "d.png", array)
+    image = mhkd.load_data(of_folder(folder)).test_images[0].numpy()
+    assert (image[:, :16] == 0).all() and (image[:, 16:] == 200).all()

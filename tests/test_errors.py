@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -330,11 +331,17 @@ def test_the_script_exits_with_an_error_status_and_one_line(tmp_path):
 
 def test_an_interrupt_from_the_keyboard_ends_without_a_traceback(tmp_path):
     command = [sys.executable, str(SCRIPT), *ALONE, "--epochs", "200", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     for line in process.stdout:
         if " epoch 1/" in line:
             break
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error.count("\n") == 1

@@ -319,3 +319,37 @@ def test_a_torchvision_network_compiles_whole_with_its_penultimate_feature():
         outputs, feature = torch.compile(network, fullgraph=True, backend="eager")(x, penultimate=True)
         assert torch.equal(feature, network(x, penultimate=True)[1])
         assert all(torch.equal(a, b) for a, b in zip(outputs, network(x)))
+
+
+def test_remove_leaves_the_network_as_plain_as_it_came():
+    network = mhkd.build_model("resnet8", 10)
+    multi = mhkd.MultiHead(network, ["layer1", "layer2"], 10)
+    assert multi.remove() is network
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    torch.jit.script(network)  # refuses a network with hooks of ours
+
+
+def test_features_with_the_channels_last_are_refused():
+    models = pytest.importorskip("torchvision.models")
+    with pytest.raises(mhkd.UsageError, match="features.1.*channels last"):
+        mhkd.MultiHead(models.swin_t(num_classes=10), ["features.1"], 10)
+
+
+def test_a_bare_string_is_no_list_of_units():
+    with pytest.raises(mhkd.UsageError, match=r"\['layer1'\]"):
+        mhkd.MultiHead(mhkd.build_model("resnet8", 10), "layer1", 10)
+
+
+def test_a_network_whose_training_output_is_no_tensor_is_refused_when_it_comes():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 10, 3)
+
+        def forward(self, x):
+            logits = self.layer(x).mean(dim=(2, 3))
+            return (logits, logits) if self.training else logits
+
+    multi = mhkd.MultiHead(Auxiliary(), ["layer"], 10)
+    with pytest.raises(mhkd.UsageError, match="tuple"):
+        multi(images(2, 3, 8, 8))

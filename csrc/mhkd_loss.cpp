@@ -1,0 +1,281 @@
+// The fused loss of multi-head knowledge distillation: schema, checks, Meta and Autograd.
+//
+//     loss = sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S)) + sum_{h marked} CE(y, z_T)
+//
+// Plain PyTorch runs about twenty small operations a head forward and backward, nearly each with a temporary of
+// the size of the logits. Here one operator reads the logits of all heads where they lie:
+//
+//     forward   reads each logit of student and teacher once, keeps six numbers a row      2 B K bytes(z)  a head
+//     backward  reads them once more and writes each gradient once                         3 B K bytes(z)  a head
+//
+// (4 B K where the teacher's own cross-entropy asks for its gradient too). The probabilities are never stored: the
+// backward computes the exponentials again, which is cheaper than to write and read them. Where tau is a small
+// integer one exponential a logit is enough, exp(x) = exp(x / tau)^tau. The memory beyond the inputs is the
+// gradients. The gradient that comes in multiplies before anything is rounded to a half type. Nothing saved is
+// written to and no state is kept between calls, so the backward can run again, and two runs give the same bits.
+//
+// A file per device: mhkd_loss_cpu.cpp, mhkd_loss_cuda.cu. Their shared arithmetic stands in mhkd_loss.h. All is
+// registered here in C++: from Python the registration alone would cost more than the loss of a small batch.
+#include "mhkd_loss.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#define MHKD_STRING_(x) #x
+#define MHKD_STRING(x) MHKD_STRING_(x)
+#define MHKD_OPERATOR(name) MHKD_STRING(MHKD_LIBRARY) "::" name
+#define MHKD_TORCH_LIBRARY(name, m) TORCH_LIBRARY(name, m)  // expands the name first
+
+namespace MHKD_LIBRARY {
+
+using at::Tensor;
+using at::TensorList;
+using Weights = at::ArrayRef<double>;
+using Flags = c10::List<bool>;
+
+// --------------------------------------------------------------------------------------------------
+// Checks and shapes
+// --------------------------------------------------------------------------------------------------
+
+void check_arguments(TensorList student, TensorList teacher, const Tensor& labels, double tau, double alpha,
+                     Weights head_weights, const Flags& teacher_ce) {
+  const size_t heads = student.size();
+  TORCH_CHECK_VALUE(heads >= 1 && heads <= size_t(kMaxHeads), "mhkd_loss: 1 to ", kMaxHeads, " heads, got ", heads);
+  TORCH_CHECK_VALUE(teacher.size() == heads, "mhkd_loss: ", heads, " student heads but ", teacher.size(),
+                    " teacher heads");
+  TORCH_CHECK_VALUE(head_weights.size() == heads && teacher_ce.size() == heads, "mhkd_loss: ", heads,
+                    " heads but ", head_weights.size(), " head_weights and ", teacher_ce.size(), " teacher_ce");
+  TORCH_CHECK_VALUE(std::isfinite(tau) && tau > 0, "mhkd_loss: tau must be positive and finite, got ", tau);
+  TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 1, "mhkd_loss: alpha must lie between 0 and 1, got ", alpha);
+  for (double weight : head_weights) {
+    TORCH_CHECK_VALUE(std::isfinite(weight) && weight >= 0,
+                      "mhkd_loss: head weights must be finite and not negative, got ", weight);
+  }
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "mhkd_loss: labels must be int64, got ", labels.scalar_type());
+  TORCH_CHECK_VALUE(labels.dim() == 1, "mhkd_loss: labels must have the shape [B], got ", labels.sym_sizes());
+  const Tensor& first = student[0];
+  TORCH_CHECK_VALUE(first.dim() == 2 && first.sym_size(1) >= 1,
+                    "mhkd_loss: logits must have the shape [B, K] with K >= 1, got ", first.sym_sizes());
+  TORCH_CHECK_VALUE(first.sym_size(0) == labels.sym_size(0), "mhkd_loss: logits ", first.sym_sizes(), " but ",
+                    labels.sym_size(0), " labels");
+  for (const TensorList& logits : {student, teacher}) {
+    for (const Tensor& z : logits) {
+      const auto dtype = z.scalar_type();
+      TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+                       "mhkd_loss: logits must be float64, float32, bfloat16 or float16, got ", dtype);
+      // Heads may not differ in K: they classify the same classes.
+      TORCH_CHECK_VALUE(z.dim() == 2 && z.sym_size(0) == first.sym_size(0) && z.sym_size(1) == first.sym_size(1),
+                        "mhkd_loss: all logits must have one shape [B, K], got ", z.sym_sizes(), " and ",
+                        first.sym_sizes());
+      TORCH_CHECK(z.device() == labels.device(), "mhkd_loss: logits and labels must be on one device, got ",
+                  z.device(), " and ", labels.device());
+    }
+  }
+}
+
+at::ScalarType loss_dtype(TensorList student, TensorList teacher) {
+  for (const TensorList& logits : {student, teacher}) {
+    for (const Tensor& z : logits) {
+      if (z.scalar_type() == at::kDouble) return at::kDouble;
+    }
+  }
+  return at::kFloat;
+}
+
+at::ScalarType arithmetic_dtype(TensorList student, TensorList teacher) {
+  return student[0].sym_size(1) <= kExactClasses ? at::kDouble : loss_dtype(student, teacher);
+}
+
+std::vector<Tensor> adjacent_classes(TensorList logits) {
+  std::vector<Tensor> adjacent;
+  adjacent.reserve(logits.size());
+  for (const Tensor& z : logits) adjacent.push_back(z.stride(1) == 1 || z.size(1) == 1 ? z : z.contiguous());
+  return adjacent;
+}
+
+// --------------------------------------------------------------------------------------------------
+// Meta: shapes and dtypes alone, for torch.compile
+// --------------------------------------------------------------------------------------------------
+
+static std::tuple<Tensor, Tensor, Tensor> loss_meta(TensorList student, TensorList teacher, const Tensor& labels,
+                                                    double tau, double alpha, Weights head_weights,
+                                                    const Flags& teacher_ce, int64_t ignore_index) {
+  check_arguments(student, teacher, labels, tau, alpha, head_weights, teacher_ce);
+  const auto options = labels.options().dtype(loss_dtype(student, teacher));
+  const auto heads = int64_t(student.size());
+  const c10::SymInt stats = labels.sym_size(0) * (heads * kRowStats) + 1;
+  return {at::empty({}, options), at::empty({heads, kTerms}, options),
+          at::empty_symint({stats}, options.dtype(arithmetic_dtype(student, teacher)))};
+}
+
+static std::vector<Tensor> loss_backward_meta(const Tensor& grad_loss, TensorList student, TensorList teacher,
+                                              const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
+                                              Weights head_weights, const Flags& teacher_ce, int64_t ignore_index,
+                                              const Flags& needs_grad) {
+  std::vector<Tensor> grads;
+  for (size_t i = 0; i < needs_grad.size(); ++i) {
+    const Tensor& z = i < student.size() ? student[i] : teacher[i - student.size()];
+    if (needs_grad[i]) grads.push_back(at::empty_symint(z.sym_sizes(), z.options()));
+  }
+  return grads;
+}
+
+// --------------------------------------------------------------------------------------------------
+// Autograd
+// --------------------------------------------------------------------------------------------------
+
+static std::tuple<Tensor, Tensor, Tensor> call_loss(TensorList student, TensorList teacher, const Tensor& labels,
+                                                    double tau, double alpha, Weights head_weights,
+                                                    const Flags& teacher_ce, int64_t ignore_index) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow(MHKD_OPERATOR("loss"), "")
+                             .typed<decltype(loss_meta)>();
+  return op.call(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+}
+
+static std::vector<Tensor> call_loss_backward(const Tensor& grad_loss, TensorList student, TensorList teacher,
+                                              const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
+                                              Weights head_weights, const Flags& teacher_ce, int64_t ignore_index,
+                                              const Flags& needs_grad) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow(MHKD_OPERATOR("loss_backward"), "")
+                             .typed<decltype(loss_backward_meta)>();
+  return op.call(grad_loss, student, teacher, labels, row_stats, tau, alpha, head_weights, teacher_ce, ignore_index,
+                 needs_grad);
+}
+
+static bool any_requires_grad(TensorList tensors) {
+  for (const Tensor& tensor : tensors) {
+    if (tensor.requires_grad()) return true;
+  }
+  return false;
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct LossFunction : torch::autograd::Function<LossFunction> {
+  static variable_list forward(AutogradContext* ctx, TensorList student, TensorList teacher, const Tensor& labels,
+                               double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
+                               int64_t ignore_index) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, terms, row_stats] =
+        call_loss(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+    variable_list saved(student.begin(), student.end());
+    saved.insert(saved.end(), teacher.begin(), teacher.end());
+    saved.push_back(labels);
+    saved.push_back(row_stats);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["tau"] = tau;
+    ctx->saved_data["alpha"] = alpha;
+    ctx->saved_data["head_weights"] = c10::List<double>(head_weights);
+    ctx->saved_data["teacher_ce"] = teacher_ce;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->mark_non_differentiable({terms, row_stats});
+    return {loss, terms, row_stats};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t heads = (saved.size() - 2) / 2;
+    const TensorList all(saved);
+    const Flags teacher_ce = ctx->saved_data["teacher_ce"].toBoolList();
+    Flags needs_grad;  // the divergence sends the teacher no gradient: only a marked head has one
+    needs_grad.reserve(2 * heads);
+    for (size_t i = 0; i < 2 * heads; ++i) {
+      needs_grad.push_back(ctx->needs_input_grad(i) && (i < heads || teacher_ce[i - heads]));
+    }
+    const std::vector<Tensor> grads = call_loss_backward(
+        grad_outputs[0], all.slice(0, heads), all.slice(heads, heads), saved[2 * heads], saved[2 * heads + 1],
+        ctx->saved_data["tau"].toDouble(), ctx->saved_data["alpha"].toDouble(),
+        ctx->saved_data["head_weights"].toDoubleVector(), teacher_ce, ctx->saved_data["ignore_index"].toInt(),
+        needs_grad);
+    variable_list result(2 * heads + 6);  // labels and the five settings have none
+    for (size_t i = 0, next = 0; i < 2 * heads; ++i) {
+      if (needs_grad[i]) result[i] = grads[next++];
+    }
+    return result;
+  }
+};
+
+static std::tuple<Tensor, Tensor, Tensor> loss_autograd(TensorList student, TensorList teacher, const Tensor& labels,
+                                                        double tau, double alpha, Weights head_weights,
+                                                        const Flags& teacher_ce, int64_t ignore_index) {
+  if (!at::GradMode::is_enabled() || !(any_requires_grad(student) || any_requires_grad(teacher))) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_loss(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+  }
+  const variable_list out =
+      LossFunction::apply(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+  return {out[0], out[1], out[2]};
+}
+
+// The gradients can be asked for with create_graph=True; to differentiate them is refused when it is tried.
+struct LossBackwardFunction : torch::autograd::Function<LossBackwardFunction> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_loss, TensorList student, TensorList teacher,
+                               const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
+                               Weights head_weights, const Flags& teacher_ce, int64_t ignore_index,
+                               const Flags& needs_grad) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_loss_backward(grad_loss, student, teacher, labels, row_stats, tau, alpha, head_weights, teacher_ce,
+                              ignore_index, needs_grad);
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "mhkd_loss: the fused kernel has no second derivative; call mhkd_loss with "
+                       "backend=\"reference\" to differentiate its gradients");
+  }
+};
+
+static std::vector<Tensor> loss_backward_autograd(const Tensor& grad_loss, TensorList student, TensorList teacher,
+                                                  const Tensor& labels, const Tensor& row_stats, double tau,
+                                                  double alpha, Weights head_weights, const Flags& teacher_ce,
+                                                  int64_t ignore_index, const Flags& needs_grad) {
+  if (!at::GradMode::is_enabled()) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_loss_backward(grad_loss, student, teacher, labels, row_stats, tau, alpha, head_weights, teacher_ce,
+                              ignore_index, needs_grad);
+  }
+  return LossBackwardFunction::apply(grad_loss, student, teacher, labels, row_stats, tau, alpha, head_weights,
+                                     teacher_ce, ignore_index, needs_grad);
+}
+
+// --------------------------------------------------------------------------------------------------
+// Registration
+// --------------------------------------------------------------------------------------------------
+
+MHKD_TORCH_LIBRARY(MHKD_LIBRARY, m) {
+  // terms [H, 3]: KL * tau^2, CE(y, z_S), CE(y, z_T) of each head, without a gradient. row_stats is for the backward.
+  m.def(
+      "loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float tau, float alpha, "
+      "float[] head_weights, bool[] teacher_ce, int ignore_index=-100) -> (Tensor loss, Tensor terms, "
+      "Tensor row_stats)");
+  // needs_grad: a bool for each student head, then for each teacher head; as many gradients come back as are true.
+  m.def(
+      "loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, "
+      "Tensor row_stats, float tau, float alpha, float[] head_weights, bool[] teacher_ce, int ignore_index, "
+      "bool[] needs_grad) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Meta, m) {
+  m.impl("loss", loss_meta);
+  m.impl("loss_backward", loss_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Autograd, m) {
+  m.impl("loss", loss_autograd);
+  m.impl("loss_backward", loss_backward_autograd);
+}
+
+#ifdef MHKD_CUDA_KEY  // CUDA where setup.py found a toolkit; the tests' emulation registers the same code for the CPU
+TORCH_LIBRARY_IMPL(MHKD_LIBRARY, MHKD_CUDA_KEY, m) {
+  m.impl("loss", loss_cuda);
+  m.impl("loss_backward", loss_backward_cuda);
+}
+
+TORCH_LIBRARY_FRAGMENT(MHKD_LIBRARY, m) { m.def("cuda_architectures() -> str", cuda_architectures); }
+#endif
+
+}  // namespace MHKD_LIBRARY
