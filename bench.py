@@ -232,19 +232,12 @@ def bench_step(arguments) -> dict:
     images = torch.randint(256, (N, config.image_size, config.image_size, 3), generator=generator, dtype=torch.uint8)
     labels = torch.randint(K, (N,), generator=generator)
     data = mhkd.Data(images, labels, images, labels, [""] * K, (0.5,) * 3, (0.25,) * 3, "").to(device)
-    torch.manual_seed(0)
-    networks = {}
-    for role, frozen in (("student", False), ("teacher", True)):
-        network = mhkd.build_model(getattr(config, role), K)
-        networks[role] = mhkd.MultiHead(network, mhkd.units_of(config, role), K, frozen=frozen)
-    method = mhkd.METHODS[config.method](config)
-    distiller = mhkd.Distiller(networks["student"], networks["teacher"], method).to(device).train()
+    distiller = mhkd.build_distiller(config, mhkd.build_model(config.teacher, K).to(device), data).train()
+    (method,) = distiller.objective.methods
     optimizer = torch.optim.SGD(
         [p for p in distiller.parameters() if p.requires_grad],
         lr=1e-3, momentum=config.momentum, weight_decay=config.weight_decay,
     )  # fmt: skip
-    order, corners, mirrored = (t.to(device) for t in mhkd.draw_epoch(config, N, generator))
-
     seconds: dict[str, list[float]] = {}
     mark = 0.0
 
@@ -256,24 +249,28 @@ def bench_step(arguments) -> dict:
             seconds.setdefault(part, []).append(time.perf_counter() - mark)
         mark = time.perf_counter()
 
-    for i in range(0, N, config.batch_size):
-        batch = slice(i, i + config.batch_size)
+    batches = mhkd.epoch_batches(data, config, generator)
+    for _ in range(N // config.batch_size):
         lap()
-        batch_images = mhkd.augment(
-            data.train_images[order[batch]], corners[batch], mirrored[batch], config.crop_padding
-        )
-        batch_labels = data.train_labels[order[batch]]
-        x = data.normalise(batch_images)
+        x, batch_labels, indices = next(batches)
         lap("data")
-        outputs = networks["student"](x)
-        lap("student and heads, forward")
-        targets = networks["teacher"](x)
-        lap("teacher and heads, forward")
+        student = distiller.student(x)
+        lap("student, forward")
+        teacher = distiller.teacher(x)
+        lap("teacher, forward")
+        outputs, targets = [student.logits], [teacher.logits]
+        if config.method == "mhkd":
+            outputs, targets = method.all_logits(student, "student"), method.all_logits(teacher, "teacher")
+        lap("heads, forward")
         # The loss on leaves of its own, so that its backward can be told from the networks'.
         student_leaves = [z.detach().requires_grad_() for z in outputs]
         teacher_leaves = [z.detach().requires_grad_(z.requires_grad) for z in targets]
         lap()
-        loss = sum(method(student_leaves, teacher_leaves, batch_labels).values())
+        if config.method == "mhkd":
+            loss = method.loss(student_leaves, teacher_leaves, batch_labels)
+        else:
+            bare = [mhkd.Outputs(z[0], {}, None) for z in (student_leaves, teacher_leaves)]
+            loss = method.final_terms(mhkd.Step(*bare, batch_labels, indices))["kd"]
         loss.backward()
         lap("loss, forward and backward")
         leaves = zip([*outputs, *targets], [*student_leaves, *teacher_leaves])

@@ -24,17 +24,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import csv
 import dataclasses
 import datetime
 import difflib
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
 import pickle
 import platform
+import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -400,28 +405,23 @@ class _Tap:
         return feature
 
 
-class MultiHead(nn.Module):
-    """A network with auxiliary heads at the ends of some of its submodules (section 3.1, figure 1).
+@dataclasses.dataclass
+class Outputs:
+    """What a network gives for a batch."""
 
-        student = MultiHead(torchvision.models.resnet18(num_classes=10), ["layer1", "layer2", "layer3"], 10)
-        logits, logits_1, logits_2, logits_3 = student(images)
-        torch.save(student.model.state_dict(), "student.pt")  # the plain network, without the heads
+    logits: Tensor  # [B, K]
+    features: dict[str, Tensor]  # [B, C, H, W] each, by the names of the submodules that returned them
+    penultimate: Tensor | None  # [B, C], the input of the last linear layer
 
-    The network itself, `model`, stays usable alone, its state dict is the plain one; the heads are in `heads`. The
-    network is run once on a small image of zeros to find out the channels at each unit. `remove()` takes the hooks off.
 
-    Args:
-        model: any module that maps images [B, C, H, W] to logits [B, K].
-        units: names of submodules, as in `model.named_modules()`, that return a feature [B, C, H, W].
-        num_classes: K.
-        frozen: keep the network in eval mode and without gradients, whatever `train()` is called. The heads train.
-        width, stride: of the heads, see AuxHead.
-        example_input: what to run the network on once; by default zeros [1, C, 32, 32].
-        classifier: name of the last linear layer, whose input is the penultimate feature; found out by default.
+class Tapped(nn.Module):
+    """A network whose features are taken from outside, by the names of submodules: forward(x) gives Outputs.
 
-    Raises:
-        UsageError: a unit does not exist, is not run exactly once, or does not return a feature [B, C, H, W]; or the
-            network does not give K logits.
+    The network itself, `model`, stays usable alone. It is run once on a small image of zeros to find out the shape of
+    each feature: `shapes[name]` is (C, H, W), `width` the length of the penultimate feature. `remove()` takes the
+    hooks off.
+
+    Args: see MultiHead, which adds heads.
     """
 
     def __init__(
@@ -431,8 +431,7 @@ class MultiHead(nn.Module):
         num_classes: int,
         frozen: bool = False,
         *,
-        width: int = 256,
-        stride: int = 2,
+        penultimate: bool = False,
         example_input: Tensor | None = None,
         classifier: str | None = None,
     ):
@@ -452,22 +451,20 @@ class MultiHead(nn.Module):
                     f"the network has no submodule '{name}': {hint}it has {', '.join(names[:40])}"
                     + (", ..." if len(names) > 40 else "")
                 )
-        channels, self.classifier = self._probe(modules, num_classes, example_input, classifier)
+        self.shapes, self.classifier = self._probe(modules, num_classes, example_input, classifier)
+        self.width = getattr(modules.get(self.classifier), "in_features", None)
         self._taps = [_Tap() for _ in self.units]
         self._handles = [modules[n].register_forward_hook(tap.after) for n, tap in zip(self.units, self._taps)]
-        self._penultimate = _Tap()
+        self._penultimate, self._wants_penultimate = _Tap(), penultimate
         if self.classifier:
             self._handles.append(modules[self.classifier].register_forward_pre_hook(self._penultimate.before))
-        parameter = next(model.parameters(), torch.empty(0))
-        self.heads = nn.ModuleList(AuxHead(c, num_classes, width, stride) for c in channels)
-        self.heads.to(parameter.device, parameter.dtype)
         if frozen:
             model.requires_grad_(False).eval()
 
     def _probe(
         self, modules: dict[str, nn.Module], num_classes: int, example: Tensor | None, classifier: str | None
-    ) -> tuple[list[int], str | None]:
-        """Run the network once; the channels at each unit, and the name of the last linear layer (or None)."""
+    ) -> tuple[dict[str, tuple[int, int, int]], str | None]:
+        """Run the network once; the shape (C, H, W) at each unit, and the name of the last linear layer (or None)."""
         shapes: dict[str, list] = {name: [] for name in self.units}
         linear: list[str] = []
 
@@ -512,7 +509,7 @@ class MultiHead(nn.Module):
             _, channels, height, width = seen[0]
             if channels == height != width and example.shape[-2] == example.shape[-1]:
                 raise UsageError(f"the submodule '{name}' returns {list(seen[0])}, with the channels last")
-        return [shapes[name][0][1] for name in self.units], classifier or (linear[-1] if linear else None)
+        return {name: tuple(shape[0][1:]) for name, shape in shapes.items()}, classifier or (linear or [None])[-1]
 
     def remove(self) -> nn.Module:
         """Take the hooks off the network and return it, as plain as it came."""
@@ -520,14 +517,17 @@ class MultiHead(nn.Module):
             handle.remove()
         return self.model
 
-    def train(self, mode: bool = True) -> MultiHead:
+    def train(self, mode: bool = True) -> Tapped:
         super().train(mode)
         if self.frozen:
             self.model.eval()
         return self
 
-    def forward(self, x: Tensor, penultimate: bool = False) -> list[Tensor] | tuple[list[Tensor], Tensor]:
-        """Logits [final, head 1, ..., head D], each [B, K]; with `penultimate` also the classifier's input [B, C]."""
+    def forward(self, x: Tensor) -> Outputs:
+        logits, features, penultimate = self._observe(x, self._wants_penultimate)
+        return Outputs(logits, dict(zip(self.units, features)), penultimate)
+
+    def _observe(self, x: Tensor, penultimate: bool) -> tuple[Tensor, list[Tensor], Tensor | None]:
         if penultimate and not self.classifier:
             raise UsageError("the network has no linear layer for the penultimate feature: name its classifier")
         if self.frozen and any(module.training for module in self.model.modules()):
@@ -546,6 +546,53 @@ class MultiHead(nn.Module):
         for name, f in zip(self.units, features):
             if f is None:  # the probe saw it run, but in training it may be dropped at random
                 raise UsageError(f"the submodule '{name}' did not run in this forward pass")
+        return logits, features, feature
+
+
+class MultiHead(Tapped):
+    """A network with auxiliary heads at the ends of some of its submodules (section 3.1, figure 1).
+
+        student = MultiHead(torchvision.models.resnet18(num_classes=10), ["layer1", "layer2", "layer3"], 10)
+        logits, logits_1, logits_2, logits_3 = student(images)
+        torch.save(student.model.state_dict(), "student.pt")  # the plain network, without the heads
+
+    The network itself, `model`, stays usable alone, its state dict is the plain one; the heads are in `heads`. The
+    network is run once on a small image of zeros to find out the channels at each unit. `remove()` takes the hooks off.
+
+    Args:
+        model: any module that maps images [B, C, H, W] to logits [B, K].
+        units: names of submodules, as in `model.named_modules()`, that return a feature [B, C, H, W].
+        num_classes: K.
+        frozen: keep the network in eval mode and without gradients, whatever `train()` is called. The heads train.
+        width, stride: of the heads, see AuxHead.
+        example_input: what to run the network on once; by default zeros [1, C, 32, 32].
+        classifier: name of the last linear layer, whose input is the penultimate feature; found out by default.
+
+    Raises:
+        UsageError: a unit does not exist, is not run exactly once, or does not return a feature [B, C, H, W]; or the
+            network does not give K logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[str],
+        num_classes: int,
+        frozen: bool = False,
+        *,
+        width: int = 256,
+        stride: int = 2,
+        example_input: Tensor | None = None,
+        classifier: str | None = None,
+    ):
+        super().__init__(model, units, num_classes, frozen, example_input=example_input, classifier=classifier)
+        parameter = next(model.parameters(), torch.empty(0))
+        self.heads = nn.ModuleList(AuxHead(self.shapes[name][0], num_classes, width, stride) for name in self.units)
+        self.heads.to(parameter.device, parameter.dtype)
+
+    def forward(self, x: Tensor, penultimate: bool = False) -> list[Tensor] | tuple[list[Tensor], Tensor]:
+        """Logits [final, head 1, ..., head D], each [B, K]; with `penultimate` also the classifier's input [B, C]."""
+        logits, features, feature = self._observe(x, penultimate)
         outputs = [logits, *(head(f) for head, f in zip(self.heads, features))]
         return (outputs, feature) if penultimate else outputs
 
@@ -733,20 +780,64 @@ def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, he
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Method(nn.Module):
-    """A way to train the student. Register a subclass in METHODS and `--method` knows it.
+@dataclasses.dataclass
+class Step:
+    """What a method sees of a training step."""
 
-    Its forward takes the logits of both networks, lists [final, head 1, ..., head D] (the teacher's is None without
-    a teacher), and the labels [B], and returns named terms whose sum is the loss.
+    student: Outputs
+    teacher: Outputs | None
+    labels: Tensor  # [B]
+    indices: Tensor  # [B], places in the training set
+
+
+class Method(nn.Module):
+    """A way to train the student. Register a subclass in METHODS and `--method` knows it, alone and joined by `+`.
+
+    The loss is a sum of named terms: those on the final outputs, which methods that are joined take from one of them,
+    and the method's own. Few methods need more than `units` or `needs_penultimate`, and `own_terms`.
+
+    Args:
+        config: resolved.
+        student, teacher: the networks (the teacher None without one), for the shapes of what they give.
+        data: for the training labels and the number of classes.
     """
 
     options: tuple[str, ...] = ()  # the fields of Config that matter to it alone
     needs_teacher = True
-    needs_units = False  # auxiliary heads on both networks
+    needs_penultimate = False  # the penultimate features of both networks
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped | None, data: Data):
         super().__init__()
         self.config = config
+
+    @classmethod
+    def units(cls, config: Config, role: str) -> tuple[str, ...]:
+        """Names of the submodules of the "student" or the "teacher" whose features it needs."""
+        return ()
+
+    @classmethod
+    def adapt(cls, config: Config, student: nn.Module, teacher: nn.Module | None, num_classes: int) -> None:
+        """Change the plain student for its training; `plain` takes that back."""
+
+    @classmethod
+    def plain(cls, student: nn.Module) -> nn.Module:
+        """The plain network that computes what the adapted student does."""
+        return student
+
+    def prepare(self, teacher: Tapped | None, epoch: Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]) -> None:
+        """Called once, before the first step; epoch() gives batches of images [B, 3, S, S], labels [B], indices [B]."""
+
+    def final_terms(self, step: Step) -> dict[str, Tensor]:
+        """Terms of the loss on the final outputs."""
+        raise NotImplementedError
+
+    def own_terms(self, step: Step) -> dict[str, Tensor]:
+        """Terms of the loss that the method adds."""
+        return {}
+
+    def backward(self, terms: dict[str, Tensor], student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Turn the terms into the gradients of the student's parameters and of all others that train."""
+        sum(terms.values()).backward()
 
 
 class CrossEntropy(Method):
@@ -754,24 +845,8 @@ class CrossEntropy(Method):
 
     needs_teacher = False
 
-    def forward(self, student: list[Tensor], teacher: None, labels: Tensor) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(student[0], labels)}
-
-
-class MultiHeadDistillation(Method):
-    """Equation 2 over the final outputs and the auxiliary heads."""
-
-    options = ("tau", "alpha", "beta", "units", "teacher_units", "student_units", "head_width", "head_stride")
-    needs_units = True
-
-    def forward(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
-        c = self.config
-        return {
-            "mhkd": mhkd_loss(
-                student, teacher, labels, tau=c.tau, alpha=c.alpha, beta=c.beta, backend=c.backend,
-                teacher_ce=[False] + [True] * (len(teacher) - 1),
-            )
-        }  # fmt: skip
+    def final_terms(self, step: Step) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(step.student.logits, step.labels)}
 
 
 class Distillation(Method):
@@ -779,12 +854,511 @@ class Distillation(Method):
 
     options = ("tau", "alpha")
 
-    def forward(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+    def final_terms(self, step: Step) -> dict[str, Tensor]:
+        c, z_s, z_t = self.config, step.student.logits, step.teacher.logits
+        return {"kd": mhkd_loss([z_s], [z_t], step.labels, tau=c.tau, alpha=c.alpha, backend=c.backend)}
+
+
+class MultiHeadDistillation(Method):
+    """Equation 2 over the final outputs and the auxiliary heads, in one call."""
+
+    options = ("tau", "alpha", "beta", "units", "teacher_units", "student_units", "head_width", "head_stride")
+
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
+        super().__init__(config, student, teacher, data)
+        self.student_heads, self.teacher_heads = (
+            nn.ModuleList(
+                AuxHead(network.shapes[name][0], len(data.classes), config.head_width, config.head_stride)
+                for name in self.units(config, role)
+            )
+            for network, role in ((student, "student"), (teacher, "teacher"))
+        )
+
+    @classmethod
+    def units(cls, config: Config, role: str) -> tuple[str, ...]:
+        named = getattr(config, f"{role}_units")
+        return named or tuple(UNITS[getattr(config, role)][unit - 1] for unit in config.units)
+
+    def all_logits(self, outputs: Outputs, role: str) -> list[Tensor]:
+        """[final, head 1, ..., head D], each [B, K]."""
+        heads = {"student": self.student_heads, "teacher": self.teacher_heads}[role]
+        features = (outputs.features[name] for name in self.units(self.config, role))
+        return [outputs.logits, *(head(feature) for head, feature in zip(heads, features))]
+
+    def final_terms(self, step: Step) -> dict[str, Tensor]:
+        return {"mhkd": self.loss(*(self.all_logits(getattr(step, r), r) for r in ("student", "teacher")), step.labels)}
+
+    def loss(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> Tensor:
+        c, marked = self.config, [False] + [True] * len(self.teacher_heads)
+        return mhkd_loss(
+            student, teacher, labels, tau=c.tau, alpha=c.alpha, beta=c.beta, teacher_ce=marked, backend=c.backend
+        )
+
+
+# The methods that Table 1 compares with, as the CRD benchmark has them (HobbitLong/RepDistiller).
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, tau: float = 4.0, backend: str = "auto") -> Tensor:
+    """tau^2 * KL(teacher || student) of logits [B, K], the mean over the batch (Hinton et al. 2015, section 2).
+
+    No gradient goes to the teacher. For the arithmetic and the errors raised see mhkd_loss, whose first term it is.
+    """
+    labels = torch.zeros(len(student_logits), dtype=torch.int64, device=student_logits.device)  # they weigh nothing
+    settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False], "backend": backend}
+    return mhkd_loss([student_logits], [teacher_logits], labels, **settings)
+
+
+class BenchmarkMethod(Method):
+    """gamma * CE + kd_weight * tau^2 * KL on the final outputs; subclasses add a term of their own."""
+
+    options = ("tau", "gamma", "kd_weight")
+
+    def final_terms(self, step: Step) -> dict[str, Tensor]:
         c = self.config
-        return {"kd": mhkd_loss(student, teacher, labels, tau=c.tau, alpha=c.alpha, backend=c.backend)}
+        terms = {}
+        if c.gamma:
+            terms["ce"] = c.gamma * F.cross_entropy(step.student.logits, step.labels)
+        if c.kd_weight:
+            terms["kd"] = c.kd_weight * kd_loss(step.student.logits, step.teacher.logits, c.tau, c.backend)
+        return terms
 
 
-METHODS: dict[str, type[Method]] = {"ce": CrossEntropy, "kd": Distillation, "mhkd": MultiHeadDistillation}
+class FitNet(BenchmarkMethod):
+    """Hints (Romero et al. 2015, equation 3): mean squared error between one feature of each network.
+
+    The student's goes through a convolution to the teacher's size, batch norm and ReLU. The feature is that of the
+    second unit; of a vgg, as in the benchmark, that of the third.
+    """
+
+    options = (*BenchmarkMethod.options, "fitnet_weight")
+
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
+        super().__init__(config, student, teacher, data)
+        shapes = [n.shapes[self.units(config, r)[0]] for n, r in ((student, "student"), (teacher, "teacher"))]
+        (channels, *s), (target, *t) = shapes
+        if [2 * size for size in t] == s:
+            conv: nn.Module = nn.Conv2d(channels, target, 3, stride=2, padding=1)
+        elif t == [2 * size for size in s]:
+            conv = nn.ConvTranspose2d(channels, target, 4, stride=2, padding=1)
+        elif s[0] >= t[0]:
+            conv = nn.Conv2d(channels, target, [1 + a - b for a, b in zip(s, t)])
+        else:  # the benchmark has no such pair
+            conv = nn.ConvTranspose2d(channels, target, [1 + b - a for a, b in zip(s, t)])
+        self.regressor = nn.Sequential(conv, nn.BatchNorm2d(target), nn.ReLU())
+
+    @classmethod
+    def units(cls, config: Config, role: str) -> tuple[str, ...]:
+        name = getattr(config, role)
+        return (UNITS[name][2 if MODELS[name][0] is VGG else 1],)
+
+    def own_terms(self, step: Step) -> dict[str, Tensor]:
+        (f_s,), (f_t,) = (
+            [outputs.features[name] for name in self.units(self.config, role)]
+            for outputs, role in ((step.student, "student"), (step.teacher, "teacher"))
+        )
+        return {"fitnet": self.config.fitnet_weight * F.mse_loss(self.regressor(f_s), f_t)}
+
+
+def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Correlation congruence of embeddings [B, D] (Peng et al. 2019), as the CRD benchmark computes it.
+
+    With delta = student - teacher: the mean over neighbours i, i + 1 of sum_d |delta_i,d| |delta_i+1,d|. It sends
+    gradients to both. With a single row it is NaN, the mean over no pair.
+    """
+    delta = (student - teacher).abs()  # [B, D]
+    return (delta[:-1] * delta[1:]).sum(dim=1).mean()
+
+
+class CorrelationCongruence(BenchmarkMethod):
+    """Correlation congruence (Peng et al. 2019) of the penultimate features, each through a linear layer."""
+
+    options = (*BenchmarkMethod.options, "cc_weight", "embed_dim")
+    needs_penultimate = True
+
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
+        super().__init__(config, student, teacher, data)
+        self.embed_student = nn.Linear(student.width, config.embed_dim)
+        self.embed_teacher = nn.Linear(teacher.width, config.embed_dim)
+
+    def own_terms(self, step: Step) -> dict[str, Tensor]:
+        embedded = self.embed_student(step.student.penultimate), self.embed_teacher(step.teacher.penultimate)
+        return {"cc": self.config.cc_weight * cc_loss(*embedded)}
+
+
+def rkd_loss(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
+    """Relational knowledge distillation of embeddings [B, C], [B, C'] (Park et al. 2019, equations 6 and 9).
+
+    distance_weight * smooth L1 of the pairwise distances, each divided by its own mean over those above 0, plus
+    angle_weight * smooth L1 of the cosines of the angles of all triplets. No gradient goes to the teacher. Takes
+    memory for B * B * (C + C') and B * B * B numbers.
+    """
+
+    def relations(x: Tensor) -> tuple[Tensor, Tensor]:
+        difference = x[None, :, :] - x[:, None, :]  # [B, B, C], at [i, j] the way from i to j
+        distance = difference.norm(dim=2)  # [B, B]; its gradient at 0 is 0
+        apart = distance > 0
+        mean = distance.sum() / apart.sum().clamp(min=1)
+        # A distance of 0 has no direction: it gives a cosine of 0 and a finite gradient.
+        direction = difference / torch.where(apart, distance, 1)[:, :, None]
+        cosine = direction @ direction.transpose(1, 2)  # [B, B, B], at [i, j, k] of the angle at i
+        return distance / torch.where(mean > 0, mean, 1), cosine
+
+    (d_s, c_s), (d_t, c_t) = relations(student), relations(teacher.detach())
+    return distance_weight * F.smooth_l1_loss(d_s, d_t) + angle_weight * F.smooth_l1_loss(c_s, c_t)
+
+
+class RelationalDistillation(BenchmarkMethod):
+    """Relational knowledge distillation (Park et al. 2019) of the penultimate features."""
+
+    options = (*BenchmarkMethod.options, "rkd_weight")
+    needs_penultimate = True
+
+    def own_terms(self, step: Step) -> dict[str, Tensor]:
+        return {"rkd": self.config.rkd_weight * rkd_loss(step.student.penultimate, step.teacher.penultimate)}
+
+
+class CRDLoss(nn.Module):
+    """Contrastive representation distillation (Tian et al. 2020, equations 17 to 19, and its public code).
+
+    Both features go through a linear layer to `embed_dim` and are normalised. Two memory banks hold an embedding of
+    each training sample, one for each network. The student's embedding is told from the teacher bank which row is its
+    own sample's among rows of other classes, and the reverse. With anchor v, bank row u and N samples
+
+        P(u) = exp(v.u / tau) / Z,    Z = N * the mean of exp(v.u / tau) over the first batch, then fixed
+        loss = - 1/B sum_b [ log P+ / (P+ + m/N + eps)  +  sum over m negatives of log (m/N) / (P- + m/N + eps) ]
+
+    for both directions together, eps = 1e-7. Afterwards (in training mode) the batch's rows become
+    normalise(momentum * old + (1 - momentum) * new). The banks are buffers: they belong to the state dict. Under
+    torch.distributed every process stores the rows of all.
+
+    Scores are computed against the whole bank, one matrix product, and picked out afterwards: B * N numbers instead of
+    the B * m * embed_dim of gathered rows, 40 times fewer at m = 16384 and N = 50000.
+
+    Args:
+        student_dim, teacher_dim: lengths of the two features.
+        num_samples: N, of the training set.
+        embed_dim, negatives, tau, momentum: as above; m = negatives.
+        labels: class indices [N] of all training samples, to draw negatives of other classes than the anchor's,
+            uniformly and without replacement where there are enough. Not needed where `contrast` is given.
+
+    Raises:
+        ValueError: no labels and no contrast; labels of one class only, or not [N].
+    """
+
+    EPSILON = 1e-7
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        num_samples: int,
+        embed_dim: int = 128,
+        negatives: int = 16384,
+        tau: float = 0.07,
+        momentum: float = 0.5,
+        labels: Tensor | None = None,
+    ):
+        super().__init__()
+        self.num_samples, self.negatives, self.tau, self.momentum = num_samples, negatives, tau, momentum
+        self.embed_student = nn.Linear(student_dim, embed_dim)
+        self.embed_teacher = nn.Linear(teacher_dim, embed_dim)
+        bound = 1 / math.sqrt(embed_dim / 3)
+        for name in ("student_bank", "teacher_bank"):
+            self.register_buffer(name, torch.empty(num_samples, embed_dim).uniform_(-bound, bound))
+        self.register_buffer("normaliser", torch.zeros(2))  # Z of each direction; 0 before the first batch
+        self.register_buffer("labels", labels, persistent=False)
+        if labels is not None:
+            if labels.shape != (num_samples,):
+                raise ValueError(f"CRDLoss: labels must be [{num_samples}], not {list(labels.shape)}")
+            counts = torch.bincount(labels)
+            if counts.max() == num_samples:
+                raise ValueError("CRDLoss: all labels are of one class, so there are no negatives")
+            self.register_buffer("others", (num_samples - counts)[labels], persistent=False)  # [N]
+            self.enough = num_samples - counts.max().item() >= negatives
+
+    @torch.no_grad()
+    def draw(self, indices: Tensor) -> Tensor:
+        """Indices to contrast with [B, 1 + m], the sample's own first, then negatives of other classes."""
+        if self.labels is None:
+            raise ValueError("CRDLoss: give it labels, or forward the indices to contrast with")
+        N, m, B = self.num_samples, self.negatives, len(indices)
+        keys = torch.rand(B, N, device=indices.device)
+        keys.masked_fill_(self.labels == self.labels[indices, None], -1)  # [B, N], below all of other classes
+        # The places of the m largest of independent random keys are a uniform choice without replacement.
+        negatives = keys.topk(min(m, N), dim=1, sorted=not self.enough).indices
+        if not self.enough:  # all of the other classes, and to fill up some of them again
+            others = self.others[indices, None]  # [B, 1]
+            again = (torch.rand(B, m, device=indices.device) * others).long().clamp(max=others - 1)
+            place = torch.arange(m, device=indices.device).expand(B, m)
+            negatives = negatives.gather(1, torch.where(place < others, place, again))
+        return torch.cat((indices[:, None], negatives), dim=1)
+
+    def forward(self, student: Tensor, teacher: Tensor, indices: Tensor, contrast: Tensor | None = None) -> Tensor:
+        """Penultimate features [B, C], [B, C'], places in the training set [B]; returns the loss, a scalar.
+
+        contrast: the bank rows to contrast with [B, 1 + m], the positive first; drawn where it is None.
+        """
+        contrast = self.draw(indices) if contrast is None else contrast
+        v_s = F.normalize(self.embed_student(student), dim=1)  # [B, embed_dim]
+        v_t = F.normalize(self.embed_teacher(teacher), dim=1)
+        # A bank may not change before the backward has read it: the update makes a new one.
+        scores = [v_s @ self.teacher_bank.T, v_t @ self.student_bank.T]  # [B, N] each
+        loss = sum(self._nce(score, contrast, direction) for direction, score in enumerate(scores))
+        if self.training:
+            self._remember(v_s.detach(), v_t.detach(), indices)
+        return loss
+
+    def _nce(self, scores: Tensor, contrast: Tensor, direction: int) -> Tensor:
+        m, N = contrast.shape[1] - 1, self.num_samples
+        likeness = (scores.gather(1, contrast) / self.tau).exp()  # [B, 1 + m]
+        Z = self.normaliser[direction]
+        if self.training:
+            first = average_over_processes(N * likeness.detach().mean())
+            Z = torch.where(Z > 0, Z, first)
+            self.normaliser = torch.stack((Z, self.normaliser[1]) if direction == 0 else (self.normaliser[0], Z))
+        p = likeness / Z
+        q = m / N + self.EPSILON
+        positive, negative = p[:, :1], p[:, 1:]
+        per_row = (positive / (positive + q)).log().sum(dim=1) + ((m / N) / (negative + q)).log().sum(dim=1)
+        return -per_row.mean()
+
+    @torch.no_grad()
+    def _remember(self, v_s: Tensor, v_t: Tensor, indices: Tensor) -> None:
+        indices = gather_from_processes(indices)
+        for name, new in (("student_bank", v_s), ("teacher_bank", v_t)):
+            bank = getattr(self, name)
+            new = self.momentum * bank[indices] + (1 - self.momentum) * gather_from_processes(new)
+            setattr(self, name, bank.index_copy(0, indices, F.normalize(new, dim=1)))
+
+
+class ContrastiveDistillation(BenchmarkMethod):
+    """Contrastive representation distillation (Tian et al. 2020) of the penultimate features."""
+
+    options = (*BenchmarkMethod.options, "crd_weight", "crd_tau", "negatives", "embed_dim")
+    needs_penultimate = True
+
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
+        super().__init__(config, student, teacher, data)
+        N = len(data.train_labels)
+        if len(data.train_labels.unique()) < 2:
+            raise UsageError("--method crd needs training images of two classes at least, to draw negatives from")
+        c, labels = config, data.train_labels
+        self.crd = CRDLoss(student.width, teacher.width, N, c.embed_dim, c.negatives, c.crd_tau, labels=labels)
+
+    def own_terms(self, step: Step) -> dict[str, Tensor]:
+        crd = self.crd(step.student.penultimate, step.teacher.penultimate, step.indices)
+        return {"crd": self.config.crd_weight * crd}
+
+
+# Two neighbours.
+
+
+def lsh_loss(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Locality-sensitive hashing loss of features [B, C] (Wang, Ge, Wu 2021, "Distilling knowledge by mimicking
+    features").
+
+    Binary cross-entropy between sigmoid(W f_s + b) and the teacher's hash bits 1[W f_t + b > 0], for weight W [H, C]
+    and bias b [H]: the mean over the bits and the rows that are `counted` (bool [B], None: all), 0 where none is. No
+    gradient goes to the teacher.
+    """
+    bits = (F.linear(teacher.detach(), weight, bias) > 0).to(student.dtype)  # [B, H]
+    rows = F.binary_cross_entropy_with_logits(F.linear(student, weight, bias), bits, reduction="none").mean(dim=1)
+    return _mean_of_counted(rows, counted)
+
+
+def _mean_of_counted(rows: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of values [B] where `counted`, without asking the device how many that are."""
+    return rows.mean() if counted is None else torch.where(counted, rows, 0).sum() / counted.sum().clamp(min=1)
+
+
+class FeatureMimicking(Method):
+    """Feature mimicking with LSH (Wang, Ge, Wu 2021): the penultimate features' direction and length, no KL.
+
+    A student whose penultimate feature has another width gets a linear layer to the teacher's width before its
+    classifier while it trains; nothing is between the two, so they fold into the plain network's classifier.
+    """
+
+    options = ("lsh_weight", "lsh_samples", "lsh_bits")
+    needs_penultimate = True
+    HASH_VALUES = 2**24  # at once: 64 MiB, where all of them, [N, 32 C], would take 13 GB for a feature of 2048
+
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
+        super().__init__(config, student, teacher, data)
+        std = teacher.model.get_submodule(teacher.classifier).weight.std().item()
+        C = teacher.width
+        self.register_buffer("weight", torch.empty(config.lsh_bits * C, C).normal_(0, std))
+        self.register_buffer("bias", torch.zeros(len(self.weight)))
+
+    @classmethod
+    def adapt(cls, config: Config, student: nn.Module, teacher: nn.Module, num_classes: int) -> None:
+        example = example_input(config)
+        probes = [Tapped(network, (), num_classes, example_input=example) for network in (student, teacher)]
+        width, target = (probe.width for probe in probes)
+        if width != target:
+            student.set_submodule(probes[0].classifier, WidenedClassifier(width, target, num_classes))
+        for probe in probes:
+            probe.remove()
+
+    @classmethod
+    def plain(cls, student: nn.Module) -> nn.Module:
+        student = copy.deepcopy(student)
+        for name, module in list(student.named_modules()):
+            if isinstance(module, WidenedClassifier):
+                student.set_submodule(name, module.folded())
+        return student
+
+    @torch.no_grad()
+    def prepare(self, teacher: Tapped, epoch: Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]) -> None:
+        """b = - the (lower) median of W f_t over the training set: each bit is set for half of it."""
+        features = torch.cat([teacher(images).penultimate for images, _, _ in epoch()])  # [N, C]
+        chunk = max(1, self.HASH_VALUES // len(features))  # bits at a time
+        medians = [(part @ features.T).median(dim=1).values for part in self.weight.split(chunk)]
+        self.bias.copy_(-torch.cat(medians))
+
+    def final_terms(self, step: Step) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(step.student.logits, step.labels)}
+
+    def own_terms(self, step: Step) -> dict[str, Tensor]:
+        f_s, f_t = step.student.penultimate, step.teacher.penultimate
+        # The authors' default: only of samples that the teacher gets right.
+        counted = step.teacher.logits.argmax(dim=1) == step.labels if self.config.lsh_samples == "correct" else None
+        mimic = _mean_of_counted((f_s - f_t).square().mean(dim=1), counted)
+        return {"lsh": self.config.lsh_weight * (mimic + lsh_loss(f_s, f_t, self.weight, self.bias, counted))}
+
+
+class WidenedClassifier(nn.Sequential):
+    """Two linear layers in a row, C -> width -> K, in the place of a network's classifier."""
+
+    def __init__(self, in_features: int, width: int, num_classes: int):
+        super().__init__(nn.Linear(in_features, width), nn.Linear(width, num_classes))
+
+    def folded(self) -> nn.Linear:
+        """The one linear layer that computes the same: W2 (W1 x + b1) + b2, multiplied out in float64."""
+        widen, classify = self
+        folded = nn.Linear(widen.in_features, classify.out_features).to(widen.weight)
+        W1, b1, W2, b2 = (p.detach().double() for p in (*widen.parameters(), *classify.parameters()))
+        with torch.no_grad():
+            folded.weight.copy_(W2 @ W1)
+            folded.bias.copy_(W2 @ b1 + b2)
+        return folded
+
+
+def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, tau: float = 2.0) -> Tensor:
+    """BinaryKL-Norm of logits [B, K] (Yang et al. 2024, "Dual-head knowledge distillation").
+
+    tau^2 / B * the sum over rows and classes of KL(Bernoulli(1/2) || Bernoulli(sigmoid((z_s - z_t) / tau))). No
+    gradient goes to the teacher. By log-sigmoid, which stays finite where the sigmoid rounds to 0 or 1.
+    """
+    x = (student_logits - teacher_logits.detach()) / tau  # [B, K]
+    kl = -(F.logsigmoid(x) + F.logsigmoid(-x)) / 2 - math.log(2)
+    return tau**2 * kl.sum(dim=1).mean()
+
+
+class DualHead(Method):
+    """Dual-head knowledge distillation (Yang et al. 2024): the teacher's logits train a second classifier only.
+
+    The student's own classifier sees the cross-entropy alone. Where the two gradients disagree the second one is
+    aligned: the part that points against the first is taken off.
+    """
+
+    options = ("dhkd_weight", "dhkd_tau", "dhkd_head", "dhkd_align")
+    needs_penultimate = True
+
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
+        super().__init__(config, student, teacher, data)
+        K = len(data.classes)
+        self.head: nn.Module = nn.Linear(student.width, K)
+        if config.dhkd_head == "nonlinear":
+            layers = nn.Linear(student.width, 200), nn.Dropout(0.1), nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, K)
+            self.head = nn.Sequential(*layers)
+
+    def final_terms(self, step: Step) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(step.student.logits, step.labels)}
+
+    def own_terms(self, step: Step) -> dict[str, Tensor]:
+        kl = binary_kl_norm_loss(self.head(step.student.penultimate), step.teacher.logits, self.config.dhkd_tau)
+        return {"dhkd": self.config.dhkd_weight * kl}
+
+    def backward(self, terms: dict[str, Tensor], student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        if not self.config.dhkd_align:
+            return super().backward(terms, student, others)
+        parameters = [*student, *others]
+        g2 = self._gradient(terms["dhkd"], parameters, retain_graph=True)
+        g1 = self._gradient(sum(term for name, term in terms.items() if name != "dhkd"), parameters)
+        n = sum(p.numel() for p in student)  # the two are compared on the student alone
+        dot, square = g1[:n] @ g2[:n], g1[:n] @ g1[:n]
+        against = torch.where(square > 0, dot.clamp(max=0) / square, 0)
+        g1[:n] *= 1 - against  # g1 + (g2 - against * g1)
+        for p, gradient in zip(parameters, (g1 + g2).split([p.numel() for p in parameters])):
+            p.grad = gradient.view_as(p)
+
+    @staticmethod
+    def _gradient(term: Tensor, parameters: Sequence[Tensor], **options: bool) -> Tensor:
+        """The gradient over all parameters as one vector, the mean over the processes."""
+        gradients = torch.autograd.grad(term, parameters, allow_unused=True, materialize_grads=True, **options)
+        return average_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+
+
+METHODS: dict[str, type[Method]] = {
+    "ce": CrossEntropy,
+    "fitnet": FitNet,
+    "cc": CorrelationCongruence,
+    "rkd": RelationalDistillation,
+    "crd": ContrastiveDistillation,
+    "lsh": FeatureMimicking,
+    "dhkd": DualHead,
+    "kd": Distillation,
+    "mhkd": MultiHeadDistillation,
+}
+
+
+def methods_of(config: Config) -> dict[str, type[Method]]:
+    """The methods that `config.method` joins by `+`, in the order of METHODS.
+
+    Raises:
+        UsageError: one does not exist or is there twice; one adds nothing; two have a gradient of their own.
+    """
+    names = config.method.split("+")
+    for name in names:
+        known("method", name, METHODS)
+    methods = {name: method for name, method in METHODS.items() if name in names}
+    if len(methods) < len(names):
+        raise UsageError(f"--method {config.method} names a method twice")
+    *first, last = methods
+    for name in first:
+        if METHODS[name].own_terms is Method.own_terms:
+            raise UsageError(f"--method {config.method}: {name} adds nothing to {last}, so leave it out")
+    special = [name for name, method in methods.items() if method.backward is not Method.backward]
+    if len(special) > 1:
+        raise UsageError(f"--method {config.method}: only one of {' and '.join(special)} can set the gradients")
+    return methods
+
+
+class Objective(nn.Module):
+    """The methods of a run together, as in `--method crd+mhkd`.
+
+    The terms on the final outputs are those of the last method in the order of METHODS; every method adds its own.
+    """
+
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped | None, data: Data):
+        super().__init__()
+        self.methods = nn.ModuleList(m(config, student, teacher, data) for m in methods_of(config).values())
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        terms = self.methods[-1].final_terms(step)
+        for method in self.methods:
+            terms |= method.own_terms(step)
+        return terms
+
+    def backward(self, terms: dict[str, Tensor], student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        (self._gradient_setter() or self.methods[0]).backward(terms, student, others)
+
+    def _gradient_setter(self) -> Method | None:
+        return next((m for m in self.methods if type(m).backward is not Method.backward), None)
+
+    @property
+    def sets_gradients(self) -> bool:
+        return self._gradient_setter() is not None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -846,6 +1420,26 @@ def draw_epoch(config: Config, size: int, generator: torch.Generator) -> tuple[T
     corners = torch.randint(2 * config.crop_padding + 1, (size, 2), generator=generator)
     mirrored = torch.rand(size, generator=generator) < 0.5
     return order, corners, mirrored & config.flip
+
+
+def epoch_batches(
+    data: Data, config: Config, generator: torch.Generator, processes: int = 1, process: int = 0
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An epoch of normalised images [B, 3, S, S], labels [B] and indices [B] of the training set.
+
+    Of several processes each gets an equal share of every batch.
+    """
+    device = data.train_images.device
+    order, corners, mirrored = (t.to(device) for t in draw_epoch(config, len(data.train_labels), generator))
+    batches = [slice(i, i + config.batch_size) for i in range(0, len(order), config.batch_size)]
+    if len(order) - batches[-1].start < 2 * processes:
+        batches.pop()  # batch norm cannot train on one image alone
+    for batch in batches:
+        stop = min(batch.stop, len(order))
+        stop -= (stop - batch.start) % processes
+        mine = slice(batch.start + process, stop, processes)
+        images = augment(data.train_images[order[mine]], corners[mine], mirrored[mine], config.crop_padding)
+        yield data.normalise(images), data.train_labels[order[mine]], order[mine]
 
 
 # What each data set brings: the sources return train images, train labels, test images, test labels, class names.
@@ -1084,7 +1678,7 @@ class Config:
 
     teacher: str | None = option(None, "network that teaches")
     student: str | None = option(None, "network that learns")
-    method: str = option("mhkd", "ce (the student alone), kd (final outputs only) or mhkd")
+    method: str = option("mhkd", "one of METHODS, or some joined by +: crd+mhkd")
     dataset: str = option("cifar100", "cifar100, cifar10, svhn, folder (your images) or digits (no download)")
     data: str = option("data", "folder of the data; downloads go there", recorded=False)
     units: tuple[int, ...] = option((1, 2, 3), "units with an auxiliary head, entries of UNITS: 1,2,3", integers)
@@ -1104,6 +1698,22 @@ class Config:
     beta: float | None = option(None, "weight of the auxiliary heads (equation 2): 0.5; svhn 5", float)
     head_width: int = option(256, "kernels in the auxiliary heads' convolutions", int)
     head_stride: int = option(2, "stride of the auxiliary heads' convolutions", int)
+    gamma: float = option(1.0, "fitnet, cc, rkd, crd: weight of the cross-entropy beside their own term", float)
+    kd_weight: float = option(1.0, "fitnet, cc, rkd, crd: weight of the divergence beside their own term", float)
+    fitnet_weight: float = option(100.0, "fitnet: weight of its term", float)
+    cc_weight: float = option(0.02, "cc: weight of its term", float)
+    rkd_weight: float = option(1.0, "rkd: weight of its term", float)
+    crd_weight: float = option(0.8, "crd: weight of its term", float)
+    crd_tau: float = option(0.07, "crd: temperature", float)
+    negatives: int = option(16384, "crd: negatives for each image", int)
+    embed_dim: int = option(128, "crd, cc: length of the embeddings", int)
+    lsh_weight: float = option(6.0, "lsh: weight of its term", float)
+    lsh_bits: int = option(32, "lsh: hash bits for each entry of the teacher's feature", int)
+    lsh_samples: str = option("correct", "lsh: samples that count: those the teacher gets right (correct), or all")
+    dhkd_weight: float = option(1.0, "dhkd: weight of its term", float)
+    dhkd_tau: float = option(2.0, "dhkd: temperature", float)
+    dhkd_head: str = option("nonlinear", "dhkd: second classifier, nonlinear or linear")
+    dhkd_align: bool = option(True, "dhkd: do not align the gradients", bool)  # --no-dhkd-align
     crop_padding: int | None = option(None, "padding for the random crop: 4; digits 2", int)
     flip: bool | None = option(None, "do not flip images at random", bool)  # --no-flip
     image_size: int | None = option(None, "side of the images in pixels, at least 16: 32; digits 16", int)
@@ -1145,16 +1755,19 @@ def resolve(config: Config, note: Callable[[str], None] = lambda text: None) -> 
         UsageError: a name that does not exist, a value that makes no sense.
     """
     known("data set", config.dataset, SOURCES)
-    method = METHODS[known("method", config.method, METHODS)]
+    methods = methods_of(config)
+    config = dataclasses.replace(config, method="+".join(methods))
+    needs_teacher = any(method.needs_teacher for method in methods.values())
     if not config.student:
         raise UsageError("--student is missing: python mhkd.py --teacher resnet32x4 --student shufflenetv2")
     known("network", config.student, MODELS)
-    if method.needs_teacher:
+    if needs_teacher:
         if not config.teacher:
             raise UsageError(f"--teacher is missing: --method {config.method} needs one (--method ce does not)")
         known("network", config.teacher, MODELS)
     values: dict[str, Any] = {}
-    relevant = (*method.options, *(TEACHER_OPTIONS if method.needs_teacher else ()))
+    relevant = [name for method in methods.values() for name in method.options]
+    relevant += TEACHER_OPTIONS if needs_teacher else ()
     special = {name for m in METHODS.values() for name in m.options} | set(TEACHER_OPTIONS)
     for field in dataclasses.fields(config):
         if field.name in special and field.name not in relevant:
@@ -1194,8 +1807,16 @@ def _check_values(config: Config) -> None:
         "tau": (lambda v: 0 < v < math.inf, "a number above 0"),
         "alpha": (lambda v: 0 <= v <= 1, "between 0 and 1"),
         "beta": (lambda v: 0 <= v < math.inf, "a number not below 0"),
-        "head_width": (lambda v: v >= 1, "at least 1"),
-        "head_stride": (lambda v: v >= 1, "at least 1"),
+        **dict.fromkeys(
+            ("head_width", "head_stride", "negatives", "embed_dim", "lsh_bits"), (lambda v: v >= 1, "at least 1")
+        ),
+        **dict.fromkeys(
+            ("gamma", *(f"{name}_weight" for name in ("kd", "fitnet", "cc", "rkd", "crd", "lsh", "dhkd"))),
+            (lambda v: 0 <= v < math.inf, "a number not below 0"),
+        ),
+        **dict.fromkeys(("crd_tau", "dhkd_tau"), (lambda v: 0 < v < math.inf, "a number above 0")),
+        "lsh_samples": (lambda v: v in ("correct", "all"), "correct or all"),
+        "dhkd_head": (lambda v: v in ("nonlinear", "linear"), "nonlinear or linear"),
         "crop_padding": (lambda v: v >= 0, "at least 0"),
         "image_size": (lambda v: v >= 16, "at least 16"),
         "subset": (lambda v: v >= 2, "at least 2"),
@@ -1214,16 +1835,18 @@ def _check_values(config: Config) -> None:
         if value is not None and not holds(value):
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
             raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {shown}")
-    if METHODS[config.method].needs_units and len(units_of(config, "teacher")) != len(units_of(config, "student")):
+    if any(len(m.units(config, "teacher")) != len(m.units(config, "student")) for m in methods_of(config).values()):
         raise UsageError("--teacher-units and --student-units must name as many submodules as each other")
 
 
 def units_of(config: Config, role: str) -> tuple[str, ...]:
-    """The submodules of the teacher or the student that carry auxiliary heads."""
-    if not METHODS[config.method].needs_units:
-        return ()
-    named = getattr(config, f"{role}_units")
-    return named or tuple(UNITS[getattr(config, role)][unit - 1] for unit in config.units)
+    """The submodules of the "teacher" or the "student" whose features the methods need."""
+    return tuple(dict.fromkeys(name for m in methods_of(config).values() for name in m.units(config, role)))
+
+
+def example_input(config: Config) -> Tensor:
+    """An image of zeros, to run a network on."""
+    return torch.zeros(1, 3, config.image_size, config.image_size)
 
 
 def run_name(config: Config, data: Data, teacher_sha256: str | None) -> str:
@@ -1409,21 +2032,43 @@ def hardware_name(device: torch.device) -> str:
 
 
 class Distiller(nn.Module):
-    """Student, frozen teacher and method as one module: what a training step runs."""
+    """Student, frozen teacher and objective as one module: what a training step runs."""
 
-    def __init__(self, student: MultiHead, teacher: MultiHead | None, method: Method):
+    def __init__(self, student: Tapped, teacher: Tapped | None, objective: Objective):
         super().__init__()
-        self.student, self.teacher, self.method = student, teacher, method
+        self.student, self.teacher, self.objective = student, teacher, objective
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Normalised images [B, 3, S, S], labels [B]; returns the loss's named terms, the student's logits [B, K]."""
-        student_logits = self.student(images)
-        teacher_logits = self.teacher(images) if self.teacher else None
-        return self.method(student_logits, teacher_logits, labels), student_logits[0]
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Images [B, 3, S, S], labels [B], places in the training set [B].
+
+        Returns the loss's named terms and the student's logits [B, K].
+        """
+        student = self.student(images)
+        teacher = self.teacher(images) if self.teacher else None
+        return self.objective(Step(student, teacher, labels, indices)), student.logits
+
+    def backward(self, terms: dict[str, Tensor]) -> None:
+        student = [p for p in self.student.parameters() if p.requires_grad]
+        self.objective.backward(terms, student, [p for p in self.objective.parameters() if p.requires_grad])
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The state dict without the frozen teacher network."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("teacher.model.")}
+        """The state dict without the frozen teacher."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("teacher.")}
+
+
+def build_distiller(config: Config, teacher: nn.Module | None, data: Data) -> Distiller:
+    """Student and objective, freshly initialised from config.seed, beside the trained teacher, on the data's device."""
+    K, device = len(data.classes), data.train_images.device
+    torch.manual_seed(config.seed)
+    # The student comes first, so that its initial weights depend on the seed alone, not on the method.
+    student = build_model(config.student, K)
+    methods = methods_of(config).values()
+    for method in methods:
+        method.adapt(config, student, teacher, K)
+    taps = {"penultimate": any(method.needs_penultimate for method in methods), "example_input": example_input(config)}
+    tapped = Tapped(student, units_of(config, "student"), K, **taps)
+    teaching = Tapped(teacher, units_of(config, "teacher"), K, frozen=True, **taps) if teacher else None
+    return Distiller(tapped, teaching, Objective(config, tapped, teaching, data)).to(device)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -1446,7 +2091,8 @@ def train(config: Config) -> dict[str, Any]:
             raise UsageError(f"there is no checkpoint '{resolved.teacher_weights}'")
         if resolved.teacher_units or resolved.student_units:  # better now than after the teacher's training
             for role in ("teacher", "student"):
-                MultiHead(build_model(getattr(resolved, role), 10), units_of(resolved, role), 10)
+                network = build_model(getattr(resolved, role), 10)
+                Tapped(network, units_of(resolved, role), 10, example_input=example_input(resolved))
         with main_process_first():
             data = load_data(resolved)
         N = len(data.train_labels)
@@ -1523,7 +2169,9 @@ def _train_one(
 
 
 def _refuse_other_configuration(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = ({**r["config"], **{k: r[k] for k in ("teacher_sha256", "data_sha256")}} for r in (before, now))
+    sums = ("teacher_sha256", "data_sha256")
+    # What a record of an earlier version lacks was not there to choose: it had what is now the default.
+    old, new = ({**Config().recorded(), **r["config"], **{k: r[k] for k in sums}} for r in (before, now))
     differing = [f"{k} {old.get(k)} there, {new.get(k)} now" for k in {**old, **new} if old.get(k) != new.get(k)]
     if differing:
         raise UsageError(
@@ -1540,18 +2188,8 @@ def _train_in(
     teacher: nn.Module | None,
     record: dict[str, Any],
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The epochs that are left. Returns the student and its log, an entry for each epoch."""
-    K = len(data.classes)
-    torch.manual_seed(config.seed)
-    # The student comes first, so that its initial weights depend on the seed alone, not on the method.
-    student = build_model(config.student, K)
-    method = METHODS[config.method](config)
-    heads = {"width": config.head_width, "stride": config.head_stride}
-    distiller = Distiller(
-        MultiHead(student, units_of(config, "student"), K, **heads),
-        MultiHead(teacher, units_of(config, "teacher"), K, frozen=True, **heads) if teacher else None,
-        method,
-    ).to(device)
+    """The epochs that are left. Returns the plain student and its log, an entry for each epoch."""
+    distiller = build_distiller(config, teacher, data)
     optimizer = torch.optim.SGD(
         [p for p in distiller.parameters() if p.requires_grad],
         lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
@@ -1564,6 +2202,9 @@ def _train_in(
         say(f"'{folder}' goes on after epoch {len(log)} of {config.epochs}")
     else:
         say(f"'{folder}': {config.epochs} epochs on {device}, {len(data.train_labels)} training images")
+        for method in distiller.objective.methods:
+            first = torch.Generator().manual_seed(config.seed)  # that of the first epoch; its own is not disturbed
+            method.prepare(distiller.teacher, lambda first=first: epoch_batches(data, config, first))
     step_module = parallel(distiller, device)
     N = len(data.train_labels)
     with Progress(config.epochs * N, config.student, done=len(log) * N) as progress:
@@ -1581,12 +2222,15 @@ def _train_in(
                     "try a lower --lr"
                 ) from error
             rate = N / (time.perf_counter() - started)
-            entry = {"epoch": epoch, "lr": lr, **means, "test_accuracy": evaluate(student, data)}
+            entry = {"epoch": epoch, "lr": lr, **means, "test_accuracy": evaluate(distiller.student.model, data)}
             entry |= {"images_per_second": round(rate, 1), "seconds": round(time.perf_counter() - started, 3)}
             log.append(entry)
             if is_main():
                 _save_epoch(folder, distiller, optimizer, generator, record, log)
             progress.line(_epoch_line(config, entry), f"epoch {epoch}, {entry['test_accuracy']:.2f} %")
+    student = distiller.student.remove()
+    for method in distiller.objective.methods:
+        student = method.plain(student)
     return student, log
 
 
@@ -1601,18 +2245,9 @@ def train_epoch(
     """One epoch. Returns means over the steps: the loss, its named terms, the training accuracy in percent."""
     distiller.train()
     device = data.train_images.device
-    order, corners, mirrored = (t.to(device) for t in draw_epoch(config, len(data.train_labels), generator))
-    batches = [slice(i, i + config.batch_size) for i in range(0, len(order), config.batch_size)]
-    if len(order) - batches[-1].start < 2 * world_size():
-        batches.pop()  # batch norm cannot train on one image alone
     history = []  # for each step its figures, on the device: the host waits for them once an epoch
-    for batch in batches:
-        stop = min(batch.stop, len(order))
-        stop -= (stop - batch.start) % world_size()  # equal shares for all processes
-        mine = slice(batch.start + rank(), stop, world_size())
-        images = augment(data.train_images[order[mine]], corners[mine], mirrored[mine], config.crop_padding)
-        labels = data.train_labels[order[mine]]
-        figures = train_step(distiller, optimizer, data.normalise(images), labels)
+    for images, labels, indices in epoch_batches(data, config, generator, world_size(), rank()):
+        figures = train_step(distiller, optimizer, images, labels, indices)
         history.append(torch.stack(list(figures.values())))
         if device.type == "cpu" and world_size() == 1 and not math.isfinite(history[-1][0]):
             break  # on other devices asking would make the host wait; there the end of the epoch tells
@@ -1627,13 +2262,13 @@ def train_epoch(
 
 
 def train_step(
-    distiller: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+    distiller: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, indices: Tensor
 ) -> dict[str, Tensor]:
-    """One step of SGD on normalised images [B, 3, S, S]. Returns the loss, its terms and the accuracy in percent."""
-    terms, logits = distiller(images, labels)
+    """One step of SGD on images [B, 3, S, S]. Returns the loss, its terms and the accuracy in percent."""
+    terms, logits = distiller(images, labels, indices)
     loss = sum(terms.values())
     optimizer.zero_grad()
-    loss.backward()
+    getattr(distiller, "module", distiller).backward(terms)  # DistributedDataParallel keeps it as .module
     optimizer.step()
     accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
     return {name: value.detach() for name, value in {"loss": loss, **terms, "train_accuracy": accuracy}.items()}
@@ -1680,8 +2315,9 @@ def _restore(folder, distiller, optimizer, generator, record) -> list[dict[str, 
         before, log = json.loads(state["record"]), json.loads(state["log"])
         _refuse_other_configuration(folder, before, record)
         missing, unexpected = distiller.load_state_dict(state["distiller"], strict=False)
-        if unexpected or any(not name.startswith("teacher.model.") for name in missing):
-            raise KeyError([name for name in missing if not name.startswith("teacher.model.")] + unexpected)
+        missing = [name for name in missing if not name.startswith("teacher.")]
+        if missing or unexpected:
+            raise KeyError(missing + unexpected)
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
@@ -1841,15 +2477,25 @@ def main_process_first() -> Iterator[None]:
 
 
 def average_over_processes(values: Tensor) -> Tensor:
-    if world_size() > 1:
+    if world_size() > 1 and torch.distributed.is_initialized():
+        values = values.clone()
         torch.distributed.all_reduce(values)
         values /= world_size()
     return values
 
 
+def gather_from_processes(rows: Tensor) -> Tensor:
+    """Rows [B, ...] of each process, as many on all of them, in the order of the processes."""
+    if world_size() == 1 or not torch.distributed.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 def parallel(distiller: Distiller, device: torch.device) -> nn.Module:
     """Gradients averaged over the processes, by PyTorch's DistributedDataParallel."""
-    if world_size() == 1:
+    if world_size() == 1 or distiller.objective.sets_gradients:  # which averages them itself
         return distiller
     devices = [device] if device.type == "cuda" else None
     # Unused parameters: those of heads that weigh nothing (--beta 0).
@@ -1857,21 +2503,362 @@ def parallel(distiller: Distiller, device: torch.device) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. Report
+# 9. The paper's tables: what to run for them, and the report of what has run
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of the paper: a column for each pair teacher:student, a row for each method, accuracies in percent.
+
+    A row "mhkd:2" is MHKD with the head of unit 2 alone. Figures are "mean" or "mean(standard deviation)".
+    """
+
+    title: str
+    dataset: str
+    pairs: str
+    rows: dict[str, str]
+    teachers: str | None = None  # the teachers' own accuracies
+    compression: str | None = None  # as the paper prints it
+    titles: dict[str, str] = dataclasses.field(default_factory=dict)  # of rows, where they differ from ROW_TITLES
+
+    def title_of(self, row: str) -> str:
+        return self.titles.get(row) or ROW_TITLES.get(row, row)
+
+    def columns(self) -> list[tuple[str, str]]:
+        return [tuple(pair.split(":")) for pair in self.pairs.split()]
+
+
+TABLES = {
+    "table1": Table(
+        "Table 1: test accuracy on CIFAR-100, %",
+        "cifar100",
+        "wrn_40_2:wrn_16_2 resnet110:resnet20 vgg13:vgg8 vgg13:mobilenetv2 resnet32x4:shufflenetv2",
+        {
+            "ce": "73.26 69.06 70.36 64.60 71.82",
+            "kd": "74.92 70.67 72.98 67.37 74.45",
+            "fitnet": "75.12 70.67 73.22 66.90 75.15",
+            "cc": "75.09 70.88 73.04 68.02 74.72",
+            "rkd": "74.89 70.77 72.97 67.87 74.55",
+            "mhkd": "75.28(0.26) 71.00(0.24) 73.96(0.19) 69.11(0.12) 76.34(0.24)",
+            "crd": "75.64(0.21) 71.56(0.16) 74.29(0.12) 69.94(0.05) 76.05(0.09)",
+            "crd+mhkd": "75.89(0.10) 71.76(0.10) 74.37(0.26) 70.21(0.19) 76.47(0.21)",
+        },
+        teachers="75.61 74.31 74.64 74.64 79.42",
+        compression="68.81 70.00 58.10 92.82 83.22",
+    ),
+    "table2": Table(
+        "Table 2: one head against several on CIFAR-100, test accuracy, %",
+        "cifar100",
+        "wrn_40_2:wrn_16_2 vgg13:vgg8",
+        {
+            "kd": "74.92 72.98",
+            "fitnet": "75.12 73.22",
+            "cc": "75.09 73.04",
+            "rkd": "74.89 72.97",
+            "mhkd:1": "75.27(0.27) 73.63(0.29)",
+            "mhkd:2": "75.16(0.15) 73.76(0.12)",
+            "mhkd:3": "75.00(0.35) 73.32(0.21)",
+            "mhkd": "75.28(0.26) 73.96(0.19)",
+        },
+        titles={"mhkd": "Head-1+2+3"},
+    ),
+    "table3": Table(
+        "Table 3: test accuracy on SVHN, %",
+        "svhn",
+        "wrn_40_2:wrn_16_2 resnet56:resnet20 vgg13:vgg8 mobilenetv2:vgg13 shufflenetv2:resnet32x4",
+        {
+            "ce": "93.05(0.01) 93.05(0.01) 91.74(0.06) 93.96(0.21) 94.17(0.09)",
+            "kd": "94.67(0.06) 93.95(0.12) 93.93(0.06) 95.31(0.04) 95.96(0.10)",
+            "fitnet": "94.75(0.06) 94.10(0.05) 94.25(0.06) 95.73(0.09) 96.20(0.08)",
+            "cc": "95.00(0.06) 94.43(0.09) 94.30(0.12) 95.75(0.08) 96.04(0.09)",
+            "rkd": "95.28(0.12) 94.57(0.06) 94.40(0.08) 95.83(0.02) 96.25(0.02)",
+            "mhkd": "95.38(0.03) 94.70(0.04) 94.45(0.07) 95.88(0.01) 96.68(0.03)",
+        },
+        teachers="94.29 93.69 94.20 95.47 96.08",
+    ),
+}
+ROW_TITLES = {
+    "teacher": "Teacher baseline",
+    "ce": "Student baseline",
+    "kd": "KD",
+    "fitnet": "FitNet",
+    "cc": "CC",
+    "rkd": "RKD",
+    "mhkd": "MHKD",
+}
+ROW_TITLES |= {"crd": "CRD", "crd+mhkd": "CRD+MHKD", "lsh": "LSH", "dhkd": "DHKD"}
+ROW_TITLES |= {f"mhkd:{unit}": f"Head-{unit}" for unit in (1, 2, 3)}
+
+
+def cell_config(row: str, teacher: str | None, student: str, base: Config) -> Config:
+    """The run of a row and a pair, with the options of `base`."""
+    method, _, unit = row.partition(":")
+    units = (int(unit),) if unit else base.units
+    teacher = None if method == "ce" else teacher
+    return dataclasses.replace(base, teacher=teacher, student=student, method=method, units=units)
+
+
+def plan(
+    tables: Sequence[str], base: Config, seeds: Sequence[int] = (0, 1, 2), pairs: Sequence[str] = (),
+    rows: Sequence[str] = (),
+) -> tuple[list[Config], list[Config]]:  # fmt: skip
+    """The runs that tables need, each once: first the teachers, then the others.
+
+    Args:
+        tables: keys of TABLES.
+        base: options for all of them; its data set, if it is not the default, stands for CIFAR-100.
+        pairs, rows: only these, as they are named in TABLES; a method that the paper's table lacks is a further row.
+
+    Raises:
+        UsageError: a table, a pair or a method does not exist.
+    """
+    chosen = [TABLES[known("table", name, TABLES)] for name in tables]
+    there = dict.fromkeys(pair for table in chosen for pair in table.pairs.split())
+    for pair in pairs:
+        known("pair", pair, there)
+    for row in rows:
+        methods_of(cell_config(row, None, "", base))
+    teachers, others = {}, {}
+    for table in chosen:
+        options = base
+        if base.dataset == Config.dataset:
+            options = dataclasses.replace(base, dataset=table.dataset)
+        elif table.dataset != Config.dataset:
+            raise UsageError(f"'{table.title}' is for --dataset {table.dataset} only")
+        for teacher, student in table.columns():
+            if pairs and f"{teacher}:{student}" not in pairs:
+                continue
+            wanted = [row for row in table.rows if not rows or row in rows]
+            wanted += [row for row in rows if not any(row in other.rows for other in chosen)]
+            for row in wanted:
+                configs = [cell_config(row, teacher, student, dataclasses.replace(options, seed=s)) for s in seeds]
+                others |= {_identity(config): config for config in configs}
+                if row != "ce":
+                    alone = cell_config("ce", None, teacher, dataclasses.replace(options, seed=base.teacher_seed))
+                    teachers[_identity(alone)] = alone
+    return list(teachers.values()), [config for key, config in others.items() if key not in teachers]
+
+
+def _identity(config: Config) -> str:
+    return json.dumps(resolve(config).recorded())
+
+
+def finished_runs(folder: str | Path) -> list[dict[str, Any]]:
+    """The content of every result.json directly below a folder's run folders, with its "folder"."""
+    needed = ("config", "accuracy", "best_accuracy", "best_epoch", "teacher_accuracy", "epochs", "name")
+    paths = sorted(Path(folder).glob("*/result.json"))
+    return [read_json(path, *needed) | {"folder": path.parent} for path in paths]
+
+
+def print_plan(tables: Sequence[str], base: Config, **narrowed: Sequence) -> None:
+    """A line for each run: "done" or "todo", "teacher" or "student", and the arguments for the command line."""
+    done = set()
+    for run in finished_runs(base.out):
+        if (run["folder"] / "student.pt").is_file() and run["config"].get("processes", 1) == 1:
+            config = {name: value for name, value in run["config"].items() if name != "processes"}
+            done.add(json.dumps(config) + (run["environment"]["data"] if config["dataset"] == "folder" else ""))
+    for phase, configs in zip(("teacher", "student"), plan(tables, base, **narrowed)):
+        for config in configs:
+            key = _identity(config) + (config.data if config.dataset == "folder" else "")
+            state = "done" if key in done else "todo"
+            print(f"{state}\t{phase}\t{shlex.join(_arguments(config))}")
+
+
+def _arguments(config: Config) -> list[str]:
+    """The command line of a configuration, without what has no effect on it."""
+    resolved, arguments = resolve(config), []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default or getattr(resolved, field.name) != value:
+            continue
+        name = f"--{field.name.replace('_', '-')}"
+        if field.metadata["parse"] is bool:
+            arguments.append(f"--no-{name[2:]}")
+        else:
+            arguments += [name, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return arguments
+
+
+@dataclasses.dataclass
+class Cell:
+    """The runs of one row and one pair, by seed, and what the paper has there."""
+
+    row: str
+    teacher: str
+    student: str
+    runs: dict[int, float]
+    paper: str | None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.mean(self.runs.values()) if self.runs else None
+
+    @property
+    def std(self) -> float | None:
+        """The standard deviation of a sample, with n - 1."""
+        return statistics.stdev(self.runs.values()) if len(self.runs) > 1 else None
+
+    @property
+    def paper_mean(self) -> float | None:
+        return float(self.paper.split("(")[0]) if self.paper else None
+
+    @property
+    def paper_std(self) -> float | None:
+        return float(self.paper.split("(")[1].rstrip(")")) if self.paper and "(" in self.paper else None
+
+    @property
+    def difference(self) -> float | None:
+        return self.mean - self.paper_mean if self.runs and self.paper else None
+
+    def ours(self) -> str:
+        if not self.runs:
+            return "missing"
+        spread = "" if self.std is None else f" ({self.std:.2f})"
+        return f"{self.mean:.2f}{spread}, n={len(self.runs)}"
+
+
+def protocol_of(run: dict[str, Any], teachers: set[str]) -> tuple[tuple[str, str], ...]:
+    """What sets a run apart from the recipe of the paper: () is the paper's own, in full.
+
+    `teachers` are the SHA-256 of students that may have taught; another teacher came from outside.
+    """
+    c = run["config"]
+    who = {name: c[name] for name in ("dataset", "teacher", "student", "method")}
+    standard = resolve(Config(**who)).recorded()
+    scaled = resolve(Config(**who, epochs=c["epochs"])).recorded()["lr_steps"]
+    apart = {name: c[name] for name in standard if name in c and c[name] != standard[name]}
+    for name in ("seed", "units", *(("lr_steps",) if c["lr_steps"] == scaled else ())):
+        apart.pop(name, None)
+    if c["dataset"] not in ("cifar100", "svhn"):
+        apart["dataset"] = c["dataset"] + (f" {run['data_sha256'][:8]}" if c["dataset"] == "folder" else "")
+    if c.get("processes", 1) != 1:
+        apart["processes"] = c["processes"]
+    if c["teacher"] and run["teacher_sha256"] not in teachers:
+        apart["teacher checkpoint"] = run["teacher_sha256"][:8]
+    return tuple(sorted((name, str(value)) for name, value in apart.items()))
+
+
+def cells_of(table: Table, runs: Sequence[dict[str, Any]]) -> dict[str, list[Cell]]:
+    """The cells of a table for runs of one protocol, by row; "teacher" is the row of the teachers themselves."""
+
+    def cell(row: str, teacher: str, student: str, paper: str | None) -> Cell:
+        wanted = cell_config(row, teacher, student, Config())
+        found = {
+            run["config"]["seed"]: run["accuracy"]
+            for run in runs
+            if all(run["config"][name] == getattr(wanted, name) for name in ("teacher", "student", "method"))
+            and tuple(run["config"]["units"]) == wanted.units
+        }
+        return Cell(row, teacher, student, found, paper)
+
+    pairs = table.columns()
+    rows = {row: figures.split() for row, figures in table.rows.items()}
+    named = {"ce", *(row.partition(":")[0] for row in rows)}
+    further = dict.fromkeys(run["config"]["method"] for run in runs if _pair(run) in pairs)
+    if table.teachers:  # Tables 1 and 3 take further methods, too
+        rows |= {method: [None] * len(pairs) for method in further if method not in named}
+    cells = {row: [cell(row, *pair, paper) for pair, paper in zip(pairs, figures)] for row, figures in rows.items()}
+    if table.teachers:
+        taught = [cell("ce", t, t, paper) for (t, _), paper in zip(pairs, table.teachers.split())]
+        cells = {"teacher": taught, **cells}
+    return cells
+
+
+def _pair(run: dict[str, Any]) -> tuple[str | None, str]:
+    return run["config"]["teacher"], run["config"]["student"]
+
+
+def compression(teacher: str, student: str, num_classes: int) -> float:
+    """Parameters saved, in percent of the teacher's, counted from the networks."""
+    with torch.device("meta"):
+        t, s = (sum(p.numel() for p in build_model(n, num_classes).parameters()) for n in (teacher, student))
+    return 100 * (1 - s / t)
+
+
+def table_markdown(table: Table, cells: dict[str, list[Cell]], protocol: Sequence[tuple[str, str]]) -> str:
+    """The table as the paper lays it out, under each of our rows the paper's and the difference."""
+    heading, pairs = f"### {table.title}", table.columns()
+    if protocol:
+        apart = ", ".join(f"{name} {value}" for name, value in protocol)
+        heading += f"\n\n**Not the paper's recipe: {apart}. Not to be compared with the paper's figures.**"
+    lines = [heading, "", f"| | {' | '.join(f'{t} → {s}' for t, s in pairs)} |", "|---|" + "---:|" * len(pairs)]
+
+    def line(title: str, values: Sequence[str]) -> None:
+        lines.append(f"| {title} | {' | '.join(values)} |")
+
+    K = 10 if table.dataset == "svhn" else 100
+    line("Compression, counted, %", [f"{compression(t, s, K):.2f}" for t, s in pairs])
+    if table.compression:
+        line("· paper", table.compression.split())
+    for row, row_cells in cells.items():
+        line(f"**{table.title_of(row)}**", [cell.ours() for cell in row_cells])
+        if any(cell.paper for cell in row_cells):
+            line("· paper", [cell.paper.replace("(", " (") for cell in row_cells])
+            if any(cell.runs for cell in row_cells):
+                line("· difference", ["" if c.difference is None else f"{c.difference:+.2f}" for c in row_cells])
+    return "\n".join(lines)
+
+
 def report(folder: str | Path) -> str:
-    """A Markdown table of the finished runs below a folder, written to report.md there, and curves.png beside it.
+    """The finished runs below a folder: the paper's tables as far as they have been run, and every run.
+
+    Written there: report.md, which is also returned, report.csv with a line for each cell of a table, and with
+    matplotlib curves.png and a picture of each table. Runs that differ from the paper's recipe in anything (epochs,
+    subset, data) are in tables of their own, which say so.
 
     Raises:
         UsageError: no run below it has finished.
     """
     folder = Path(folder)
-    needed = ("config", "accuracy", "best_accuracy", "best_epoch", "teacher_accuracy", "epochs", "name")
-    runs = [read_json(path, *needed) | {"folder": path.parent} for path in sorted(folder.glob("*/result.json"))]
+    runs = finished_runs(folder)
     if not runs:
         raise UsageError(f"no finished run below '{folder}'")
+    teachers = {run["student_sha256"] for run in runs}
+    protocols: dict[tuple, list[dict[str, Any]]] = {}
+    for run in runs:
+        protocols.setdefault(protocol_of(run, teachers), []).append(run)
+    parts, lines, charts = [], [CSV_COLUMNS], []
+    for name, table in TABLES.items():
+        for protocol, members in sorted(protocols.items()):
+            fitting = [run for run in members if (run["config"]["dataset"] == "svhn") == (table.dataset == "svhn")]
+            cells = cells_of(table, fitting)
+            if not any(cell.runs for row, line in cells.items() if row not in ("teacher", "ce") for cell in line):
+                continue
+            parts.append(table_markdown(table, cells, protocol))
+            charts.append((f"{name}{'-' + str(len(charts)) if protocol else ''}.png", table, cells, protocol))
+            for row, line in cells.items():
+                lines += [_csv_line(name, protocol, row, cell) for cell in line]
+    text = "\n\n".join([*parts, _list_of_runs(runs)])
+    write_atomically(folder / "report.md", lambda file: file.write((text + "\n").encode()))
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows(lines)
+    write_atomically(folder / "report.csv", lambda file: file.write(rows.getvalue().encode()))
+    try:
+        import matplotlib
+    except ImportError:
+        say("note: no pictures without matplotlib: pip install matplotlib")
+        return text
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        _draw_curves(folder / "curves.png", runs, teachers)
+        for file, table, cells, protocol in charts:
+            _draw_table(folder / file, table, cells, protocol)
+    return text
+
+
+CSV_COLUMNS = ["table", "apart from the recipe", "row", "teacher", "student", "seeds", "n", "mean", "std"]
+CSV_COLUMNS += ["paper_mean", "paper_std", "difference"]
+
+
+def _csv_line(name: str, protocol: Sequence[tuple[str, str]], row: str, cell: Cell) -> list[Any]:
+    apart = "; ".join(f"{key} {value}" for key, value in protocol)
+    figures = (cell.mean, cell.std, cell.paper_mean, cell.paper_std, cell.difference)
+    rounded = ["" if figure is None else round(figure, 4) for figure in figures]
+    seeds = " ".join(map(str, sorted(cell.runs)))
+    return [name, apart, row, cell.teacher, cell.student, seeds, len(cell.runs), *rounded]
+
+
+def _list_of_runs(runs: Sequence[dict[str, Any]]) -> str:
     rows = ["| data set | teacher | student | method | seed | last epoch % | best epoch % (which) | epochs | run |"]
     rows += ["|---|---|---|---|---:|---:|---:|---:|---|"]
     for run in sorted(runs, key=lambda r: (r["config"]["dataset"], str(r["config"]["teacher"]), r["accuracy"])):
@@ -1881,30 +2868,74 @@ def report(folder: str | Path) -> str:
         dataset = c["dataset"] + (f", {c['subset']} images" if c["subset"] else "")
         cells = [dataset, teacher, c["student"], c["method"], c["seed"], f"{run['accuracy']:.2f}", best, run["epochs"]]
         rows.append(f"| {' | '.join(map(str, cells))} | {run['name']} |")
-    table = "\n".join(rows)
-    write_atomically(folder / "report.md", lambda file: file.write((table + "\n").encode()))
-    try:
-        import matplotlib
-    except ImportError:
-        say("note: no picture of the curves without matplotlib: pip install matplotlib")
-        return table
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    return "\n".join(rows)
+
+
+def _draw_curves(path: Path, runs: Sequence[dict[str, Any]], teachers: set[str]) -> None:
+    """Test accuracy over epochs: a panel for each pair and protocol, a line for each method, the mean over seeds."""
+    panels: dict[tuple, dict[str, list[list[float]]]] = {}
+    for run in runs:
+        if not (run["folder"] / "log.jsonl").is_file():
+            continue
+        log = [json.loads(line) for line in (run["folder"] / "log.jsonl").read_text().splitlines()]
+        c, protocol = run["config"], protocol_of(run, teachers)
+        pairs = {_pair(run)}
+        if not c["teacher"]:  # a network alone is shown beside what it learns from teachers
+            same = [r for r in runs if r["config"]["teacher"] and protocol_of(r, teachers) == protocol]
+            pairs = {_pair(r) for r in same if r["config"]["student"] == c["student"]} or pairs
+        units = "" if c["units"] == [1, 2, 3] else f" unit {'+'.join(map(str, c['units']))}"
+        for pair in pairs:
+            lines = panels.setdefault((c["dataset"], pair, protocol), {})
+            lines.setdefault(c["method"] + units, []).append([entry["test_accuracy"] for entry in log])
+    columns = min(3, len(panels))
+    figure, axes = _figure(max(1, math.ceil(len(panels) / max(1, columns))), max(1, columns))
+    for axis, ((dataset, (teacher, student), protocol), lines) in zip(axes, sorted(panels.items(), key=str)):
+        title = f"{dataset}: " + (f"{teacher} → {student}" if teacher else student)
+        apart = ", ".join(["epoch", *(f"{k} {v}" for k, v in protocol)])
+        axis.set(title=title, xlabel=apart, ylabel="test accuracy, %")
+        for label, curves in sorted(lines.items()):
+            steps = list(zip(*curves))
+            (drawn,) = axis.plot(range(1, len(steps) + 1), [statistics.mean(s) for s in steps], label=label)
+            if len(curves) > 1:
+                low, high = [min(s) for s in steps], [max(s) for s in steps]
+                axis.fill_between(range(1, len(steps) + 1), low, high, alpha=0.15, color=drawn.get_color(), linewidth=0)
+        axis.legend(frameon=False, fontsize="small")
+    _save_figure(figure, path)
+
+
+def _draw_table(path: Path, table: Table, cells: dict[str, list[Cell]], protocol: Sequence[tuple[str, str]]) -> None:
+    """A panel for each pair: our mean with its standard deviation, and the paper's figure, for each row."""
+    rows = [row for row in cells if row != "teacher"]
+    figure, axes = _figure(1, len(table.columns()), height=0.8 + 0.35 * len(rows))
+    apart = f"\nnot the paper's recipe: {', '.join(f'{k} {v}' for k, v in protocol)}" if protocol else ""
+    figure.suptitle(table.title + apart)
+    for column, (axis, (teacher, student)) in enumerate(zip(axes, table.columns())):
+        for place, row in enumerate(reversed(rows)):
+            cell = cells[row][column]
+            if cell.paper:
+                axis.plot(cell.paper_mean, place, "D", color="0.6", fillstyle="none", label="paper")
+            if cell.runs:
+                axis.errorbar(cell.mean, place, xerr=cell.std or 0, fmt="o", color="C0", label="here", capsize=2)
+        axis.set(title=f"{teacher} → {student}", yticks=range(len(rows)), ylim=(-0.5, len(rows) - 0.5))
+        axis.set_yticklabels([table.title_of(row) for row in reversed(rows)] if column == 0 else [])
+        axis.grid(axis="x", alpha=0.3)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
+    _save_figure(figure, path)
+
+
+def _figure(rows: int, columns: int, height: float = 3.2) -> tuple[Any, list]:
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.add_subplot(xlabel="epoch", ylabel="test accuracy, %")
-        for run in runs:
-            if not (run["folder"] / "log.jsonl").is_file():
-                continue
-            log = [json.loads(line) for line in (run["folder"] / "log.jsonl").read_text().splitlines()]
-            c = run["config"]
-            label = f"{c['student']} {c['method']}" + (f" from {c['teacher']}" if c["teacher"] else "")
-            axes.plot([e["epoch"] for e in log], [e["test_accuracy"] for e in log], label=f"{label}, seed {c['seed']}")
-        axes.legend(frameon=False, fontsize="small", loc="lower right")
-        FigureCanvasAgg(figure)
-        write_atomically(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=150))
-    return table
+    figure = Figure(figsize=(max(5, 3.2 * columns), max(3, height * rows)), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _save_figure(figure: Any, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1928,13 +2959,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         name, default = field.name.replace("_", "-"), field.default
         help = field.metadata["help"]
         if field.metadata["parse"] is bool:
-            parser.add_argument(f"--no-{name}", dest=field.name, action="store_const", const=False, help=help)
+            parser.add_argument(f"--no-{name}", dest=field.name, action="store_false", default=default, help=help)
             continue
         if default is not None:
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             help = f"{help} [{shown}]"
         parser.add_argument(f"--{name}", type=field.metadata["parse"], default=default, help=help, metavar="X")
-    parser.add_argument("--report", metavar="DIR", help="instead of training: table and curves of the runs below DIR")
+    parser.add_argument("--report", metavar="DIR", help="instead of training: tables and curves of the runs below DIR")
+    parser.add_argument("--plan", type=words, metavar="X", help="instead of training: the runs that table1,... need")
+    parser.add_argument("--seeds", type=integers, default=(0, 1, 2), metavar="X", help="with --plan: seeds [0,1,2]")
+    parser.add_argument("--pairs", type=words, default=(), metavar="X", help="with --plan: only wrn_40_2:wrn_16_2,...")
+    parser.add_argument("--methods", type=words, default=(), metavar="X", help="with --plan: only kd,mhkd,mhkd:1,...")
     parser.add_argument("--version", action="store_true", help="print the versions and the backend of the loss")
     return parser.parse_args(arguments)
 
@@ -1942,10 +2977,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = vars(parse_arguments(arguments))
-        if parsed.pop("version"):
+        narrowed = {"seeds": parsed.pop("seeds"), "pairs": parsed.pop("pairs"), "rows": parsed.pop("methods")}
+        version, folder, tables = (parsed.pop(name) for name in ("version", "report", "plan"))
+        if version:
             print(f"mhkd {__version__}, PyTorch {torch.__version__}, loss: {loss_backend()}")
-        elif folder := parsed.pop("report"):
+        elif folder:
             print(report(folder))
+        elif tables:
+            print_plan(tables, Config(**parsed), **narrowed)
         else:
             train(Config(**parsed))
     except UsageError as error:

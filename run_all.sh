@@ -5,15 +5,20 @@
 #                         a table of them and a picture of the curves: minutes on a laptop, no download of data
 #   ./run_all.sh test     environment, then the tests
 #   ./run_all.sh setup    the environment alone
+#   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report;
+#                         with --dry-run their commands, and how many are done
 #
 # An environment that has the dependencies is used as it is (PYTHON names its interpreter, by default python3);
 # otherwise they are installed into .venv here (or into VENV).
+#
+# The tables can be narrowed or shortened: SEEDS="0 1 2", EPOCHS, PAIRS="wrn_40_2:wrn_16_2 vgg13:vgg8",
+# METHODS="ce kd mhkd mhkd:1" (mhkd:1 is one head, after unit 1), OPTIONS="--subset 1000" (any of mhkd.py's).
+# DATA is the folder of the data, OUT that of the runs, JOBS how many runs share the device.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 PACKAGES=(torch torchvision numpy ninja pybind11 setuptools pytest hypothesis tqdm scikit-learn scipy matplotlib)
 MODULES="torch torchvision numpy ninja pybind11 setuptools pytest hypothesis tqdm sklearn scipy matplotlib"
-OUT=${OUT:-runs/demo}
 VENV=${VENV:-.venv}
 
 run() { # print a command, then run it
@@ -59,6 +64,7 @@ kernel() { # the fused loss, built here beside mhkd.py; where it cannot be built
 fused() { "$python" mhkd.py --version | grep -q 'loss: fused'; }
 
 demo() {
+    local OUT=${OUT:-runs/demo}
     local common=(--dataset digits --epochs 12 --out "$OUT")
     run "$python" mhkd.py --student resnet20 --method ce "${common[@]}" # the teacher
     run "$python" mhkd.py --student resnet8 --method ce "${common[@]}"
@@ -67,9 +73,67 @@ demo() {
     run "$python" mhkd.py --report "$OUT"
 }
 
+tables() { # the runs of these tables, side by side as JOBS says, and their report
+    local plan done_runs
+    export python OUT=${OUT:-runs} JOBS=${JOBS:-1}
+    export logs=$OUT/logs
+    local arguments=(--plan "$1" --seeds "$(commas "${SEEDS:-0 1 2}")" --out "$OUT")
+    if [ -n "${EPOCHS:-}" ]; then arguments+=(--epochs "$EPOCHS"); fi
+    if [ -n "${DATA:-}" ]; then arguments+=(--data "$DATA"); fi
+    if [ -n "${PAIRS:-}" ]; then arguments+=(--pairs "$(commas "$PAIRS")"); fi
+    if [ -n "${METHODS:-}" ]; then arguments+=(--methods "$(commas "$METHODS")"); fi
+    # shellcheck disable=SC2206 # OPTIONS is meant to be split into words
+    arguments+=(${OPTIONS:-})
+    plan=$("$python" mhkd.py "${arguments[@]}") # lines of: done or todo, teacher or student, arguments
+    done_runs=$(grep -c '^done' <<<"$plan" || true)
+    if [ "${2:-}" = --dry-run ]; then
+        sed -e 's/^\(done\|todo\)\t[a-z]*\t/\1  python mhkd.py /' <<<"$plan"
+        echo "$done_runs of $(wc -l <<<"$plan") runs are done"
+        return
+    fi
+    mkdir -p "$logs"
+    : >"$logs/failed"
+    # Runs on the CPU that are all given every core stand in each other's way.
+    if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + JOBS - 1) / JOBS))}; fi
+    echo "$done_runs of $(wc -l <<<"$plan") runs are done; what the others print goes to $logs, too"
+    export -f one_run
+    for phase in teacher student; do # a teacher is trained once, before those that it teaches
+        grep -n "^todo.$phase" <<<"$plan" | sed 's/:todo.[a-z]*//' | tr '\n' '\0' |
+            xargs -0 -P "$JOBS" -n 1 bash -c 'one_run "$0"'
+    done
+    run "$python" mhkd.py --report "$OUT"
+    if [ -s "$logs/failed" ]; then
+        echo "failed:" >&2
+        cat "$logs/failed" >&2
+        return 1
+    fi
+}
+
+one_run() { # "number<tab>arguments": a failure is noted and does not stop the others
+    local number=${1%%$'\t'*} arguments=${1#*$'\t'}
+    local log=$logs/$number.log status
+    echo "+ python mhkd.py $arguments"
+    eval "set -- $arguments"
+    "$python" mhkd.py "$@" 2>&1 | tee "$log"
+    status=${PIPESTATUS[0]} # of mhkd.py, not of tee
+    if [ "$status" -eq 130 ]; then exit 255; fi # interrupted: xargs starts no further one
+    if [ "$status" -ne 0 ]; then
+        echo "  python mhkd.py $arguments: $(grep -v '^ *$' "$log" | tail -n 1)" >>"$logs/failed"
+    fi
+}
+
+commas() { # "a b c" as a,b,c
+    # shellcheck disable=SC2086
+    set -- $1
+    local IFS=,
+    echo "$*"
+}
+
 case "${1:-help}" in
     setup) setup ;;
     demo) setup && demo ;;
     test) setup && run "$python" -m pytest -q "${@:2}" ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0" ;;
+    table1 | table2 | table3) setup && tables "$1" "${2:-}" ;;
+    all) setup && tables table1,table2,table3 "${2:-}" ;;
+    *) sed -n '2,20s/^# \{0,1\}//p' "$0" ;;
 esac

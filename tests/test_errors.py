@@ -260,7 +260,7 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused(with_weights, tmp_path):
 def interrupted(tmp_path, monkeypatch):
     """A run folder with a checkpoint after the first of two epochs."""
     with monkeypatch.context() as patch:
-        forward, steps = mhkd.CrossEntropy.forward, []
+        forward, steps = mhkd.CrossEntropy.final_terms, []
 
         def stop(self, *arguments):
             steps.append(1)
@@ -268,7 +268,7 @@ def interrupted(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return forward(self, *arguments)
 
-        patch.setattr(mhkd.CrossEntropy, "forward", stop)
+        patch.setattr(mhkd.CrossEntropy, "final_terms", stop)
         assert mhkd.main([*ALONE, "--out", str(tmp_path / "out")]) == 130
     (folder,) = (tmp_path / "out").glob("digits*")
     return folder

@@ -351,14 +351,14 @@ def test_a_non_finite_loss_from_a_huge_rate_stops_the_run_with_epoch_and_step(tm
 
 
 def test_the_last_good_checkpoint_stays_when_the_loss_becomes_nan_later(tmp_path, monkeypatch, capsys):
-    steps, forward = [], mhkd.CrossEntropy.forward
+    steps, forward = [], mhkd.CrossEntropy.final_terms
 
     def poisoned(self, *arguments):
         steps.append(1)
         terms = forward(self, *arguments)
         return {name: term * float("nan") if len(steps) == 8 else term for name, term in terms.items()}
 
-    monkeypatch.setattr(mhkd.CrossEntropy, "forward", poisoned)
+    monkeypatch.setattr(mhkd.CrossEntropy, "final_terms", poisoned)
     assert run(tmp_path, *ALONE) != 0  # 200 images, 40 a step: the third step of the second epoch
     assert "epoch 2, step 3" in capsys.readouterr().err
     state = torch.load(folder_of(tmp_path) / "checkpoint.pt", weights_only=True)
@@ -469,11 +469,11 @@ def steps_of(tmp_path, monkeypatch):
     def steps(*arguments):
         initial, batches, forward = [], [], mhkd.Distiller.forward
 
-        def spy(self, images, labels):
+        def spy(self, images, labels, indices):
             if not initial:
                 initial.extend(tensor.clone() for tensor in self.student.model.state_dict().values())
             batches.append((images.clone(), labels.clone()))
-            return forward(self, images, labels)
+            return forward(self, images, labels, indices)
 
         out = tmp_path / str(time.monotonic_ns())
         with monkeypatch.context() as patch:
@@ -543,6 +543,14 @@ OTHERS = {
     "alpha": 0.5, "beta": 1.0, "head_width": 128, "head_stride": 1, "crop_padding": 3, "flip": False,
     "image_size": 33, "subset": 100, "seed": 1, "teacher_seed": 1,
 }  # fmt: skip
+OTHERS_OF_METHODS = {
+    "fitnet": {"gamma": 0.5, "kd_weight": 0.5, "fitnet_weight": 99.0},
+    "cc": {"cc_weight": 0.5, "embed_dim": 64},
+    "rkd": {"rkd_weight": 0.5},
+    "crd": {"crd_weight": 0.5, "crd_tau": 0.1, "negatives": 100},
+    "lsh": {"lsh_weight": 5.0, "lsh_bits": 16, "lsh_samples": "all"},
+    "dhkd": {"dhkd_weight": 0.5, "dhkd_tau": 1.0, "dhkd_head": "linear", "dhkd_align": False},
+}
 
 
 def name_of(teacher_sha256="0" * 64, **values):
@@ -556,8 +564,11 @@ def name_of(teacher_sha256="0" * 64, **values):
 
 def test_every_hyperparameter_that_differs_gives_another_run_name():
     fields = {field.name for field in dataclasses.fields(mhkd.Config)} - {"data", "out", "device", "backend"}
-    assert fields - set(OTHERS) == {"teacher_weights"}
+    of_methods = [(method, *item) for method, options in OTHERS_OF_METHODS.items() for item in options.items()]
+    assert fields - set(OTHERS) - {field for _, field, _ in of_methods} == {"teacher_weights"}
     names = [name_of()] + [name_of(**{field: value}) for field, value in OTHERS.items()]
+    names += [name_of(method=method) for method in (*OTHERS_OF_METHODS, "crd+mhkd")]
+    names += [name_of(method=method, **{field: value}) for method, field, value in of_methods]
     names += [name_of(teacher_weights="t.pt", teacher_sha256=digit * 64) for digit in "12"]
     assert len({*names}) == len(names)
 
@@ -611,8 +622,8 @@ def test_version_is_shown_with_that_of_pytorch(capsys):
 
 def test_a_class_added_to_methods_is_a_method(tmp_path, monkeypatch):
     class Half(mhkd.CrossEntropy):
-        def forward(self, student, teacher, labels):
-            return {"half": 0.5 * super().forward(student, teacher, labels)["ce"]}
+        def final_terms(self, step):
+            return {"half": 0.5 * super().final_terms(step)["ce"]}
 
     monkeypatch.setitem(mhkd.METHODS, "half", Half)
     assert run(tmp_path, *ALONE, "--method", "half") == 0
