@@ -2800,7 +2800,7 @@ def table_markdown(table: Table, cells: dict[str, list[Cell]], protocol: Sequenc
     return "\n".join(lines)
 
 
-def report(folder: str | Path) -> str:
+def report(folder: str | Path, pictures: bool = True) -> str:
     """The finished runs below a folder: the paper's tables as far as they have been run, and every run.
 
     Written there: report.md, which is also returned, report.csv with a line for each cell of a table, and with
@@ -2817,7 +2817,8 @@ def report(folder: str | Path) -> str:
     teachers = {run["student_sha256"] for run in runs}
     protocols: dict[tuple, list[dict[str, Any]]] = {}
     for run in runs:
-        protocols.setdefault(protocol_of(run, teachers), []).append(run)
+        run["protocol"] = protocol_of(run, teachers)
+        protocols.setdefault(run["protocol"], []).append(run)
     parts, lines, charts = [], [CSV_COLUMNS], []
     for name, table in TABLES.items():
         for protocol, members in sorted(protocols.items()):
@@ -2834,13 +2835,15 @@ def report(folder: str | Path) -> str:
     rows = io.StringIO()
     csv.writer(rows, lineterminator="\n").writerows(lines)
     write_atomically(folder / "report.csv", lambda file: file.write(rows.getvalue().encode()))
+    if not pictures:
+        return text
     try:
         import matplotlib
     except ImportError:
         say("note: no pictures without matplotlib: pip install matplotlib")
         return text
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        _draw_curves(folder / "curves.png", runs, teachers)
+        _draw_curves(folder / "curves.png", runs)
         for file, table, cells, protocol in charts:
             _draw_table(folder / file, table, cells, protocol)
     return text
@@ -2871,17 +2874,17 @@ def _list_of_runs(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def _draw_curves(path: Path, runs: Sequence[dict[str, Any]], teachers: set[str]) -> None:
+def _draw_curves(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     """Test accuracy over epochs: a panel for each pair and protocol, a line for each method, the mean over seeds."""
     panels: dict[tuple, dict[str, list[list[float]]]] = {}
     for run in runs:
         if not (run["folder"] / "log.jsonl").is_file():
             continue
         log = [json.loads(line) for line in (run["folder"] / "log.jsonl").read_text().splitlines()]
-        c, protocol = run["config"], protocol_of(run, teachers)
+        c, protocol = run["config"], run["protocol"]
         pairs = {_pair(run)}
         if not c["teacher"]:  # a network alone is shown beside what it learns from teachers
-            same = [r for r in runs if r["config"]["teacher"] and protocol_of(r, teachers) == protocol]
+            same = [r for r in runs if r["config"]["teacher"] and r["protocol"] == protocol]
             pairs = {_pair(r) for r in same if r["config"]["student"] == c["student"]} or pairs
         units = "" if c["units"] == [1, 2, 3] else f" unit {'+'.join(map(str, c['units']))}"
         for pair in pairs:

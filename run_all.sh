@@ -74,7 +74,7 @@ demo() {
 }
 
 tables() { # the runs of these tables, side by side as JOBS says, and their report
-    local plan done_runs
+    local plan done_runs todo
     export python OUT=${OUT:-runs} JOBS=${JOBS:-1}
     export logs=$OUT/logs
     local arguments=(--plan "$1" --seeds "$(commas "${SEEDS:-0 1 2}")" --out "$OUT")
@@ -98,8 +98,9 @@ tables() { # the runs of these tables, side by side as JOBS says, and their repo
     echo "$done_runs of $(wc -l <<<"$plan") runs are done; what the others print goes to $logs, too"
     export -f one_run
     for phase in teacher student; do # a teacher is trained once, before those that it teaches
-        grep -n "^todo.$phase" <<<"$plan" | sed 's/:todo.[a-z]*//' | tr '\n' '\0' |
-            xargs -0 -P "$JOBS" -n 1 bash -c 'one_run "$0"'
+        todo=$(grep -n "^todo.$phase" <<<"$plan" | sed 's/:todo.[a-z]*//' || true)
+        if [ -z "$todo" ]; then continue; fi # xargs would run once on nothing
+        tr '\n' '\0' <<<"$todo" | xargs -0 -P "$JOBS" -n 1 bash -c 'one_run "$0"'
     done
     run "$python" mhkd.py --report "$OUT"
     if [ -s "$logs/failed" ]; then
