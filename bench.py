@@ -216,6 +216,30 @@ def bench_loss(args) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 
+def split_loss(method, student, teacher, labels, lap) -> torch.Tensor:
+    """Heads, loss and backward of kd or mhkd, each timed on its own."""
+    outputs, targets = [student.logits], [teacher.logits]
+    if hasattr(method, "all_logits"):
+        outputs, targets = method.all_logits(student, "student"), method.all_logits(teacher, "teacher")
+    lap("heads, forward")
+    # The loss on leaves of its own, so that its backward can be told from the networks'.
+    student_leaves = [z.detach().requires_grad_() for z in outputs]
+    teacher_leaves = [z.detach().requires_grad_(z.requires_grad) for z in targets]
+    lap()
+    if hasattr(method, "all_logits"):
+        loss = method.loss(student_leaves, teacher_leaves, labels)
+    else:
+        bare = [mhkd.Outputs(z[0], {}, None) for z in (student_leaves, teacher_leaves)]
+        loss = method.final_terms(mhkd.Step(*bare, labels, None))["kd"]
+    loss.backward()
+    lap("loss, forward and backward")
+    leaves = zip([*outputs, *targets], [*student_leaves, *teacher_leaves])
+    pairs = [(z, leaf.grad) for z, leaf in leaves if leaf.grad is not None]
+    torch.autograd.backward([z for z, _ in pairs], [gradient for _, gradient in pairs])
+    lap("networks and heads, backward")
+    return loss
+
+
 def bench_step(arguments) -> dict:
     """The parts of a training step, timed one after another on random images: medians over the steps."""
     config = mhkd.resolve(
@@ -227,13 +251,14 @@ def bench_step(arguments) -> dict:
         )
     )
     device = mhkd.pick_device(arguments.device)
-    K, N = 100, config.batch_size * (arguments.steps + arguments.warmup)
+    K, steps = 100, arguments.steps + arguments.warmup
+    N = max(arguments.images, config.batch_size * steps)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (N, config.image_size, config.image_size, 3), generator=generator, dtype=torch.uint8)
     labels = torch.randint(K, (N,), generator=generator)
     data = mhkd.Data(images, labels, images, labels, [""] * K, (0.5,) * 3, (0.25,) * 3, "").to(device)
     distiller = mhkd.build_distiller(config, mhkd.build_model(config.teacher, K).to(device), data).train()
-    (method,) = distiller.objective.methods
+    method = distiller.objective.methods[-1]
     optimizer = torch.optim.SGD(
         [p for p in distiller.parameters() if p.requires_grad],
         lr=1e-3, momentum=config.momentum, weight_decay=config.weight_decay,
@@ -250,7 +275,7 @@ def bench_step(arguments) -> dict:
         mark = time.perf_counter()
 
     batches = mhkd.epoch_batches(data, config, generator)
-    for _ in range(N // config.batch_size):
+    for _ in range(steps):
         lap()
         x, batch_labels, indices = next(batches)
         lap("data")
@@ -258,29 +283,18 @@ def bench_step(arguments) -> dict:
         lap("student, forward")
         teacher = distiller.teacher(x)
         lap("teacher, forward")
-        outputs, targets = [student.logits], [teacher.logits]
-        if config.method == "mhkd":
-            outputs, targets = method.all_logits(student, "student"), method.all_logits(teacher, "teacher")
-        lap("heads, forward")
-        # The loss on leaves of its own, so that its backward can be told from the networks'.
-        student_leaves = [z.detach().requires_grad_() for z in outputs]
-        teacher_leaves = [z.detach().requires_grad_(z.requires_grad) for z in targets]
-        lap()
-        if config.method == "mhkd":
-            loss = method.loss(student_leaves, teacher_leaves, batch_labels)
+        if config.method in ("kd", "mhkd"):
+            loss = split_loss(method, student, teacher, batch_labels, lap)
         else:
-            bare = [mhkd.Outputs(z[0], {}, None) for z in (student_leaves, teacher_leaves)]
-            loss = method.final_terms(mhkd.Step(*bare, batch_labels, indices))["kd"]
-        loss.backward()
-        lap("loss, forward and backward")
-        leaves = zip([*outputs, *targets], [*student_leaves, *teacher_leaves])
-        pairs = [(z, leaf.grad) for z, leaf in leaves if leaf.grad is not None]
-        torch.autograd.backward([z for z, _ in pairs], [gradient for _, gradient in pairs])
-        lap("networks and heads, backward")
+            terms = distiller.objective(mhkd.Step(student, teacher, batch_labels, indices))
+            loss = sum(terms.values())
+            lap("method, forward")
+            distiller.backward(terms)
+            lap("all, backward")
         optimizer.step()
         optimizer.zero_grad()
         lap("optimizer")
-        accuracy = (outputs[0].argmax(dim=1) == batch_labels).float().mean()
+        accuracy = (student.logits.argmax(dim=1) == batch_labels).float().mean()
         torch.stack([loss.detach(), accuracy])[0].isfinite().item()
         lap("figures for the log")
 
@@ -290,11 +304,14 @@ def bench_step(arguments) -> dict:
     for part, value in medians.items():
         print(f"{part:32} {1e3 * value:9.2f} ms  {100 * value / total:6.2f} %")
     neither = total - sum(value for part, value in medians.items() if "ward" in part and "loss" not in part)
-    print(f"{'neither networks nor heads':32} {1e3 * neither:9.2f} ms  {100 * neither / total:6.2f} %")
+    split = config.method in ("kd", "mhkd")
+    if split:
+        print(f"{'neither networks nor heads':32} {1e3 * neither:9.2f} ms  {100 * neither / total:6.2f} %")
     print(f"{'step':32} {1e3 * total:9.2f} ms  {config.batch_size / total:.1f} images/s")
     return {
         "config": config.recorded(), "steps": arguments.steps, "seconds": medians,
-        "share_of_neither_networks_nor_heads": neither / total, "environment": mhkd.environment(device),
+        "share_of_neither_networks_nor_heads": neither / total if split else None,
+        "environment": mhkd.environment(device),
     }  # fmt: skip
 
 
@@ -308,7 +325,8 @@ def main() -> None:
     step = commands.add_parser("step", help="where the time of a training step goes")
     step.add_argument("--teacher", default="wrn_40_2")
     step.add_argument("--student", default="wrn_16_2")
-    step.add_argument("--method", default="mhkd", choices=["kd", "mhkd"])
+    step.add_argument("--method", default="mhkd", help="kd and mhkd are split further")
+    step.add_argument("--images", type=int, default=0, help="of the training set, for the banks of crd (CIFAR: 50000)")
     step.add_argument("--batch-size", type=int, default=64)
     step.add_argument("--steps", type=int, default=20)
     step.add_argument("--warmup", type=int, default=3)

@@ -5,8 +5,9 @@
     python mhkd.py --teacher wrn_40_2 --student wrn_16_2 --seed 1       # another pair, another seed
     python mhkd.py --teacher vgg13 --student vgg8 --method kd           # plain distillation
     python mhkd.py --student vgg8 --method ce                           # a network alone
+    python mhkd.py --teacher vgg13 --student vgg8 --method crd+mhkd     # two methods joined
     python mhkd.py --teacher resnet20 --student resnet8 --dataset digits    # no download, minutes on a laptop
-    python mhkd.py --report runs/                                       # a table and the curves of what has finished
+    python mhkd.py --report runs/                                       # the paper's tables, as far as they have run
     torchrun --nproc_per_node 2 mhkd.py --teacher resnet32x4 --student shufflenetv2     # batches shared by processes
 
 The method (Wang, Lohit, Jones, Fu: "Multi-head knowledge distillation for model compression", 2020)
@@ -17,7 +18,7 @@ softened probabilities, and the cross-entropy. The heads are dropped after the t
 This file works alone: copy it into another repository and `import mhkd`, which needs torch only.
 
 Rooms: 1 networks, 2 heads, 3 losses (reading to there is reading the paper), 4 methods, 5 data,
-6 configuration, 7 files, 8 training, 9 report, 10 command line.
+6 configuration, 7 files, 8 training, 9 the tables and their report, 10 command line.
 """
 
 from __future__ import annotations
@@ -2898,7 +2899,10 @@ def _draw_curves(path: Path, runs: Sequence[dict[str, Any]]) -> None:
         axis.set(title=title, xlabel=apart, ylabel="test accuracy, %")
         for label, curves in sorted(lines.items()):
             steps = list(zip(*curves))
-            (drawn,) = axis.plot(range(1, len(steps) + 1), [statistics.mean(s) for s in steps], label=label)
+            color = f"C{list(ROW_TITLES).index(label) % 10}" if label in ROW_TITLES else None  # the same in all panels
+            (drawn,) = axis.plot(
+                range(1, len(steps) + 1), [statistics.mean(s) for s in steps], color=color, label=label
+            )
             if len(curves) > 1:
                 low, high = [min(s) for s in steps], [max(s) for s in steps]
                 axis.fill_between(range(1, len(steps) + 1), low, high, alpha=0.15, color=drawn.get_color(), linewidth=0)

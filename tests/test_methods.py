@@ -498,3 +498,44 @@ def test_every_method_learns_goes_on_after_a_kill_and_leaves_a_plain_student(met
     assert {name: tensor.shape for name, tensor in state.items()} == plain
     log = [json.loads(line) for line in (whole.parent / "log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"] and log[-1]["train_accuracy"] > log[0]["train_accuracy"] + 5
+
+
+IN_TWO_PROCESSES = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch, mhkd, test_methods
+
+with mhkd.team(torch.device("cpu")):
+    rank = mhkd.rank()
+    torch.manual_seed(0)
+    distiller, _ = test_methods.make("crd+dhkd", batch_size=16)
+    data, config = test_methods.make_data(), distiller.objective.methods[0].config
+    module = mhkd.parallel(distiller, torch.device("cpu"))
+    optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.1)
+    torch.manual_seed(rank)  # other negatives and other dropout in each
+    seen = []
+    for images, labels, indices in mhkd.epoch_batches(data, config, torch.Generator().manual_seed(0), 2, rank):
+        before = distiller.objective.methods[0].crd.student_bank.clone()
+        mhkd.train_step(module, optimizer, images, labels, indices)
+        moved = (distiller.objective.methods[0].crd.student_bank != before).any(dim=1)
+        assert moved.sum() == 16 and moved[indices].all() and len(indices) == 8  # the other process's rows, too
+        seen.append(indices)
+    named = [*distiller.objective.named_buffers(), *distiller.named_parameters()]
+    for name, tensor in named:
+        if "running" in name or "num_batches" in name:
+            continue  # each process keeps its own; that of the first is saved
+        mine, first = tensor.detach().clone(), tensor.detach().clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(mine, first), name
+    everything = mhkd.gather_from_processes(torch.cat(seen))
+    assert len(everything.unique()) == 64
+    print("agreed")
+"""
+
+
+def test_two_processes_keep_the_same_banks_and_the_same_aligned_gradients(tmp_path):
+    (tmp_path / "two.py").write_text(IN_TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "two.py"), str(SCRIPT.parent), str(SCRIPT.parent / "tests")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and done.stdout.count("agreed") == 2, done.stderr
