@@ -2801,6 +2801,24 @@ def table_markdown(table: Table, cells: dict[str, list[Cell]], protocol: Sequenc
     return "\n".join(lines)
 
 
+def lay_out(runs: Sequence[dict[str, Any]]) -> list[tuple[str, Table, dict[str, list[Cell]], tuple]]:
+    """The tables that the runs have a cell of: name, Table, cells and protocol. Notes the "protocol" in each run."""
+    teachers = {run["student_sha256"] for run in runs}
+    for run in runs:
+        run["protocol"] = protocol_of(run, teachers)
+    tables = []
+    for name, table in TABLES.items():
+        for protocol in sorted({run["protocol"] for run in runs}):
+            svhn = table.dataset == "svhn"
+            of_one = [
+                run for run in runs if run["protocol"] == protocol and (run["config"]["dataset"] == "svhn") == svhn
+            ]
+            cells = cells_of(table, of_one)
+            if any(cell.runs for row, line in cells.items() if row not in ("teacher", "ce") for cell in line):
+                tables.append((name, table, cells, protocol))
+    return tables
+
+
 def report(folder: str | Path, pictures: bool = True) -> str:
     """The finished runs below a folder: the paper's tables as far as they have been run, and every run.
 
@@ -2815,26 +2833,15 @@ def report(folder: str | Path, pictures: bool = True) -> str:
     runs = finished_runs(folder)
     if not runs:
         raise UsageError(f"no finished run below '{folder}'")
-    teachers = {run["student_sha256"] for run in runs}
-    protocols: dict[tuple, list[dict[str, Any]]] = {}
-    for run in runs:
-        run["protocol"] = protocol_of(run, teachers)
-        protocols.setdefault(run["protocol"], []).append(run)
-    parts, lines, charts = [], [CSV_COLUMNS], []
-    for name, table in TABLES.items():
-        for protocol, members in sorted(protocols.items()):
-            fitting = [run for run in members if (run["config"]["dataset"] == "svhn") == (table.dataset == "svhn")]
-            cells = cells_of(table, fitting)
-            if not any(cell.runs for row, line in cells.items() if row not in ("teacher", "ce") for cell in line):
-                continue
-            parts.append(table_markdown(table, cells, protocol))
-            charts.append((f"{name}{'-' + str(len(charts)) if protocol else ''}.png", table, cells, protocol))
-            for row, line in cells.items():
-                lines += [_csv_line(name, protocol, row, cell) for cell in line]
-    text = "\n\n".join([*parts, _list_of_runs(runs)])
+    tables = lay_out(runs)
+    text = "\n\n".join([*(table_markdown(*rest) for _, *rest in tables), _list_of_runs(runs)])
     write_atomically(folder / "report.md", lambda file: file.write((text + "\n").encode()))
     rows = io.StringIO()
-    csv.writer(rows, lineterminator="\n").writerows(lines)
+    lines = [
+        _csv_line(name, protocol, row, cell)
+        for name, _, cells, protocol in tables for row, row_cells in cells.items() for cell in row_cells
+    ]  # fmt: skip
+    csv.writer(rows, lineterminator="\n").writerows([CSV_COLUMNS, *lines])
     write_atomically(folder / "report.csv", lambda file: file.write(rows.getvalue().encode()))
     if not pictures:
         return text
@@ -2845,8 +2852,8 @@ def report(folder: str | Path, pictures: bool = True) -> str:
         return text
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         _draw_curves(folder / "curves.png", runs)
-        for file, table, cells, protocol in charts:
-            _draw_table(folder / file, table, cells, protocol)
+        for place, (name, *rest) in enumerate(tables):
+            _draw_table(folder / f"{name}{f'-{place}' if rest[-1] else ''}.png", *rest)
     return text
 
 

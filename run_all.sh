@@ -7,6 +7,7 @@
 #   ./run_all.sh setup    the environment alone
 #   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report;
 #                         with --dry-run their commands, and how many are done
+#   ./run_all.sh records  copies the records of what has run to results/
 #
 # An environment that has the dependencies is used as it is (PYTHON names its interpreter, by default python3);
 # otherwise they are installed into .venv here (or into VENV).
@@ -123,6 +124,16 @@ one_run() { # "number<tab>arguments": a failure is noted and does not stop the o
     fi
 }
 
+records() { # the small files of what has run, to be kept in the repository
+    local folder
+    for folder in "${OUT:-runs}"/*/; do
+        if [ ! -f "$folder/result.json" ]; then continue; fi
+        mkdir -p "results/$(basename "$folder")"
+        cp "$folder/result.json" "$folder/log.jsonl" "results/$(basename "$folder")/"
+    done
+    ls results
+}
+
 commas() { # "a b c" as a,b,c
     # shellcheck disable=SC2086
     set -- $1
@@ -135,6 +146,7 @@ case "${1:-help}" in
     demo) setup && demo ;;
     test) setup && run "$python" -m pytest -q "${@:2}" ;;
     table1 | table2 | table3) setup && tables "$1" "${2:-}" ;;
+    records) records ;;
     all) setup && tables table1,table2,table3 "${2:-}" ;;
-    *) sed -n '2,20s/^# \{0,1\}//p' "$0" ;;
+    *) sed -n '2,21s/^# \{0,1\}//p' "$0" ;;
 esac

@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import mhkd
+
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.is_file() else None
 pytestmark = pytest.mark.skipif(TEXT is None, reason="there is no README.md")
@@ -25,3 +27,18 @@ def test_an_example_runs_as_it_stands(block, tmp_path):
     command = [sys.executable, "-c", block]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tables_shown_are_those_of_the_records_in_results():
+    runs = mhkd.finished_runs(ROOT / "results")
+    assert runs
+    for _, *table in mhkd.lay_out(runs):
+        assert mhkd.table_markdown(*table) in TEXT
+    shown = re.findall(r"^### Table .*?$", TEXT, re.MULTILINE)
+    assert len(shown) == len(mhkd.lay_out(runs))
+
+
+def test_the_records_say_on_what_they_were_computed_and_from_which_commit():
+    for run in mhkd.finished_runs(ROOT / "results"):
+        environment = run["environment"]
+        assert environment["hardware"] and environment["torch"] and re.fullmatch("[0-9a-f]{40}", environment["commit"])
