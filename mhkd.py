@@ -607,11 +607,12 @@ MAX_FUSED_HEADS = 16  # kMaxHeads in csrc/mhkd_loss.h
 
 
 _fused_is_there: bool | None = None  # not looked for yet
+_fused_loss = None  # the operator: looking it up in torch.ops would take longer than a short batch
 
 
 def _load_fused() -> bool:
     """Whether the compiled kernel is installed. The first call loads it, which registers torch.ops.mhkd."""
-    global _fused_is_there
+    global _fused_is_there, _fused_loss
     if _fused_is_there is None:
         _fused_is_there = hasattr(torch.ops.mhkd, "loss")  # another copy of this file may have loaded it
         spec = importlib.util.find_spec("mhkd_fused")  # finds the library; it is no Python module and never imported
@@ -621,6 +622,8 @@ def _load_fused() -> bool:
                 _fused_is_there = True
             except OSError as error:  # built for another PyTorch
                 warnings.warn(f"the fused kernel cannot be loaded, plain PyTorch is used: {error}", stacklevel=2)
+        if _fused_is_there:
+            _fused_loss = torch.ops.mhkd.loss.default
     return _fused_is_there
 
 
@@ -645,16 +648,18 @@ def _use_fused(backend: str, heads: int, labels: Tensor) -> bool:
         raise ValueError(f"mhkd_loss: backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend == "reference" or (backend == "auto" and heads > MAX_FUSED_HEADS):
         return False
+    device = labels.device.type
     if not _load_fused():
         missing = "the fused kernel is not installed"
-    elif labels.is_cuda and not hasattr(torch.ops.mhkd, "cuda_architectures"):
-        missing = "the fused kernel was built without CUDA"
-    elif labels.is_cuda and backend == "auto":
-        return False  # the CUDA kernel has been compiled and emulated but has never run on a GPU: insist to try it
-    elif labels.device.type not in ("cpu", "cuda", "meta"):
-        missing = f"there is no fused kernel for {labels.device.type} tensors"
-    else:
+    elif device == "cpu" or device == "meta":
         return True
+    elif device != "cuda":
+        missing = f"there is no fused kernel for {device} tensors"
+    elif not hasattr(torch.ops.mhkd, "cuda_architectures"):
+        missing = "the fused kernel was built without CUDA"
+    else:
+        # The CUDA kernel has been compiled and emulated but has never run on a GPU: only who insists tries it.
+        return backend == "fused"
     if backend == "fused":
         raise RuntimeError(f'mhkd_loss: {missing}: use backend="auto" or backend="reference"')
     return False
@@ -717,7 +722,7 @@ def mhkd_loss(
     teacher_ce = [z.requires_grad for z in teacher_logits] if teacher_ce is None else list(teacher_ce)
     if _use_fused(backend, H, labels):
         settings = (tau, alpha, head_weights, teacher_ce, ignore_index)
-        loss, terms, _ = torch.ops.mhkd.loss(student_logits, teacher_logits, labels, *settings)  # makes the same checks
+        loss, terms, _ = _fused_loss(student_logits, teacher_logits, labels, *settings)  # makes the same checks
         return (loss, terms) if return_terms else loss
     _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce)
 

@@ -19,9 +19,17 @@
 #include "mhkd_loss.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
+
+#include <memory>
+#include <mutex>
+#include <type_traits>
 
 #define MHKD_STRING_(x) #x
 #define MHKD_STRING(x) MHKD_STRING_(x)
@@ -154,62 +162,99 @@ static bool any_requires_grad(TensorList tensors) {
 }
 
 using torch::autograd::AutogradContext;
+using torch::autograd::Edge;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-struct LossFunction : torch::autograd::Function<LossFunction> {
-  static variable_list forward(AutogradContext* ctx, TensorList student, TensorList teacher, const Tensor& labels,
-                               double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
-                               int64_t ignore_index) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, terms, row_stats] =
-        call_loss(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
-    variable_list saved(student.begin(), student.end());
-    saved.insert(saved.end(), teacher.begin(), teacher.end());
-    saved.push_back(labels);
-    saved.push_back(row_stats);
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["tau"] = tau;
-    ctx->saved_data["alpha"] = alpha;
-    ctx->saved_data["head_weights"] = c10::List<double>(head_weights);
-    ctx->saved_data["teacher_ce"] = teacher_ce;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->mark_non_differentiable({terms, row_stats});
-    return {loss, terms, row_stats};
-  }
+// What holds a node of the graph: std::shared_ptr, in newer PyTorch c10::intrusive_ptr.
+using NodePointer = decltype(Edge::function);
 
-  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
-    const variable_list saved = ctx->get_saved_variables();
-    const size_t heads = (saved.size() - 2) / 2;
-    const TensorList all(saved);
-    const Flags teacher_ce = ctx->saved_data["teacher_ce"].toBoolList();
+template <class N, class Pointer = NodePointer>
+static Pointer make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    return Pointer(new N, [](N* node) { deleteNode(node); });  // PyTorch's own: it does not recurse through the graph
+  } else {
+    return c10::make_intrusive<N>();
+  }
+}
+
+// The node of the graph, written by hand: torch::autograd::Function would keep the settings in a dictionary of boxed
+// values and wrap its outputs for every case there is, which costs more than the loss of a small batch.
+struct MhkdLossBackward : Node {
+  std::vector<SavedVariable> logits;  // of the student's heads, then of the teacher's
+  SavedVariable labels, row_stats;
+  double tau = 1, alpha = 0;
+  std::vector<double> head_weights;
+  Flags teacher_ce;
+  int64_t ignore_index = 0;
+  std::mutex mutex;  // backward() may run in several threads; to unpack what is saved may change it
+
+  variable_list apply(variable_list&& grad_outputs) override {
+    const size_t heads = logits.size() / 2;
+    variable_list result(2 * heads);
+    if (!grad_outputs[0].defined()) return result;
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::vector<Tensor> z;
+    z.reserve(2 * heads);
+    for (const SavedVariable& saved : logits) z.push_back(saved.unpack());
     Flags needs_grad;  // the divergence sends the teacher no gradient: only a marked head has one
     needs_grad.reserve(2 * heads);
     for (size_t i = 0; i < 2 * heads; ++i) {
-      needs_grad.push_back(ctx->needs_input_grad(i) && (i < heads || teacher_ce[i - heads]));
+      needs_grad.push_back(task_should_compute_output(i) && (i < heads || teacher_ce[i - heads]));
     }
-    const std::vector<Tensor> grads = call_loss_backward(
-        grad_outputs[0], all.slice(0, heads), all.slice(heads, heads), saved[2 * heads], saved[2 * heads + 1],
-        ctx->saved_data["tau"].toDouble(), ctx->saved_data["alpha"].toDouble(),
-        ctx->saved_data["head_weights"].toDoubleVector(), teacher_ce, ctx->saved_data["ignore_index"].toInt(),
-        needs_grad);
-    variable_list result(2 * heads + 6);  // labels and the five settings have none
+    const TensorList all(z);
+    std::vector<Tensor> grads =
+        call_loss_backward(grad_outputs[0], all.slice(0, heads), all.slice(heads, heads), labels.unpack(),
+                           row_stats.unpack(), tau, alpha, head_weights, teacher_ce, ignore_index, needs_grad);
     for (size_t i = 0, next = 0; i < 2 * heads; ++i) {
-      if (needs_grad[i]) result[i] = grads[next++];
+      if (needs_grad[i]) result[i] = std::move(grads[next++]);
     }
     return result;
   }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (SavedVariable& saved : logits) saved.reset_data();
+    labels.reset_data();
+    row_stats.reset_data();
+  }
+
+  std::string name() const override { return "MhkdLossBackward"; }
 };
 
 static std::tuple<Tensor, Tensor, Tensor> loss_autograd(TensorList student, TensorList teacher, const Tensor& labels,
                                                         double tau, double alpha, Weights head_weights,
                                                         const Flags& teacher_ce, int64_t ignore_index) {
-  if (!at::GradMode::is_enabled() || !(any_requires_grad(student) || any_requires_grad(teacher))) {
+  std::tuple<Tensor, Tensor, Tensor> out;
+  {
     at::AutoDispatchBelowADInplaceOrView below;
-    return call_loss(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+    out = call_loss(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
   }
-  const variable_list out =
-      LossFunction::apply(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
-  return {out[0], out[1], out[2]};
+  if (!at::GradMode::is_enabled() || !(any_requires_grad(student) || any_requires_grad(teacher))) return out;
+
+  // torch.func would get wrong results from a node that it does not know; this refuses.
+  if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
+  const NodePointer held = make_node<MhkdLossBackward>();
+  auto* node = static_cast<MhkdLossBackward*>(held.get());
+  node->set_next_edges(torch::autograd::collect_next_edges(student, teacher));
+  node->logits.reserve(2 * student.size());
+  for (const TensorList& side : {student, teacher}) {
+    for (const Tensor& z : side) {
+      TORCH_CHECK_NOT_IMPLEMENTED(!z._fw_grad(/*level=*/0).defined(), "mhkd_loss: the fused kernel has no forward-mode "
+                                  "derivative; call mhkd_loss with backend=\"reference\"");
+      node->logits.emplace_back(z, /*is_output=*/false);
+    }
+  }
+  node->labels = SavedVariable(labels, /*is_output=*/false);
+  node->row_stats = SavedVariable(std::get<2>(out), /*is_output=*/false);
+  node->tau = tau;
+  node->alpha = alpha;
+  node->head_weights = head_weights.vec();
+  node->teacher_ce = teacher_ce;
+  node->ignore_index = ignore_index;
+  torch::autograd::set_history(std::get<0>(out), held);
+  return out;
 }
 
 // The gradients can be asked for with create_graph=True; to differentiate them is refused when it is tried.

@@ -77,7 +77,7 @@ MHKD_HD void rebase(RowSums<A>& sums, A max_s, A max_t, A tau, A zero) {
 template <class S>
 MHKD_HD void finish_row(const RowSums<double>& sums, double logit_s, double logit_t, double tau, bool marked, S* stats,
                         double* terms) {
-  terms[kKl] = (sums.cross / sums.tau_t / tau - std::log(sums.tau_t) + std::log(sums.tau_s)) * tau * tau;
+  terms[kKl] = (sums.cross / sums.tau_t / tau + std::log(sums.tau_s / sums.tau_t)) * tau * tau;
   terms[kCe] = std::log(sums.one_s) - (logit_s - sums.max_s);
   terms[kCeTeacher] = marked ? std::log(sums.one_t) - (logit_t - sums.max_t) : 0;
   stats[kMaxS] = S(sums.max_s);

@@ -3,9 +3,9 @@
 #include "mhkd_loss.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <torch/library.h>
@@ -144,6 +144,15 @@ struct Rows {
   Row operator[](int64_t b) const { return {data ? data + b * bytes : nullptr, dtype}; }
 };
 
+// Without the dispatcher, whose way to the allocator is long beside a short batch.
+static Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return Tensor(at::detail::empty_cpu(sizes, dtype)); }
+
+// A number from a tensor on the CPU. Tensor::item() would go through the dispatcher.
+static double number(const Tensor& values, int64_t index) {
+  return AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "mhkd_loss",
+                                    [&] { return double(values.const_data_ptr<scalar_t>()[index]); });
+}
+
 static int64_t grain(int64_t classes) { return std::max<int64_t>(1, kGrain / classes); }
 
 static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorList teacher, const Tensor& labels,
@@ -163,10 +172,10 @@ static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorLis
     ++counted;
   }
 
-  const auto options = labels.options().dtype(loss_dtype(student, teacher));
-  const at::ScalarType arithmetic = arithmetic_dtype(student, teacher);
-  Tensor loss = at::empty({}, options), terms = at::empty({heads, kTerms}, options);
-  Tensor row_stats = at::empty({heads * batch * kRowStats + 1}, options.dtype(arithmetic));
+  const at::ScalarType dtype = loss_dtype(student, teacher), arithmetic = arithmetic_dtype(student, teacher);
+  const int64_t rows = heads * batch;
+  Tensor loss = empty({}, dtype), terms = empty({heads, kTerms}, dtype);
+  Tensor row_stats = empty({rows * kRowStats + 1}, arithmetic);
   char* stats = static_cast<char*>(row_stats.mutable_data_ptr());
   const int64_t row_bytes = kRowStats * row_stats.element_size();
 
@@ -177,11 +186,10 @@ static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorLis
     rows_s[h] = Rows(z_s[h]);
     rows_t[h] = Rows(z_t[h]);
   }
-  std::vector<double> row_terms(heads * batch * kTerms);  // zero where a row does not count
+  std::vector<double> row_terms(rows * kTerms);  // zero where a row does not count
   const RowKernels kernels = row_kernels(arithmetic == at::kDouble, tau);
-  const double zero = largest_zero(loss.scalar_type() == at::kDouble);
-  const Settings settings{classes, tau, zero};
-  at::parallel_for(0, heads * batch, grain(classes), [&](int64_t begin, int64_t end) {
+  const Settings settings{classes, tau, largest_zero(dtype == at::kDouble)};
+  at::parallel_for(0, rows, grain(classes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t h = row / batch, b = row % batch, y = label[b * label_stride];
       if (y == ignore_index) {
@@ -194,7 +202,7 @@ static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorLis
   });
 
   // One thread adds up the rows, in order and in float64: the bits do not depend on the number of threads.
-  AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "mhkd_loss", [&] {
+  AT_DISPATCH_FLOATING_TYPES(dtype, "mhkd_loss", [&] {
     scalar_t* out = terms.mutable_data_ptr<scalar_t>();
     double total = 0;
     for (int64_t h = 0; h < heads; ++h) {
@@ -210,7 +218,9 @@ static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorLis
     }
     *loss.mutable_data_ptr<scalar_t>() = scalar_t(total);
   });
-  row_stats[-1].fill_(counted);
+  AT_DISPATCH_FLOATING_TYPES(arithmetic, "mhkd_loss", [&] {
+    row_stats.mutable_data_ptr<scalar_t>()[rows * kRowStats] = scalar_t(counted);
+  });
   return {loss, terms, row_stats};
 }
 
@@ -226,16 +236,16 @@ static std::vector<Tensor> loss_backward_cpu(const Tensor& grad_loss, TensorList
   const int64_t row_bytes = kRowStats * row_stats.element_size();
 
   std::vector<Tensor> grads;
+  grads.reserve(2 * heads);
   Rows rows_s[kMaxHeads], rows_t[kMaxHeads], grad_s[kMaxHeads], grad_t[kMaxHeads];  // null: no gradient is asked for
   for (int64_t i = 0; i < 2 * heads; ++i) {
     if (!needs_grad[i]) continue;
-    const Tensor& z = i < heads ? z_s[i] : z_t[i - heads];
-    grads.push_back(at::empty({batch, classes}, z.options()));
+    grads.push_back(empty({batch, classes}, (i < heads ? z_s[i] : z_t[i - heads]).scalar_type()));
     (i < heads ? grad_s[i] : grad_t[i - heads]) = Rows(grads.back());
   }
 
-  const double counted = row_stats[-1].item<double>();
-  const double incoming = grad_loss.item<double>() / counted;
+  const double counted = number(row_stats, heads * batch * kRowStats);
+  const double incoming = number(grad_loss, 0) / counted;
   HeadGradient coefficients[kMaxHeads];
   for (int64_t h = 0; h < heads; ++h) {
     rows_s[h] = Rows(z_s[h]);

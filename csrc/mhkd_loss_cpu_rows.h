@@ -55,19 +55,29 @@ MHKD_INLINE void store(T* to, typename Simd<T>::V v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// The classes that do not fill a register, padded with -inf: masked classes, which add nothing to any sum.
+// The register that ends with class n - 1, where the whole registers before it leave `rest` classes over. The lanes
+// that they have had, or that lie before the row, are -inf: masked classes, which add nothing to any sum.
 template <class T>
-MHKD_INLINE typename Simd<T>::V load_tail(const T* from, int64_t n) {
-  T padded[Simd<T>::kWidth];
-  for (int i = 0; i < Simd<T>::kWidth; ++i) padded[i] = i < n ? from[i] : -std::numeric_limits<T>::infinity();
+MHKD_INLINE typename Simd<T>::V load_rest(const T* from, int64_t n, int rest) {
+  using S = Simd<T>;
+  constexpr T kMasked = -std::numeric_limits<T>::infinity();
+  if (n >= S::kWidth) {
+    typename S::I lane;
+    for (int i = 0; i < S::kWidth; ++i) lane[i] = i;
+    return lane < S::kWidth - rest ? typename S::V{} + kMasked : load(from + n - S::kWidth);
+  }
+  T padded[S::kWidth];
+  for (int i = 0; i < S::kWidth; ++i) padded[i] = i < S::kWidth - rest ? kMasked : from[i - (S::kWidth - rest)];
   return load(padded);
 }
 
+// Stores the last `rest` lanes.
 template <class T>
-MHKD_INLINE void store_tail(T* to, typename Simd<T>::V v, int64_t n) {
-  T values[Simd<T>::kWidth];
-  store(values, v);
-  for (int i = 0; i < n; ++i) to[i] = values[i];
+MHKD_INLINE void store_rest(T* to, typename Simd<T>::V v, int rest) {
+  constexpr int W = Simd<T>::kWidth;
+  T lanes[W];
+  store(lanes, v);
+  for (int i = 0; i < rest; ++i) to[i] = lanes[W - rest + i];
 }
 
 // A NaN in x loses: the sums carry it on, the largest logit need not.
@@ -76,27 +86,41 @@ MHKD_INLINE typename Simd<T>::V larger(typename Simd<T>::V x, typename Simd<T>::
   return x > y ? x : y;
 }
 
-// 2^x for x <= 0. The comparison is written so that NaN stays NaN; -inf gives 0.
-template <class T>
-MHKD_INLINE typename Simd<T>::V exp2_not_positive(typename Simd<T>::V x) {
+// e = 2^(d * scale) for d <= 0, kCount registers side by side, as each is a chain of dependent steps. What limits it is
+// the number of instructions: d * scale is contracted into the two steps that use it, and Estrin's scheme, which has a
+// shorter chain but one more product, is slower. The comparison is written so that NaN stays NaN; -inf gives 0.
+template <class T, int kCount>
+MHKD_INLINE void exp2_scaled(const typename Simd<T>::V* d, T scale, typename Simd<T>::V* e) {
   using S = Simd<T>;
   using V = typename S::V;
-  const V lowest = V{} + S::kLowest;
-  x = x < lowest ? lowest : x;
-  const V shifted = x + S::kRound;  // its low bits hold the whole part of x, plus the bias of an exponent
-  const V f = x - (shifted - S::kRound);
-  V p = V{} + S::kPolynomial[S::kDegree - 1];
-  for (int k = S::kDegree - 2; k >= 0; --k) p = p * f + S::kPolynomial[k];
-  p = p * f + T(1);
-  // A product and not an addition to the exponent's bits, which would make a number of NaN.
-  return p * (typename S::V)((typename S::I)shifted << S::kMantissa);
+  const V lowest = V{} + S::kLowest / scale;
+  V shifted[kCount], f[kCount];
+  for (int j = 0; j < kCount; ++j) {
+    const V x = lowest > d[j] ? lowest : d[j];
+    shifted[j] = x * scale + S::kRound;  // its low bits hold the whole part of x * scale, plus the bias of an exponent
+    f[j] = x * scale - (shifted[j] - S::kRound);
+  }
+  for (int j = 0; j < kCount; ++j) e[j] = S::kPolynomial[S::kDegree - 1] * f[j] + S::kPolynomial[S::kDegree - 2];
+  for (int k = S::kDegree - 3; k >= 0; --k) {
+    for (int j = 0; j < kCount; ++j) e[j] = e[j] * f[j] + S::kPolynomial[k];
+  }
+  for (int j = 0; j < kCount; ++j) {
+    // A product and not an addition to the exponent's bits, which would make a number of NaN.
+    e[j] = (e[j] * f[j] + T(1)) * (V)((typename S::I)shifted[j] << S::kMantissa);
+  }
 }
 
 template <class T>
 MHKD_INLINE double sum_lanes(typename Simd<T>::V v) {
-  double sum = 0;
-  for (int i = 0; i < Simd<T>::kWidth; ++i) sum += double(v[i]);
-  return sum;
+  constexpr int W = Simd<T>::kWidth, kParts = W < 4 ? W : 4;
+  T lanes[W];
+  store(lanes, v);
+  double parts[kParts] = {};
+  for (int i = 0; i < W; i += kParts) {
+    for (int j = 0; j < kParts; ++j) parts[j] += double(lanes[i + j]);
+  }
+  for (int j = 1; j < kParts; ++j) parts[0] += parts[j];
+  return parts[0];
 }
 
 template <class T>
@@ -119,23 +143,29 @@ MHKD_INLINE T largest(const T* z, int64_t n, T so_far) {
     d = larger<T>(load(z + i + 3 * W), d);
   }
   for (; i + W <= n; i += W) a = larger<T>(load(z + i), a);
-  if (i < n) b = larger<T>(load_tail(z + i, n - i), b);
+  if (i < n) b = larger<T>(load_rest(z, n, int(n - i)), b);
   return largest_lane<T>(larger<T>(larger<T>(a, b), larger<T>(c, d)));
 }
 
-// The exponentials of one register of logits at both temperatures: exp(d / tau), and exp(d) from it or anew.
+// The exponentials of kCount registers of logits at both temperatures: exp(d / tau), and exp(d) from it or anew.
 template <class T, int kPower>
 struct Exponentials {
+  using V = typename Simd<T>::V;
   T tau_scale, one_scale;  // log2(e) / tau, log2(e)
   explicit Exponentials(double tau) : tau_scale(T(kLog2E / tau)), one_scale(T(kLog2E)) {}
   static constexpr double kLog2E = 1.4426950408889634;
 
-  MHKD_INLINE typename Simd<T>::V at_tau(typename Simd<T>::V d) const { return exp2_not_positive<T>(d * tau_scale); }
-  MHKD_INLINE typename Simd<T>::V at_one(typename Simd<T>::V d, typename Simd<T>::V at_tau) const {
+  template <int kCount>
+  MHKD_INLINE void at_tau(const V* d, V* e) const {
+    exp2_scaled<T, kCount>(d, tau_scale, e);
+  }
+
+  template <int kCount>
+  MHKD_INLINE void at_one(const V* d, const V* at_tau, V* e) const {
     if constexpr (kPower == 0) {
-      return exp2_not_positive<T>(d * one_scale);
+      exp2_scaled<T, kCount>(d, one_scale, e);
     } else {
-      return power<kPower>(at_tau);
+      for (int j = 0; j < kCount; ++j) e[j] = power<kPower>(at_tau[j]);
     }
   }
 };
@@ -148,14 +178,17 @@ struct LaneSums {
   V tau_s{}, one_s{}, tau_t{}, one_t{}, cross{}, excess{};
 
   MHKD_INLINE void add(V d_s, V d_t, V zero, const Exponentials<T, kPower>& exponentials) {
-    const V e_s = exponentials.at_tau(d_s), e_t = exponentials.at_tau(d_t);
-    tau_s += e_s;
-    one_s += exponentials.at_one(d_s, e_s);
-    tau_t += e_t;
-    excess += e_s - e_t;
-    if constexpr (kMarked) one_t += exponentials.at_one(d_t, e_t);
+    const V d[] = {d_s, d_t};
+    V at_tau[2], at_one[2];
+    exponentials.template at_tau<2>(d, at_tau);
+    exponentials.template at_one<kMarked ? 2 : 1>(d, at_tau, at_one);
+    tau_s += at_tau[0];
+    one_s += at_one[0];
+    tau_t += at_tau[1];
+    excess += at_tau[0] - at_tau[1];
+    if constexpr (kMarked) one_t += at_one[1];
     // Where the teacher's probability is 0 the difference may be infinite or NaN: its bits are cleared.
-    cross += e_t * (V)((I)(d_t - d_s) & (I)(e_t > zero));
+    cross += at_tau[1] * (V)((I)(d_t - d_s) & (I)(at_tau[1] > zero));
   }
 
   MHKD_INLINE void add(const LaneSums& other) {
@@ -168,6 +201,15 @@ struct LaneSums {
   }
 };
 
+// Asks for the next block of a row while a run of the current one is computed: the search for the next block's largest
+// logit would wait for memory with nothing else to do. Behind the last row this asks for nothing real: harmless.
+template <class T>
+MHKD_INLINE void prefetch_run(const T* run) {
+  constexpr int kLine = 64;
+  const char* bytes = reinterpret_cast<const char*>(run + kBlock);
+  for (int i = 0; i < kRun * MHKD_VECTOR_BYTES; i += kLine) __builtin_prefetch(bytes + i);
+}
+
 // Adds n classes to the sums of their row. sums.max_* are already no smaller than any of these logits. Each lane adds
 // up a run of kRun registers, then the runs: tau^2 multiplies what long chains of float32 additions would round off.
 template <class T, int kPower, bool kMarked>
@@ -179,17 +221,18 @@ void add_classes(const T* s, const T* t, int64_t n, const Settings& settings, Ro
   // Nothing between 0 and the smallest normal number is left of an exponential in float32, and a comparison with a
   // denormal number may be slow.
   const V zero = V{} + (sizeof(T) == sizeof(double) ? T(settings.zero) : T(0));
-  const int64_t whole = n - n % W;
+  const int rest = int(n % W);
+  const int64_t whole = n - rest;
   LaneSums<T, kPower, kMarked> lanes;
   for (int64_t i = 0; i < whole;) {
     const int64_t end = std::min(whole, i + kRun * W);
+    prefetch_run(s + i);
+    prefetch_run(t + i);
     LaneSums<T, kPower, kMarked> run;
     for (; i < end; i += W) run.add(load(s + i) - max_s, load(t + i) - max_t, zero, exponentials);
     lanes.add(run);
   }
-  if (whole < n) {
-    lanes.add(load_tail(s + whole, n - whole) - max_s, load_tail(t + whole, n - whole) - max_t, zero, exponentials);
-  }
+  if (rest != 0) lanes.add(load_rest(s, n, rest) - max_s, load_rest(t, n, rest) - max_t, zero, exponentials);
   // Of log(tau_s / tau_t) little is left where the student is close to its teacher. There tau_s is written as tau_t
   // plus the sum of the differences, so that the rounding errors of both sums are the same and cancel.
   const double tau_t = sum_lanes<T>(lanes.tau_t), excess = sum_lanes<T>(lanes.excess);
@@ -205,14 +248,16 @@ template <class T, int kPower, bool kStudent, bool kKl, bool kTeacher>
 MHKD_INLINE void grad_register(typename Simd<T>::V d_s, typename Simd<T>::V d_t, const GradCoefficients<T>& c,
                                const Exponentials<T, kPower>& exponentials, typename Simd<T>::V& grad_s,
                                typename Simd<T>::V& grad_t) {
-  typename Simd<T>::V e_t{};
-  if constexpr (kKl || kTeacher) e_t = exponentials.at_tau(d_t);
-  if constexpr (kTeacher) grad_t = exponentials.at_one(d_t, e_t) * c.one_t;
-  if constexpr (kStudent) {
-    const auto e_s = exponentials.at_tau(d_s);
-    grad_s = exponentials.at_one(d_s, e_s) * c.one_s;
-    if constexpr (kKl) grad_s += e_s * c.tau_s - e_t * c.tau_t;
-  }
+  using V = typename Simd<T>::V;
+  // What is not asked for comes last and is left out.
+  constexpr int kT = kStudent ? 1 : 0, kTau = kT + (kKl || kTeacher), kOne = kT + kTeacher;
+  const V d[] = {kStudent ? d_s : d_t, d_t};
+  V at_tau[2], at_one[2];
+  exponentials.template at_tau<kTau>(d, at_tau);
+  exponentials.template at_one<kOne>(d, at_tau, at_one);
+  if constexpr (kTeacher) grad_t = at_one[kT] * c.one_t;
+  if constexpr (kStudent) grad_s = at_one[0] * c.one_s;
+  if constexpr (kStudent && kKl) grad_s += at_tau[0] * c.tau_s - at_tau[kT] * c.tau_t;
 }
 
 // n gradients of a row; grad_s and grad_t may be where s and t are.
@@ -225,7 +270,13 @@ void grad_classes(const T* s, const T* t, int64_t n, double tau, const T* stats,
   const Exponentials<T, kPower> exponentials(tau);
   const GradCoefficients<T> c = of_row;  // a copy of its own: what is written cannot change it
   const T max_s = stats[kMaxS], max_t = stats[kMaxT];
-  V d_s{}, d_t{}, g_s{}, g_t{};
+  const int rest = int(n % W);
+  // The last register overlaps the one before it. It is read first, as the gradients may overwrite the logits.
+  V last_s{}, last_t{}, d_s{}, d_t{}, g_s{}, g_t{};
+  if (rest != 0) {
+    if constexpr (kStudent) last_s = load_rest(s, n, rest) - max_s;
+    if constexpr (kReadsTeacher) last_t = load_rest(t, n, rest) - max_t;
+  }
   int64_t i = 0;
   for (; i + W <= n; i += W) {
     if constexpr (kStudent) d_s = load(s + i) - max_s;
@@ -234,12 +285,10 @@ void grad_classes(const T* s, const T* t, int64_t n, double tau, const T* stats,
     if constexpr (kStudent) store(grad_s + i, g_s);
     if constexpr (kTeacher) store(grad_t + i, g_t);
   }
-  if (i == n) return;
-  if constexpr (kStudent) d_s = load_tail(s + i, n - i) - max_s;
-  if constexpr (kReadsTeacher) d_t = load_tail(t + i, n - i) - max_t;
-  grad_register<T, kPower, kStudent, kKl, kTeacher>(d_s, d_t, c, exponentials, g_s, g_t);
-  if constexpr (kStudent) store_tail(grad_s + i, g_s, n - i);
-  if constexpr (kTeacher) store_tail(grad_t + i, g_t, n - i);
+  if (rest == 0) return;
+  grad_register<T, kPower, kStudent, kKl, kTeacher>(last_s, last_t, c, exponentials, g_s, g_t);
+  if constexpr (kStudent) store_rest<T>(grad_s + i, g_s, rest);
+  if constexpr (kTeacher) store_rest<T>(grad_t + i, g_t, rest);
 }
 
 // A block of a row as T: where it lies if it is T already, else converted into the buffer.
