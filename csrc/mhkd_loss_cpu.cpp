@@ -28,6 +28,11 @@ constexpr int64_t kRun = 16;
 // Below this many classes a thread is not worth its wake-up.
 constexpr int64_t kGrain = 8192;
 
+// Where the divergence of a row (before tau^2) is below this, its sums are taken again in float64: of numbers that differ
+// by so little float32 leaves too few digits, and in a single row plain PyTorch may happen to be much better than it
+// usually is. For logits that differ by a normal distribution it is a deviation of 0.1 tau.
+constexpr double kClose = 5e-3;
+
 struct Row {
   void* data;
   at::ScalarType dtype;

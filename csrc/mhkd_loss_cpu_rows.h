@@ -329,8 +329,7 @@ void write_gradient(const Row& row, int64_t start, int64_t n, const T* block) {
 }
 
 template <class T, int kPower>
-void forward_row(const Row& s, const Row& t, const Settings& settings, int64_t label, bool marked, void* stats,
-                 double* terms) {
+RowSums<double> sum_row(const Row& s, const Row& t, const Settings& settings, bool marked) {
   T buffer_s[kBlock], buffer_t[kBlock];
   constexpr double lowest = std::numeric_limits<T>::lowest();
   RowSums<double> sums{lowest, lowest};
@@ -346,9 +345,21 @@ void forward_row(const Row& s, const Row& t, const Settings& settings, int64_t l
     }
     (marked ? add_classes<T, kPower, true> : add_classes<T, kPower, false>)(block_s, block_t, n, settings, sums);
   }
-  T logit_s, logit_t;
-  finish_row(sums, *as_arithmetic(s, label, 1, &logit_s), *as_arithmetic(t, label, 1, &logit_t), settings.tau, marked,
-             static_cast<T*>(stats), terms);
+  return sums;
+}
+
+template <class T, int kPower>
+void forward_row(const Row& s, const Row& t, const Settings& settings, int64_t label, bool marked, void* stats,
+                 double* terms) {
+  double logit_s, logit_t;
+  logit_s = *as_arithmetic(s, label, 1, &logit_s);
+  logit_t = *as_arithmetic(t, label, 1, &logit_t);
+  const RowSums<double> sums = sum_row<T, kPower>(s, t, settings, marked);
+  finish_row(sums, logit_s, logit_t, settings.tau, marked, static_cast<T*>(stats), terms);
+  if (sizeof(T) < sizeof(double) && terms[kKl] < kClose * settings.tau * settings.tau) {
+    const RowSums<double> exact = sum_row<double, 0>(s, t, settings, marked);
+    finish_row(exact, logit_s, logit_t, settings.tau, marked, static_cast<T*>(stats), terms);
+  }
 }
 
 template <class T, int kPower>
