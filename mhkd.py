@@ -452,6 +452,7 @@ class Tapped(nn.Module):
                     f"the network has no submodule '{name}': {hint}it has {', '.join(names[:40])}"
                     + (", ..." if len(names) > 40 else "")
                 )
+        self.memory_format = torch.contiguous_format  # of the images
         self.shapes, self.classifier = self._probe(modules, num_classes, example_input, classifier)
         self.width = getattr(modules.get(self.classifier), "in_features", None)
         self._taps = [_Tap() for _ in self.units]
@@ -525,6 +526,7 @@ class Tapped(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Outputs:
+        x = x.contiguous(memory_format=self.memory_format)
         logits, features, penultimate = self._observe(x, self._wants_penultimate)
         return Outputs(logits, dict(zip(self.units, features)), penultimate)
 
@@ -2062,6 +2064,46 @@ class Distiller(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("teacher.")}
 
 
+def folded(model: nn.Module, units: Sequence[str], example: Tensor) -> nn.Module:
+    """A copy of a network, in eval mode, with batch norms multiplied into the convolutions before them.
+
+    The same but for rounding. A pair is folded where the batch norm alone uses the convolution's output and no unit
+    gives that output, which the autograd graph of one forward pass tells. (In wide resnets of width 1 the stem's
+    output goes to a batch norm and round it, too.)
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(True)
+    made: dict[str, Any] = {}  # by each submodule, the node of the graph behind its output
+
+    def note(name: str) -> Callable:
+        return lambda module, args, output: made.__setitem__(name, getattr(output, "grad_fn", None))
+
+    modules = dict(model.named_modules())
+    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    parameter = next(model.parameters())
+    with torch.enable_grad():
+        output = model(example.to(parameter.device, parameter.dtype))
+    for handle in handles:
+        handle.remove()
+    uses: dict[Any, int] = {output.grad_fn: 1}
+    to_visit = [output.grad_fn]
+    while to_visit:
+        for node, _ in to_visit.pop().next_functions:
+            if node is not None and node not in uses:
+                to_visit.append(node)
+            uses[node] = uses.get(node, 0) + 1
+    convolutions = {made[n]: n for n, m in modules.items() if type(m) is nn.Conv2d and n in made}
+    kept = {made.get(name) for name in units}
+    for name, module in modules.items():
+        if type(module) is nn.BatchNorm2d and made.get(name) is not None:
+            source = made[name].next_functions[0][0]
+            if source in convolutions and uses[source] == 1 and source not in kept:
+                conv = modules[convolutions[source]]
+                fused = nn.utils.fusion.fuse_conv_bn_eval(conv, module)
+                model.set_submodule(convolutions[source], fused)
+                model.set_submodule(name, nn.Identity())
+    return model.requires_grad_(False)
+
+
 def build_distiller(config: Config, teacher: nn.Module | None, data: Data) -> Distiller:
     """Student and objective, freshly initialised from config.seed, beside the trained teacher, on the data's device."""
     K, device = len(data.classes), data.train_images.device
@@ -2073,7 +2115,13 @@ def build_distiller(config: Config, teacher: nn.Module | None, data: Data) -> Di
         method.adapt(config, student, teacher, K)
     taps = {"penultimate": any(method.needs_penultimate for method in methods), "example_input": example_input(config)}
     tapped = Tapped(student, units_of(config, "student"), K, **taps)
-    teaching = Tapped(teacher, units_of(config, "teacher"), K, frozen=True, **taps) if teacher else None
+    teaching = None
+    if teacher:
+        units = units_of(config, "teacher")
+        teaching = Tapped(folded(teacher, units, example_input(config)), units, K, frozen=True, **taps)
+        if device.type == "cpu":
+            teaching.memory_format = torch.channels_last
+            teaching.to(memory_format=torch.channels_last)
     return Distiller(tapped, teaching, Objective(config, tapped, teaching, data)).to(device)
 
 

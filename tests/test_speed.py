@@ -1,0 +1,80 @@
+"""What makes a step faster leaves its results as they are."""
+
+import pytest
+import torch
+from torch import nn
+
+import mhkd
+
+
+def with_random_statistics(model):
+    """In eval mode, in float64, every batch norm unlike the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.bias.data):
+                tensor.normal_()
+            for tensor in (module.running_var, module.weight.data):
+                tensor.uniform_(0.5, 2)
+    return model.double().eval()
+
+
+def assert_equal_but_for_rounding(a, b):
+    assert a.shape == b.shape and (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+def batch_norms(model):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", mhkd.MODELS)
+def test_a_folded_network_gives_the_same_logits_and_unit_features(name):
+    torch.manual_seed(0)
+    model, x = with_random_statistics(mhkd.build_model(name, 10)), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    folded = mhkd.folded(model, mhkd.UNITS[name], torch.zeros(1, 3, 32, 32))
+    ours, theirs = (
+        mhkd.Tapped(network, mhkd.UNITS[name], 10, True, penultimate=True)(x) for network in (folded, model)
+    )
+    for a, b in ((ours.logits, theirs.logits), (ours.penultimate, theirs.penultimate)):
+        assert_equal_but_for_rounding(a, b)
+    for unit in mhkd.UNITS[name]:
+        assert_equal_but_for_rounding(ours.features[unit], theirs.features[unit])
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    # Wide resnets put the batch norm before the convolution: only the second of each block follows one.
+    left = {"wrn_16_1": 7, "wrn_16_2": 6, "wrn_40_1": 19, "wrn_40_2": 18}
+    assert batch_norms(folded) == left.get(name, 0)
+
+
+def test_a_convolution_whose_output_is_used_elsewhere_or_is_a_unit_is_left_alone():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.conv3, self.bn3 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.fc = nn.Linear(4, 10)
+
+        def forward(self, x):
+            x = self.conv1(x)
+            x = x + self.bn1(x)  # the convolution's own output goes on, too
+            return self.fc(self.bn3(self.conv3(self.bn2(self.conv2(x)))).mean(dim=(2, 3)))
+
+    torch.manual_seed(0)
+    model, x = with_random_statistics(Forked()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for units, left in (((), {"bn1"}), (("conv2",), {"bn1", "bn2"})):
+        folded = mhkd.folded(model, units, torch.zeros(1, 3, 8, 8))
+        assert {name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)} == left
+        torch.testing.assert_close(folded(x), model(x))
+
+
+@pytest.mark.parametrize("teacher, student", [("wrn_40_1", "resnet8"), ("resnet8x4", "shufflenetv2")])
+def test_the_teacher_of_a_run_gives_what_the_network_alone_gives(teacher, student):
+    torch.manual_seed(0)
+    network, config = with_random_statistics(mhkd.build_model(teacher, 10)), mhkd.Config(teacher, student)
+    images = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
+    labels = torch.arange(8) % 10
+    data = mhkd.Data(images, labels, images, labels, [""] * 10, (0.5,) * 3, (0.25,) * 3, "")
+    distiller = mhkd.build_distiller(mhkd.resolve(config), network, data).double().train()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    assert_equal_but_for_rounding(distiller.teacher(x).logits, network(x))
+    assert not any(p.requires_grad for p in distiller.teacher.parameters())
