@@ -1,12 +1,14 @@
 """Benchmarks. They print a table, and write it as JSON where --json names a file.
 
     python bench.py loss    # the fused loss beside plain PyTorch and torch.compile
-    python bench.py step    # where the time of a training step goes
+    python bench.py step    # a training step beside one as it is usually written, and where its time goes
 
 Everything that is compared runs side by side in one process on the same inputs, taken in turn, and the median counts.
 """
 
 import argparse
+import copy
+import dataclasses
 import json
 import platform
 import statistics
@@ -216,6 +218,169 @@ def bench_loss(args) -> dict:
 # --------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Bench:
+    """What both ways of training start from: the same random images, networks with the same weights."""
+
+    config: mhkd.Config
+    data: mhkd.Data
+    teacher: torch.nn.Module
+    device: torch.device
+
+    @classmethod
+    def make(cls, pair: str, method: str, arguments) -> "Bench":
+        teacher, student = pair.split(":")
+        config = mhkd.Config(teacher=teacher, student=student, method=method, batch_size=arguments.batch_size)
+        if arguments.units:
+            config = dataclasses.replace(config, units=arguments.units)
+        config, device = mhkd.resolve(config), mhkd.pick_device(arguments.device)
+        # An epoch of the one is at least what a block of steps needs.
+        K, N = 100, max(arguments.images, config.batch_size * (arguments.steps + WARMUP))
+        generator, side = torch.Generator().manual_seed(0), config.image_size
+        images = torch.randint(256, (N, side, side, 3), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(K, (N,), generator=generator)
+        data = mhkd.Data(images, labels, images, labels, [""] * K, (0.5,) * 3, (0.25,) * 3, "").to(device)
+        torch.manual_seed(1)
+        return cls(config, data, mhkd.build_model(teacher, K).to(device).eval(), device)
+
+    def optimizer(self, parameters) -> torch.optim.Optimizer:
+        c = self.config
+        return torch.optim.SGD(parameters, lr=1e-3, momentum=c.momentum, weight_decay=c.weight_decay)
+
+
+WARMUP = 2  # steps of each block that are not counted
+
+
+def our_way(bench: Bench):
+    """A generator that makes a step of mhkd.py at each next()."""
+    distiller = mhkd.build_distiller(bench.config, bench.teacher, bench.data).train()
+    optimizer = bench.optimizer([p for p in distiller.parameters() if p.requires_grad])
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        for images, labels, indices in mhkd.epoch_batches(bench.data, bench.config, generator):
+            if len(labels) == bench.config.batch_size:
+                figures = mhkd.train_step(distiller, optimizer, images, labels, indices)
+                yield torch.stack(list(figures.values()))
+
+
+class PilImages(torch.utils.data.Dataset):
+    """Images and labels as torchvision's data sets give them."""
+
+    def __init__(self, bench: Bench):
+        from torchvision import transforms
+
+        c, data = bench.config, bench.data
+        self.images, self.labels = data.train_images.cpu().numpy(), data.train_labels.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(c.image_size, padding=c.crop_padding),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(data.mean, data.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def usual_way(bench: Bench, workers: int):
+    """The same work as it is usually written: worker processes with PIL, a loss for each term, figures every step."""
+    c, K = bench.config, len(bench.data.classes)
+    names = {role: mhkd.units_of(c, role) for role in ("teacher", "student")}
+    torch.manual_seed(c.seed)
+    student = mhkd.MultiHead(mhkd.build_model(c.student, K), names["student"], K).to(bench.device).train()
+    teacher = mhkd.MultiHead(copy.deepcopy(bench.teacher), names["teacher"], K, frozen=True).to(bench.device).train()
+    optimizer = bench.optimizer([*student.parameters(), *teacher.heads.parameters()])
+    images = PilImages(bench)
+    loader = torch.utils.data.DataLoader(
+        images, c.batch_size, shuffle=True, num_workers=workers, drop_last=True, pin_memory=bench.device.type == "cuda"
+    )
+    while True:
+        for x, y in loader:
+            x, y = x.to(bench.device, non_blocking=True), y.to(bench.device, non_blocking=True)
+            outputs, loss = student(x), 0
+            for head, (z_s, z_t) in enumerate(zip(outputs, teacher(x))):
+                p_t = F.softmax(z_t.detach() / c.tau, dim=1)
+                kl = F.kl_div(F.log_softmax(z_s / c.tau, dim=1), p_t, reduction="batchmean") * c.tau**2
+                weighed = c.alpha * kl + (1 - c.alpha) * F.cross_entropy(z_s, y)
+                loss = loss + (c.beta * weighed + F.cross_entropy(z_t, y) if head else weighed)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item(), (outputs[0].argmax(dim=1) == y).float().mean().item()
+
+
+def compare(bench: Bench, arguments) -> dict[str, float]:
+    """Images per second of both ways, in turn in blocks of steps; the median block of each."""
+    rates: dict[str, list[float]] = {"usual": [], "ours": []}
+    for _ in range(arguments.rounds):
+        for name in rates:
+            steps = our_way(bench) if name == "ours" else usual_way(bench, arguments.workers)
+            for _ in range(WARMUP):
+                next(steps)
+            wait(bench.device)
+            start = time.perf_counter()
+            for _ in range(arguments.steps):
+                next(steps)
+            wait(bench.device)
+            rates[name].append(bench.config.batch_size * arguments.steps / (time.perf_counter() - start))
+            steps.close()  # ends the worker processes
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def breakdown(bench: Bench, steps: int) -> dict[str, float]:
+    """Median seconds of the parts of a step of ours, made one after another."""
+    config, data = bench.config, bench.data
+    distiller = mhkd.build_distiller(config, bench.teacher, data).train()
+    method = distiller.objective.methods[-1]
+    optimizer = bench.optimizer([p for p in distiller.parameters() if p.requires_grad])
+    seconds: dict[str, list[float]] = {}
+    mark = 0.0
+
+    def lap(part: str | None = None) -> None:
+        nonlocal mark
+        wait(bench.device)
+        if part:
+            seconds.setdefault(part, []).append(time.perf_counter() - mark)
+        mark = time.perf_counter()
+
+    batches = mhkd.epoch_batches(data, config, torch.Generator().manual_seed(0))
+    for _ in range(steps + WARMUP):
+        lap()
+        x, labels, indices = next(batches)
+        lap("data")
+        student = distiller.student(x)
+        lap("student, forward")
+        teacher = distiller.teacher(x)
+        lap("teacher, forward")
+        if config.method in ("kd", "mhkd"):
+            loss = split_loss(method, student, teacher, labels, lap)
+        else:
+            terms = distiller.objective(mhkd.Step(student, teacher, labels, indices))
+            loss = sum(terms.values())
+            lap("method, forward")
+            distiller.backward(terms)
+            lap("all, backward")
+        optimizer.step()
+        optimizer.zero_grad()
+        lap("optimizer")
+        accuracy = (student.logits.argmax(dim=1) == labels).float().mean()
+        torch.stack([loss.detach(), accuracy])[0].isfinite().item()
+        lap("figures for the log")
+    return {part: statistics.median(times[WARMUP:]) for part, times in seconds.items()}
+
+
 def split_loss(method, student, teacher, labels, lap) -> torch.Tensor:
     """Heads, loss and backward of kd or mhkd, each timed on its own."""
     outputs, targets = [student.logits], [teacher.logits]
@@ -241,78 +406,32 @@ def split_loss(method, student, teacher, labels, lap) -> torch.Tensor:
 
 
 def bench_step(arguments) -> dict:
-    """The parts of a training step, timed one after another on random images: medians over the steps."""
-    config = mhkd.resolve(
-        mhkd.Config(
-            teacher=arguments.teacher,
-            student=arguments.student,
-            method=arguments.method,
-            batch_size=arguments.batch_size,
-        )
-    )
-    device = mhkd.pick_device(arguments.device)
-    K, steps = 100, arguments.steps + arguments.warmup
-    N = max(arguments.images, config.batch_size * steps)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (N, config.image_size, config.image_size, 3), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(K, (N,), generator=generator)
-    data = mhkd.Data(images, labels, images, labels, [""] * K, (0.5,) * 3, (0.25,) * 3, "").to(device)
-    distiller = mhkd.build_distiller(config, mhkd.build_model(config.teacher, K).to(device), data).train()
-    method = distiller.objective.methods[-1]
-    optimizer = torch.optim.SGD(
-        [p for p in distiller.parameters() if p.requires_grad],
-        lr=1e-3, momentum=config.momentum, weight_decay=config.weight_decay,
-    )  # fmt: skip
-    seconds: dict[str, list[float]] = {}
-    mark = 0.0
-
-    def lap(part: str | None = None) -> None:
-        nonlocal mark
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if part:
-            seconds.setdefault(part, []).append(time.perf_counter() - mark)
-        mark = time.perf_counter()
-
-    batches = mhkd.epoch_batches(data, config, generator)
-    for _ in range(steps):
-        lap()
-        x, batch_labels, indices = next(batches)
-        lap("data")
-        student = distiller.student(x)
-        lap("student, forward")
-        teacher = distiller.teacher(x)
-        lap("teacher, forward")
-        if config.method in ("kd", "mhkd"):
-            loss = split_loss(method, student, teacher, batch_labels, lap)
-        else:
-            terms = distiller.objective(mhkd.Step(student, teacher, batch_labels, indices))
-            loss = sum(terms.values())
-            lap("method, forward")
-            distiller.backward(terms)
-            lap("all, backward")
-        optimizer.step()
-        optimizer.zero_grad()
-        lap("optimizer")
-        accuracy = (student.logits.argmax(dim=1) == batch_labels).float().mean()
-        torch.stack([loss.detach(), accuracy])[0].isfinite().item()
-        lap("figures for the log")
-
-    medians = {part: statistics.median(times[arguments.warmup :]) for part, times in seconds.items()}
-    total = sum(medians.values())
-    print(f"{config.teacher} -> {config.student}, {config.method}, batch {config.batch_size}, n = {arguments.steps}")
-    for part, value in medians.items():
-        print(f"{part:32} {1e3 * value:9.2f} ms  {100 * value / total:6.2f} %")
-    neither = total - sum(value for part, value in medians.items() if "ward" in part and "loss" not in part)
-    split = config.method in ("kd", "mhkd")
-    if split:
-        print(f"{'neither networks nor heads':32} {1e3 * neither:9.2f} ms  {100 * neither / total:6.2f} %")
-    print(f"{'step':32} {1e3 * total:9.2f} ms  {config.batch_size / total:.1f} images/s")
-    return {
-        "config": config.recorded(), "steps": arguments.steps, "seconds": medians,
-        "share_of_neither_networks_nor_heads": neither / total if split else None,
-        "environment": mhkd.environment(device),
-    }  # fmt: skip
+    """Each pair and method: both ways side by side, then where the time of ours goes."""
+    pairs = mhkd.TABLES["table1"].pairs.split() if arguments.pairs == "all" else mhkd.words(arguments.pairs)
+    rows = []
+    for pair in pairs:
+        for name in mhkd.words(arguments.methods):
+            bench = Bench.make(pair, name, arguments)
+            if bench.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            parts = breakdown(bench, arguments.steps)
+            memory = torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else None
+            total = sum(parts.values())
+            print(f"{pair}, {name}, batch {bench.config.batch_size}, n = {arguments.steps} steps")
+            for part, value in parts.items():
+                print(f"  {part:30} {1e3 * value:9.2f} ms  {100 * value / total:6.2f} %")
+            row = {"config": bench.config.recorded(), "seconds": parts, "peak_bytes": memory}
+            if name in ("kd", "mhkd"):
+                row["neither_networks_nor_heads"] = (
+                    1 - sum(value for part, value in parts.items() if "ward" in part and "loss" not in part) / total
+                )
+                print(f"  neither networks nor heads {row['neither_networks_nor_heads']:27.2%}")
+                row["images_per_second"] = compare(bench, arguments)
+                usual, ours = row["images_per_second"].values()
+                print(f"  images/s: {ours:.1f}; the usual way {usual:.1f}; ratio {ours / usual:.2f}", flush=True)
+            rows.append(row)
+    settings = {"steps": arguments.steps, "rounds": arguments.rounds, "workers": arguments.workers}
+    return {"rows": rows, **settings, "environment": mhkd.environment(mhkd.pick_device(arguments.device))}
 
 
 def main() -> None:
@@ -322,14 +441,15 @@ def main() -> None:
     loss.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     loss.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     loss.set_defaults(run=bench_loss)
-    step = commands.add_parser("step", help="where the time of a training step goes")
-    step.add_argument("--teacher", default="wrn_40_2")
-    step.add_argument("--student", default="wrn_16_2")
-    step.add_argument("--method", default="mhkd", help="kd and mhkd are split further")
+    step = commands.add_parser("step", help="a training step beside the usual way")
+    step.add_argument("--pairs", default="wrn_40_2:wrn_16_2", help="teacher:student,...; all: those of Table 1")
+    step.add_argument("--methods", default="kd,mhkd", help="kd and mhkd are compared with the usual way")
+    step.add_argument("--units", type=mhkd.integers, help="of mhkd: 1 or 1,2 or 1,2,3")
     step.add_argument("--images", type=int, default=0, help="of the training set, for the banks of crd (CIFAR: 50000)")
-    step.add_argument("--batch-size", type=int, default=64)
-    step.add_argument("--steps", type=int, default=20)
-    step.add_argument("--warmup", type=int, default=3)
+    step.add_argument("--batch-size", type=int)
+    step.add_argument("--steps", type=int, default=10, help="in a block")
+    step.add_argument("--rounds", type=int, default=3, help="blocks of each way")
+    step.add_argument("--workers", type=int, default=2, help="processes that load images the usual way")
     step.add_argument("--device")
     step.set_defaults(run=bench_step)
     for command in (loss, step):
