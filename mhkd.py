@@ -932,7 +932,7 @@ class BenchmarkMethod(Method):
 
 
 class FitNet(BenchmarkMethod):
-    """Hints (Romero et al. 2015, equation 3): mean squared error between one feature of each network.
+    """Hints (Romero et al. 2015): mean squared error between one feature of each network.
 
     The student's goes through a convolution to the teacher's size, batch norm and ReLU. The feature is that of the
     second unit; of a vgg, as in the benchmark, that of the third.
@@ -994,7 +994,7 @@ class CorrelationCongruence(BenchmarkMethod):
 
 
 def rkd_loss(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
-    """Relational knowledge distillation of embeddings [B, C], [B, C'] (Park et al. 2019, equations 6 and 9).
+    """Relational knowledge distillation of embeddings [B, C], [B, C'] (Park et al. 2019), as in the CRD benchmark.
 
     distance_weight * smooth L1 of the pairwise distances, each divided by its own mean over those above 0, plus
     angle_weight * smooth L1 of the cosines of the angles of all triplets. No gradient goes to the teacher. Takes
@@ -1026,7 +1026,7 @@ class RelationalDistillation(BenchmarkMethod):
 
 
 class CRDLoss(nn.Module):
-    """Contrastive representation distillation (Tian et al. 2020, equations 17 to 19, and its public code).
+    """Contrastive representation distillation (Tian, Krishnan, Isola 2020), as the authors' benchmark computes it.
 
     Both features go through a linear layer to `embed_dim` and are normalised. Two memory banks hold an embedding of
     each training sample, one for each network. The student's embedding is told from the teacher bank which row is its
@@ -1119,10 +1119,9 @@ class CRDLoss(nn.Module):
     def _nce(self, scores: Tensor, contrast: Tensor, direction: int) -> Tensor:
         m, N = contrast.shape[1] - 1, self.num_samples
         likeness = (scores.gather(1, contrast) / self.tau).exp()  # [B, 1 + m]
-        Z = self.normaliser[direction]
+        first = average_over_processes(N * likeness.detach().mean())
+        Z = torch.where(self.normaliser[direction] > 0, self.normaliser[direction], first)
         if self.training:
-            first = average_over_processes(N * likeness.detach().mean())
-            Z = torch.where(Z > 0, Z, first)
             self.normaliser = torch.stack((Z, self.normaliser[1]) if direction == 0 else (self.normaliser[0], Z))
         p = likeness / Z
         q = m / N + self.EPSILON
@@ -1686,7 +1685,7 @@ class Config:
 
     teacher: str | None = option(None, "network that teaches")
     student: str | None = option(None, "network that learns")
-    method: str = option("mhkd", "one of METHODS, or some joined by +: crd+mhkd")
+    method: str = option("mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, or some joined by +: crd+mhkd")
     dataset: str = option("cifar100", "cifar100, cifar10, svhn, folder (your images) or digits (no download)")
     data: str = option("data", "folder of the data; downloads go there", recorded=False)
     units: tuple[int, ...] = option((1, 2, 3), "units with an auxiliary head, entries of UNITS: 1,2,3", integers)
