@@ -34,6 +34,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -1731,6 +1732,7 @@ class Config:
     out: str = option("runs", "where run folders go", recorded=False)
     device: str | None = option(None, "cpu, cuda, cuda:1, mps: the best there is", recorded=False)
     backend: str = option("auto", "of the loss: auto, reference or fused", recorded=False)
+    compile: str = option("auto", "torch.compile the networks: yes, no; auto: long CPU runs try it", recorded=False)
 
     def recorded(self) -> dict[str, Any]:
         """The fields that make two runs different, as JSON would give them back."""
@@ -1831,6 +1833,7 @@ def _check_values(config: Config) -> None:
         "teacher_seed": (lambda v: 0 <= v < 2**62, "not negative"),
         "teacher_units": (lambda v: bool(v), "at least one name"),
         "student_units": (lambda v: bool(v), "at least one name"),
+        "compile": (lambda v: v in ("auto", "yes", "no"), "auto, yes or no"),
         "backend": (lambda v: v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
         "units": (
             lambda v: bool(v) and set(v) <= {1, 2, 3} and len(set(v)) == len(v),
@@ -2058,6 +2061,12 @@ class Distiller(nn.Module):
         student = [p for p in self.student.parameters() if p.requires_grad]
         self.objective.backward(terms, student, [p for p in self.objective.parameters() if p.requires_grad])
 
+    def compile_networks(self) -> None:
+        """Each is compiled in place; names and state dicts stay."""
+        for network in (self.student, self.teacher):
+            if network is not None:
+                network.compile(dynamic=False)
+
     def trained_state(self) -> dict[str, Tensor]:
         """The state dict without the frozen teacher."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("teacher.")}
@@ -2122,6 +2131,58 @@ def build_distiller(config: Config, teacher: nn.Module | None, data: Data) -> Di
             teaching.memory_format = torch.channels_last
             teaching.to(memory_format=torch.channels_last)
     return Distiller(tapped, teaching, Objective(config, tapped, teaching, data)).to(device)
+
+
+def build_optimizer(config: Config, distiller: Distiller) -> torch.optim.Optimizer:
+    parameters = [p for p in distiller.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+# A run on the CPU is long enough to try torch.compile, which takes minutes, from so many steps and seconds on.
+WORTH_TRYING_STEPS, WORTH_TRYING_SECONDS = 500, 1800
+
+
+def choose_compile(
+    config: Config, data: Data, teacher: nn.Module | None, environments: Sequence[dict[str, Any]]
+) -> bool:
+    """Whether a run compiles its networks: as --compile says; for auto as the run did before, or as a trial tells."""
+    if config.compile == "no":
+        return False
+    if any(method.backward is not Method.backward for method in methods_of(config).values()):
+        if config.compile == "yes":  # two backward passes through one graph
+            say(f"note: --compile has no effect with --method {config.method}")
+        return False
+    if config.compile == "yes":
+        return True
+    if environments:
+        return environments[-1].get("compiled", False)
+    steps = config.epochs * len(data.train_labels) // config.batch_size
+    if data.train_images.device.type != "cpu" or world_size() > 1 or steps < WORTH_TRYING_STEPS:
+        return False
+    eager = step_seconds(config, data, teacher, compiled=False)
+    if steps * eager < WORTH_TRYING_SECONDS:
+        return False
+    try:
+        compiled = step_seconds(config, data, teacher, compiled=True)
+    except Exception as error:  # no C++ compiler, for one
+        say(f"note: torch.compile does not work here ({str(error).strip().splitlines()[0]})")
+        return False
+    say(f"torch.compile: {compiled:.3f} s a step, without it {eager:.3f} s")
+    return compiled < 0.95 * eager  # less is not worth the compilation for the last short batch
+
+
+def step_seconds(config: Config, data: Data, teacher: nn.Module | None, compiled: bool, steps: int = 5) -> float:
+    """The fastest of some training steps of a run like this one, which is not touched."""
+    distiller = build_distiller(config, teacher, data).train()
+    if compiled:
+        distiller.compile_networks()
+    optimizer = build_optimizer(config, distiller)
+    seconds = []
+    for batch in itertools.islice(epoch_batches(data, config, torch.Generator().manual_seed(config.seed)), steps):
+        started = time.perf_counter()
+        train_step(distiller, optimizer, *batch)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -2205,6 +2266,7 @@ def _train_one(
         here = {**environment(device), **{name: getattr(config, name) for name in ("data", "out", "teacher_weights")}}
         here["loss"] = loss_backend() if _use_fused(config.backend, 1, data.test_labels) else "reference"
         environments = before["environments"] if before else []
+        here["compiled"] = choose_compile(config, data, teacher, environments)
         if environments and environments[-1] != here:
             last = environments[-1]
             changes = [f"{name} {last.get(name)} -> {here[name]}" for name in here if last.get(name) != here[name]]
@@ -2217,7 +2279,7 @@ def _train_one(
         if teacher:
             teacher_accuracy = evaluate(teacher, data) if teacher_accuracy is None else teacher_accuracy
             say(f"teacher {config.teacher}: {teacher_accuracy:.2f} % on the test images")
-        student, log = _train_in(folder, config, data, device, teacher, record)
+        student, log = _train_in(folder, config, data, device, teacher, record, here["compiled"])
         return _finish(folder, config, data, student, log, {**record, "environment": here}, teacher_accuracy)
 
 
@@ -2240,13 +2302,13 @@ def _train_in(
     device: torch.device,
     teacher: nn.Module | None,
     record: dict[str, Any],
+    compiled: bool,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """The epochs that are left. Returns the plain student and its log, an entry for each epoch."""
     distiller = build_distiller(config, teacher, data)
-    optimizer = torch.optim.SGD(
-        [p for p in distiller.parameters() if p.requires_grad],
-        lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
-    )  # fmt: skip
+    if compiled:
+        distiller.compile_networks()
+    optimizer = build_optimizer(config, distiller)
     generator = torch.Generator().manual_seed(config.seed)
     log: list[dict[str, Any]] = []
 

@@ -1,7 +1,10 @@
 """What makes a step faster leaves its results as they are."""
 
+import json
+
 import pytest
 import torch
+from conftest import TINY
 from torch import nn
 
 import mhkd
@@ -78,3 +81,69 @@ def test_the_teacher_of_a_run_gives_what_the_network_alone_gives(teacher, studen
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     assert_equal_but_for_rounding(distiller.teacher(x).logits, network(x))
     assert not any(p.requires_grad for p in distiller.teacher.parameters())
+
+
+# torch.compile
+
+
+@pytest.fixture
+def long_run(monkeypatch):
+    """A configuration, its data, and how long its steps take with and without compilation."""
+    images, labels = torch.zeros(64, 16, 16, 3, dtype=torch.uint8), torch.arange(64) % 10
+    data = mhkd.Data(images, labels, images, labels, [""] * 10, (0.5,) * 3, (0.25,) * 3, "")
+    settings = {"dataset": "digits", "epochs": 240, "batch_size": 8}  # 1,920 steps
+
+    def choose(eager, compiled, environments=(), **other):
+        monkeypatch.setattr(mhkd, "step_seconds", lambda *a, compiled, **k: slow(compiled) if compiled else eager)
+
+        def slow(_):
+            if isinstance(compiled, Exception):
+                raise compiled
+            return compiled
+
+        config = mhkd.resolve(mhkd.Config("resnet14", "resnet8", **settings | other))
+        return mhkd.choose_compile(config, data, None, environments)
+
+    return choose
+
+
+def test_auto_compiles_where_a_trial_is_faster_and_the_run_is_long(long_run):
+    assert long_run(eager=1.0, compiled=0.5)
+    assert not long_run(eager=1.0, compiled=0.99)
+    assert not long_run(eager=0.5, compiled=0.1)  # a quarter of an hour
+    assert not long_run(eager=9.0, compiled=0.1, epochs=50)  # 400 steps
+    assert not long_run(eager=1.0, compiled=RuntimeError("no compiler"))
+
+
+def test_a_resumed_run_obeys_what_was_chosen_before(long_run):
+    for before in (True, False):
+        assert long_run(eager=1.0, compiled=2.0 if before else 0.1, environments=[{"compiled": before}]) is before
+
+
+def test_compile_yes_and_no_are_obeyed_except_by_what_sets_its_own_gradients(long_run, capsys):
+    assert long_run(eager=1.0, compiled=2.0, compile="yes") and not long_run(eager=1.0, compiled=0.1, compile="no")
+    assert not long_run(eager=1.0, compiled=0.1, compile="yes", method="dhkd")
+    assert "no effect" in capsys.readouterr().out
+
+
+def test_a_compiled_run_has_the_losses_of_an_eager_one_and_says_that_it_was_compiled(tmp_path):
+    pytest.importorskip("sklearn")
+    losses = {}
+    for compile in ("no", "yes"):
+        arguments = ["--student", "resnet8", "--method", "ce", *TINY, "--epochs", "1", "--lr", "0.003"]
+        assert mhkd.main([*arguments, "--compile", compile, "--out", str(tmp_path / compile)]) == 0
+        (folder,) = (path.parent for path in tmp_path.glob(f"{compile}/*/config.json"))
+        (environment,) = json.loads((folder / "config.json").read_text())["environments"]
+        assert environment["compiled"] is (compile == "yes")
+        losses[compile] = json.loads((folder / "log.jsonl").read_text())["loss"]
+    assert losses["yes"] == pytest.approx(losses["no"], rel=1e-4)
+
+
+def test_the_trial_of_a_compiled_step_leaves_the_run_as_it_is():
+    images, labels = torch.randint(256, (40, 16, 16, 3), dtype=torch.uint8), torch.arange(40) % 10
+    data = mhkd.Data(images, labels, images, labels, [""] * 10, (0.5,) * 3, (0.25,) * 3, "")
+    config = mhkd.resolve(mhkd.Config("resnet14", "resnet8", dataset="digits", batch_size=20, method="kd"))
+    teacher = mhkd.build_model("resnet14", 10).eval()
+    state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    assert 0 < mhkd.step_seconds(config, data, teacher, compiled=False, steps=2) < 60
+    assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
