@@ -811,7 +811,9 @@ class Method(nn.Module):
         data: for the training labels and the number of classes.
     """
 
-    options: tuple[str, ...] = ()  # the fields of Config that matter to it alone
+    options: tuple[str, ...] = ()  # the fields of Config that matter to its own terms
+    final_options: tuple[str, ...] = ()  # and to its terms on the final outputs
+    rank = 0  # of joined methods the one of the highest rank, the last of equals, gives the terms on the final outputs
     needs_teacher = True
     needs_penultimate = False  # the penultimate features of both networks
 
@@ -861,7 +863,8 @@ class CrossEntropy(Method):
 class Distillation(Method):
     """Knowledge distillation (Hinton et al. 2015): equation 2 without auxiliary heads."""
 
-    options = ("tau", "alpha")
+    final_options = ("tau", "alpha")
+    rank = 1
 
     def final_terms(self, step: Step) -> dict[str, Tensor]:
         c, z_s, z_t = self.config, step.student.logits, step.teacher.logits
@@ -871,7 +874,8 @@ class Distillation(Method):
 class MultiHeadDistillation(Method):
     """Equation 2 over the final outputs and the auxiliary heads, in one call."""
 
-    options = ("tau", "alpha", "beta", "units", "teacher_units", "student_units", "head_width", "head_stride")
+    final_options = ("tau", "alpha", "beta", "units", "teacher_units", "student_units", "head_width", "head_stride")
+    rank = 2
 
     def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
         super().__init__(config, student, teacher, data)
@@ -920,7 +924,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, tau: float = 4.0, ba
 class BenchmarkMethod(Method):
     """gamma * CE + kd_weight * tau^2 * KL on the final outputs; subclasses add a term of their own."""
 
-    options = ("tau", "gamma", "kd_weight")
+    final_options = ("tau", "gamma", "kd_weight")
 
     def final_terms(self, step: Step) -> dict[str, Tensor]:
         c = self.config
@@ -939,7 +943,7 @@ class FitNet(BenchmarkMethod):
     second unit; of a vgg, as in the benchmark, that of the third.
     """
 
-    options = (*BenchmarkMethod.options, "fitnet_weight")
+    options = ("fitnet_weight",)
 
     def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
         super().__init__(config, student, teacher, data)
@@ -981,7 +985,7 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class CorrelationCongruence(BenchmarkMethod):
     """Correlation congruence (Peng et al. 2019) of the penultimate features, each through a linear layer."""
 
-    options = (*BenchmarkMethod.options, "cc_weight", "embed_dim")
+    options = ("cc_weight", "embed_dim")
     needs_penultimate = True
 
     def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
@@ -1019,7 +1023,7 @@ def rkd_loss(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, an
 class RelationalDistillation(BenchmarkMethod):
     """Relational knowledge distillation (Park et al. 2019) of the penultimate features."""
 
-    options = (*BenchmarkMethod.options, "rkd_weight")
+    options = ("rkd_weight",)
     needs_penultimate = True
 
     def own_terms(self, step: Step) -> dict[str, Tensor]:
@@ -1142,7 +1146,7 @@ class CRDLoss(nn.Module):
 class ContrastiveDistillation(BenchmarkMethod):
     """Contrastive representation distillation (Tian et al. 2020) of the penultimate features."""
 
-    options = (*BenchmarkMethod.options, "crd_weight", "crd_tau", "negatives", "embed_dim")
+    options = ("crd_weight", "crd_tau", "negatives", "embed_dim")
     needs_penultimate = True
 
     def __init__(self, config: Config, student: Tapped, teacher: Tapped, data: Data):
@@ -1321,7 +1325,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def methods_of(config: Config) -> dict[str, type[Method]]:
-    """The methods that `config.method` joins by `+`, in the order of METHODS.
+    """The methods that `config.method` joins by `+`, in ascending rank, those of one rank in the order of METHODS.
 
     Raises:
         UsageError: one does not exist or is there twice; one adds nothing; two have a gradient of their own.
@@ -1329,7 +1333,7 @@ def methods_of(config: Config) -> dict[str, type[Method]]:
     names = config.method.split("+")
     for name in names:
         known("method", name, METHODS)
-    methods = {name: method for name, method in METHODS.items() if name in names}
+    methods = {name: METHODS[name] for name in sorted(METHODS, key=lambda name: METHODS[name].rank) if name in names}
     if len(methods) < len(names):
         raise UsageError(f"--method {config.method} names a method twice")
     *first, last = methods
@@ -1345,7 +1349,7 @@ def methods_of(config: Config) -> dict[str, type[Method]]:
 class Objective(nn.Module):
     """The methods of a run together, as in `--method crd+mhkd`.
 
-    The terms on the final outputs are those of the last method in the order of METHODS; every method adds its own.
+    The terms on the final outputs are those of the last method that methods_of gives; every method adds its own.
     """
 
     def __init__(self, config: Config, student: Tapped, teacher: Tapped | None, data: Data):
@@ -1755,6 +1759,11 @@ LOW_LR, LOW_LR_MODELS = 0.01, ("mobilenetv2", "shufflenetv2")
 TEACHER_OPTIONS = ("teacher", "teacher_seed", "teacher_weights")
 
 
+def special_options() -> set[str]:
+    """The fields of Config that do not matter to every method."""
+    return {name for m in METHODS.values() for name in (*m.options, *m.final_options)} | set(TEACHER_OPTIONS)
+
+
 def resolve(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:
     """The same configuration with every value filled in, checked.
 
@@ -1776,8 +1785,9 @@ def resolve(config: Config, note: Callable[[str], None] = lambda text: None) -> 
         known("network", config.teacher, MODELS)
     values: dict[str, Any] = {}
     relevant = [name for method in methods.values() for name in method.options]
+    relevant += list(methods.values())[-1].final_options
     relevant += TEACHER_OPTIONS if needs_teacher else ()
-    special = {name for m in METHODS.values() for name in m.options} | set(TEACHER_OPTIONS)
+    special = special_options()
     for field in dataclasses.fields(config):
         if field.name in special and field.name not in relevant:
             if getattr(config, field.name) != field.default:
@@ -2079,6 +2089,7 @@ def folded(model: nn.Module, units: Sequence[str], example: Tensor) -> nn.Module
     gives that output, which the autograd graph of one forward pass tells. (In wide resnets of width 1 the stem's
     output goes to a batch norm and round it, too.)
     """
+    original = copy.deepcopy(model).eval().requires_grad_(False)
     model = copy.deepcopy(model).eval().requires_grad_(True)
     made: dict[str, Any] = {}  # by each submodule, the node of the graph behind its output
 
@@ -2109,7 +2120,12 @@ def folded(model: nn.Module, units: Sequence[str], example: Tensor) -> nn.Module
                 fused = nn.utils.fusion.fuse_conv_bn_eval(conv, module)
                 model.set_submodule(convolutions[source], fused)
                 model.set_submodule(name, nn.Identity())
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    with torch.no_grad():  # a network that runs a convolution twice, say, is not what the graph suggests
+        image = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+        image = image.to(parameter.device, parameter.dtype)
+        ours, theirs = model(image), original(image)
+    return model if (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max() else original
 
 
 def build_distiller(config: Config, teacher: nn.Module | None, data: Data) -> Distiller:
@@ -2614,7 +2630,10 @@ def parallel(distiller: Distiller, device: torch.device) -> nn.Module:
         return distiller
     devices = [device] if device.type == "cuda" else None
     # Unused parameters: those of heads that weigh nothing (--beta 0).
-    return nn.parallel.DistributedDataParallel(distiller, device_ids=devices, find_unused_parameters=True)
+    # Buffers need no broadcast: the first process's running statistics are what is saved, and banks agree anyway.
+    return nn.parallel.DistributedDataParallel(
+        distiller, device_ids=devices, find_unused_parameters=True, broadcast_buffers=False
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2709,7 +2728,10 @@ ROW_TITLES |= {f"mhkd:{unit}": f"Head-{unit}" for unit in (1, 2, 3)}
 def cell_config(row: str, teacher: str | None, student: str, base: Config) -> Config:
     """The run of a row and a pair, with the options of `base`."""
     method, _, unit = row.partition(":")
-    units = (int(unit),) if unit else base.units
+    methods = methods_of(dataclasses.replace(base, method=method))
+    if unit and (unit not in ("1", "2", "3") or "mhkd" not in methods):
+        raise UsageError(f"there is no row '{row}': mhkd:1, mhkd:2 and mhkd:3 are those with a single head")
+    method, units = "+".join(methods), (int(unit),) if unit else base.units
     teacher = None if method == "ce" else teacher
     return dataclasses.replace(base, teacher=teacher, student=student, method=method, units=units)
 
@@ -2733,7 +2755,11 @@ def plan(
     for pair in pairs:
         known("pair", pair, there)
     for row in rows:
-        methods_of(cell_config(row, None, "", base))
+        cell_config(row, None, "", base)
+        if ":" in row and not any(row in table.rows for table in chosen):
+            raise UsageError(f"the row '{row}' is in table2 only")
+    if base.teacher_weights and len({pair.split(":")[0] for pair in pairs or there}) > 1:
+        raise UsageError("--teacher-weights is for one teacher: narrow the plan to its pairs")
     teachers, others = {}, {}
     for table in chosen:
         options = base
@@ -2749,7 +2775,7 @@ def plan(
             for row in wanted:
                 configs = [cell_config(row, teacher, student, dataclasses.replace(options, seed=s)) for s in seeds]
                 others |= {_identity(config): config for config in configs}
-                if row != "ce":
+                if row != "ce" and not base.teacher_weights:
                     alone = cell_config("ce", None, teacher, dataclasses.replace(options, seed=base.teacher_seed))
                     teachers[_identity(alone)] = alone
     return list(teachers.values()), [config for key, config in others.items() if key not in teachers]
@@ -2768,16 +2794,26 @@ def finished_runs(folder: str | Path) -> list[dict[str, Any]]:
 
 def print_plan(tables: Sequence[str], base: Config, **narrowed: Sequence) -> None:
     """A line for each run: "done" or "todo", "teacher" or "student", and the arguments for the command line."""
-    done = set()
+    done: dict[str, dict[str, Any]] = {}
     for run in finished_runs(base.out):
         if (run["folder"] / "student.pt").is_file() and run["config"].get("processes", 1) == 1:
-            config = {name: value for name, value in run["config"].items() if name != "processes"}
-            done.add(json.dumps(config) + (run["environment"]["data"] if config["dataset"] == "folder" else ""))
+            config = {name: run["config"].get(name, value) for name, value in Config().recorded().items()}
+            folder = os.path.abspath(run["environment"]["data"]) if config["dataset"] == "folder" else ""
+            done[json.dumps(config) + folder] = run
+
+    def finished(config: Config) -> dict[str, Any] | None:
+        run = done.get(_identity(config) + (os.path.abspath(config.data) if config.dataset == "folder" else ""))
+        if run and config.teacher:  # taught by the very teacher that is planned
+            if config.teacher_weights:
+                return run if run["teacher_sha256"] == sha256_of(config.teacher_weights) else None
+            alone = dataclasses.replace(config, seed=config.teacher_seed, teacher_seed=0)
+            taught = finished(cell_config("ce", None, config.teacher, alone))
+            return run if taught and run["teacher_sha256"] == taught["student_sha256"] else None
+        return run
+
     for phase, configs in zip(("teacher", "student"), plan(tables, base, **narrowed)):
         for config in configs:
-            key = _identity(config) + (config.data if config.dataset == "folder" else "")
-            state = "done" if key in done else "todo"
-            print(f"{state}\t{phase}\t{shlex.join(_arguments(config))}")
+            print(f"{'done' if finished(config) else 'todo'}\t{phase}\t{shlex.join(_arguments(config))}")
 
 
 def _arguments(config: Config) -> list[str]:
@@ -2833,11 +2869,11 @@ class Cell:
         return f"{self.mean:.2f}{spread}, n={len(self.runs)}"
 
 
-def protocol_of(run: dict[str, Any], teachers: set[str]) -> tuple[tuple[str, str], ...]:
-    """What sets a run apart from the recipe of the paper: () is the paper's own, in full.
+Protocol = tuple[tuple[str, str], ...]
 
-    `teachers` are the SHA-256 of students that may have taught; another teacher came from outside.
-    """
+
+def protocol_of(run: dict[str, Any]) -> Protocol:
+    """What sets a run apart from the recipe of the paper: () is the paper's own, in full."""
     c = run["config"]
     who = {name: c[name] for name in ("dataset", "teacher", "student", "method")}
     standard = resolve(Config(**who)).recorded()
@@ -2849,9 +2885,28 @@ def protocol_of(run: dict[str, Any], teachers: set[str]) -> tuple[tuple[str, str
         apart["dataset"] = c["dataset"] + (f" {run['data_sha256'][:8]}" if c["dataset"] == "folder" else "")
     if c.get("processes", 1) != 1:
         apart["processes"] = c["processes"]
-    if c["teacher"] and run["teacher_sha256"] not in teachers:
-        apart["teacher checkpoint"] = run["teacher_sha256"][:8]
     return tuple(sorted((name, str(value)) for name, value in apart.items()))
+
+
+def note_protocols(runs: Sequence[dict[str, Any]]) -> None:
+    """Set "protocol" in each run: protocol_of it, and its teacher, where none of the runs by the same recipe is that.
+
+    It is None for a run of a method that is not known here.
+    """
+    for run in runs:
+        try:
+            run["protocol"] = protocol_of(run)
+        except UsageError:
+            run["protocol"] = None
+    special = special_options()
+    alone = [run for run in runs if not run["config"]["teacher"] and run["protocol"] is not None]
+    teachers = {(r["config"]["student"], r["config"]["seed"], r["protocol"], r["student_sha256"]) for r in alone}
+    for run in runs:
+        c, protocol = run["config"], run["protocol"]
+        if c["teacher"] and protocol is not None:
+            shared = tuple(item for item in protocol if item[0] not in special)
+            if (c["teacher"], c["teacher_seed"], shared, run["teacher_sha256"]) not in teachers:
+                run["protocol"] = tuple(sorted((*protocol, ("teacher checkpoint", run["teacher_sha256"][:8]))))
 
 
 def cells_of(table: Table, runs: Sequence[dict[str, Any]]) -> dict[str, list[Cell]]:
@@ -2915,20 +2970,18 @@ def table_markdown(table: Table, cells: dict[str, list[Cell]], protocol: Sequenc
     return "\n".join(lines)
 
 
-def lay_out(runs: Sequence[dict[str, Any]]) -> list[tuple[str, Table, dict[str, list[Cell]], tuple]]:
+def lay_out(runs: Sequence[dict[str, Any]]) -> list[tuple[str, Table, dict[str, list[Cell]], Protocol]]:
     """The tables that the runs have a cell of: name, Table, cells and protocol. Notes the "protocol" in each run."""
-    teachers = {run["student_sha256"] for run in runs}
-    for run in runs:
-        run["protocol"] = protocol_of(run, teachers)
+    note_protocols(runs)
     tables = []
     for name, table in TABLES.items():
-        for protocol in sorted({run["protocol"] for run in runs}):
+        for protocol in sorted({run["protocol"] for run in runs if run["protocol"] is not None}):
             svhn = table.dataset == "svhn"
             of_one = [
                 run for run in runs if run["protocol"] == protocol and (run["config"]["dataset"] == "svhn") == svhn
             ]
             cells = cells_of(table, of_one)
-            if any(cell.runs for row, line in cells.items() if row not in ("teacher", "ce") for cell in line):
+            if any(cell.runs for row in cells.values() for cell in row):
                 tables.append((name, table, cells, protocol))
     return tables
 
@@ -3003,7 +3056,7 @@ def _draw_curves(path: Path, runs: Sequence[dict[str, Any]]) -> None:
         if not (run["folder"] / "log.jsonl").is_file():
             continue
         log = [json.loads(line) for line in (run["folder"] / "log.jsonl").read_text().splitlines()]
-        c, protocol = run["config"], run["protocol"]
+        c, protocol = run["config"], run["protocol"] or ()
         pairs = {_pair(run)}
         if not c["teacher"]:  # a network alone is shown beside what it learns from teachers
             same = [r for r in runs if r["config"]["teacher"] and r["protocol"] == protocol]

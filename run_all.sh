@@ -75,7 +75,11 @@ demo() {
 }
 
 tables() { # the runs of these tables, side by side as JOBS says, and their report
-    local plan done_runs todo
+    if [ -n "${2:-}" ] && [ "$2" != --dry-run ]; then
+        echo "run_all.sh: there is --dry-run, not $2" >&2
+        exit 1
+    fi
+    local plan done_runs todo state phase command
     export python OUT=${OUT:-runs} JOBS=${JOBS:-1}
     export logs=$OUT/logs
     local arguments=(--plan "$1" --seeds "$(commas "${SEEDS:-0 1 2}")" --out "$OUT")
@@ -88,22 +92,22 @@ tables() { # the runs of these tables, side by side as JOBS says, and their repo
     plan=$("$python" mhkd.py "${arguments[@]}") # lines of: done or todo, teacher or student, arguments
     done_runs=$(grep -c '^done' <<<"$plan" || true)
     if [ "${2:-}" = --dry-run ]; then
-        sed -e 's/^\(done\|todo\)\t[a-z]*\t/\1  python mhkd.py /' <<<"$plan"
-        echo "$done_runs of $(wc -l <<<"$plan") runs are done"
+        while IFS=$'\t' read -r state phase command; do echo "$state  python mhkd.py $command"; done <<<"$plan"
+        echo "$done_runs of $(($(wc -l <<<"$plan"))) runs are done"
         return
     fi
     mkdir -p "$logs"
     : >"$logs/failed"
     # Runs on the CPU that are all given every core stand in each other's way.
     if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + JOBS - 1) / JOBS))}; fi
-    echo "$done_runs of $(wc -l <<<"$plan") runs are done; what the others print goes to $logs, too"
+    echo "$done_runs of $(($(wc -l <<<"$plan"))) runs are done; what the others print goes to $logs, too"
     export -f one_run
     for phase in teacher student; do # a teacher is trained once, before those that it teaches
         todo=$(grep -n "^todo.$phase" <<<"$plan" | sed 's/:todo.[a-z]*//' || true)
         if [ -z "$todo" ]; then continue; fi # xargs would run once on nothing
         tr '\n' '\0' <<<"$todo" | xargs -0 -P "$JOBS" -n 1 bash -c 'one_run "$0"'
     done
-    run "$python" mhkd.py --report "$OUT"
+    run "$python" mhkd.py --report "$OUT" || true # there is nothing to report where all have failed
     if [ -s "$logs/failed" ]; then
         echo "failed:" >&2
         cat "$logs/failed" >&2

@@ -340,6 +340,26 @@ def test_methods_that_cannot_be_joined_are_refused(method, message):
         mhkd.resolve(mhkd.Config("vgg13", "vgg8", method=method))
 
 
+@pytest.mark.parametrize("other, gives", [("mhkd", "mhkd"), ("kd", "kd"), ("crd", "new")])
+def test_a_new_method_is_joined_with_any_other(other, gives, monkeypatch):
+    class New(mhkd.BenchmarkMethod):
+        def own_terms(self, step):
+            return {"new": step.student.logits.square().mean()}
+
+    monkeypatch.setitem(mhkd.METHODS, "new", New)
+    assert list(mhkd.methods_of(mhkd.Config(method=f"new+{other}")))[-1] == gives
+    distiller, batch = make(f"{other}+new", batch_size=8)
+    terms, _ = distiller(*batch)
+    assert "new" in terms and ("ce" in terms) == (gives == "new")
+
+
+def test_options_of_terms_that_a_joined_method_does_not_give_are_no_configuration(capsys):
+    config = mhkd.Config("vgg13", "vgg8", method="crd+mhkd", gamma=0.5, crd_weight=0.7)
+    notes = []
+    resolved = mhkd.resolve(config, notes.append)
+    assert (resolved.gamma, resolved.crd_weight) == (1.0, 0.7) and "--gamma has no effect" in notes[0]
+
+
 def test_of_joined_methods_only_one_may_set_the_gradients(monkeypatch):
     monkeypatch.setitem(mhkd.METHODS, "other", type("Other", (mhkd.DualHead,), {}))
     with pytest.raises(mhkd.UsageError, match="only one of"):
@@ -462,7 +482,7 @@ def test_dhkd_without_alignment_and_with_a_linear_head_is_the_plain_sum():
 
 # Whole runs
 
-RUN = ["--student", "resnet8", *TINY, "--subset", "500", "--batch-size", "25", "--epochs", "4", "--negatives", "100"]
+RUN = ["--student", "resnet8", *TINY, "--subset", "300", "--batch-size", "25", "--epochs", "4", "--negatives", "100"]
 
 
 @pytest.fixture(scope="module")

@@ -102,11 +102,38 @@ def test_a_plan_is_narrowed_to_seeds_pairs_and_methods_and_takes_options_and_fur
         (["table1", "--pairs", "vgg13:vgg9"], "did you mean vgg13:vgg8"),
         (["table1", "--methods", "kdd"], "no method 'kdd'"),
         (["table3", "--dataset", "digits"], "--dataset svhn only"),
+        (["table2", "--methods", "mhkd:a"], "no row 'mhkd:a'"),
+        (["table2", "--methods", "kd:1"], "no row 'kd:1'"),
+        (["table1", "--methods", "mhkd:1"], "in table2 only"),
+        (["table1", "--teacher-weights", "t.pt"], "for one teacher"),
     ],
 )
 def test_what_no_table_has_is_refused(arguments, message, capsys):
     assert mhkd.main(["--plan", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_order_in_which_a_planned_method_is_joined_means_nothing(capsys):
+    lines = plan(capsys, "table1", "--pairs", "vgg13:vgg8", "--methods", "mhkd+crd", "--seeds", "0")
+    assert [c.method for _, _, c in lines] == ["ce", "crd+mhkd"]
+
+
+def test_a_run_is_done_only_if_the_planned_teacher_taught_it(tmp_path, capsys):
+    def states(*more):
+        pair = ["--pairs", "wrn_40_2:wrn_16_2", "--methods", "kd", "--seeds", "0", "--out", tmp_path]
+        return [state for state, _, _ in plan(capsys, "table1", *pair, *more)]
+
+    assert states() == ["todo", "todo"]
+    record(tmp_path, 75.0, **PAIR, method="kd", sha256="s")  # "t" taught it
+    for folder in tmp_path.glob("*/"):
+        (folder / "student.pt").touch()
+    assert states() == ["todo", "todo"]
+    record(tmp_path, 75.5, student="wrn_40_2", method="ce", sha256="t")
+    (tmp_path / "1" / "student.pt").touch()
+    assert states() == ["done", "done"]
+    weights = tmp_path / "given.pt"
+    weights.touch()
+    assert states("--teacher-weights", weights) == ["todo"]
 
 
 def test_the_dry_run_of_run_all_prints_every_command_and_how_many_are_done(tmp_path):
@@ -146,6 +173,9 @@ def test_run_all_computes_a_table_goes_on_after_failures_resumes_and_repeats_not
     results = list((tmp_path / "runs").glob("*/result.json"))
     assert len(results) == 4
 
+    unknown = run_all(tmp_path, "table1", "--dryrun", **shortened)
+    assert unknown.returncode == 1 and "there is --dry-run" in unknown.stderr
+
     (broken / "config.json").unlink()
     times = {path: path.stat().st_mtime_ns for path in results}
     second = run_all(tmp_path, "table1", **shortened)
@@ -159,7 +189,7 @@ def test_run_all_computes_a_table_goes_on_after_failures_resumes_and_repeats_not
 # How it is reported
 
 
-def record(out, accuracy, sha256="t", **settings):
+def record(out, accuracy, sha256="t", teacher_sha256="t", **settings):
     """A result.json as a run leaves it."""
     config = mhkd.resolve(mhkd.Config(**settings))
     name = f"{len(list(out.glob('*')))}"
@@ -167,7 +197,8 @@ def record(out, accuracy, sha256="t", **settings):
     content = {
         "name": name, "accuracy": accuracy, "best_accuracy": accuracy, "best_epoch": 1, "epochs": config.epochs,
         "teacher_accuracy": 75.0 if config.teacher else None, "student_sha256": sha256,
-        "teacher_sha256": "t" if config.teacher else None, "data_sha256": "d" * 64,
+        "teacher_sha256": teacher_sha256 if config.teacher else None, "data_sha256": "d" * 64,
+        "environment": {"data": "data"},
         "config": {**config.recorded(), "processes": 1},
     }  # fmt: skip
     (out / name / "result.json").write_text(json.dumps(content))
@@ -187,8 +218,10 @@ def out(tmp_path):
         record(tmp_path, accuracy, sha256="s", **PAIR, method="kd", seed=seed)
     record(tmp_path, 75.38, sha256="s", **PAIR, method="mhkd", units=(1, 2, 3))
     record(tmp_path, 75.01, sha256="s", **PAIR, method="mhkd", units=(2,))
-    record(tmp_path, 9.99, sha256="s", **PAIR, method="kd", seed=0, epochs=2)
-    record(tmp_path, 8.88, sha256="s", **PAIR, method="kd", seed=1, epochs=2, subset=1000)
+    for accuracy, seed, shortened in ((9.99, 0, {"epochs": 2}), (8.88, 1, {"epochs": 2, "subset": 1000})):
+        record(tmp_path, 1.0, student="wrn_40_2", method="ce", sha256=str(shortened), **shortened)
+        settings = {**PAIR, "method": "kd", "seed": seed, **shortened}
+        record(tmp_path, accuracy, sha256="s", teacher_sha256=str(shortened), **settings)
     return tmp_path
 
 
@@ -241,6 +274,25 @@ def test_a_teacher_from_outside_and_further_differences_set_runs_apart(tmp_path)
     assert "teacher checkpoint" not in mhkd.report(tmp_path, pictures=False)
     record(tmp_path, 72.0, sha256="s", **PAIR, method="mhkd", head_width=32)
     assert "head_width 32. Not" in mhkd.report(tmp_path, pictures=False)
+
+
+def test_a_teacher_of_another_recipe_sets_a_run_apart_and_replaces_no_other(tmp_path):
+    record(tmp_path, 75.5, student="wrn_40_2", method="ce", sha256="t")
+    record(tmp_path, 73.0, sha256="s", **PAIR, method="kd")
+    record(tmp_path, 9.0, student="wrn_40_2", method="ce", sha256="short", epochs=3)
+    record(tmp_path, 60.0, sha256="s", **PAIR, method="kd", teacher_sha256="short")
+    full, *others = [part for part in mhkd.report(tmp_path, pictures=False).split("\n### ") if "Table 1" in part]
+    assert "| **KD** | 73.00, n=1" in full and "60.00" not in full
+    assert any("teacher checkpoint short" in part and "60.00, n=1" in part for part in others)
+
+
+def test_a_run_of_an_unknown_method_is_listed_and_stops_no_report(out):
+    path = out / "0" / "result.json"
+    result = json.loads(path.read_text())
+    result["config"]["method"], result["name"] = "nobodys", "theirs"
+    path.write_text(json.dumps(result))
+    pytest.importorskip("matplotlib")
+    assert "| theirs |" in mhkd.report(out)
 
 
 def test_further_methods_get_rows_of_their_own(out):
