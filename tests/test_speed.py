@@ -70,6 +70,21 @@ def test_a_convolution_whose_output_is_used_elsewhere_or_is_a_unit_is_left_alone
         torch.testing.assert_close(folded(x), model(x))
 
 
+def test_a_network_whose_graph_misleads_is_left_as_it_is():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn1, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.fc = nn.Linear(3, 10)
+
+        def forward(self, x):
+            return self.fc(self.bn2(self.conv(self.bn1(self.conv(x)))).mean(dim=(2, 3)))
+
+    torch.manual_seed(0)
+    model, x = with_random_statistics(Twice()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(mhkd.folded(model, (), torch.zeros(1, 3, 8, 8))(x), model(x))
+
+
 @pytest.mark.parametrize("teacher, student", [("wrn_40_1", "resnet8"), ("resnet8x4", "shufflenetv2")])
 def test_the_teacher_of_a_run_gives_what_the_network_alone_gives(teacher, student):
     torch.manual_seed(0)
