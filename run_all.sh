@@ -66,7 +66,7 @@ fused() { "$python" mhkd.py --version | grep -q 'loss: fused'; }
 
 demo() {
     local OUT=${OUT:-runs/demo}
-    local common=(--dataset digits --epochs 12 --out "$OUT")
+    local common=(--dataset digits --epochs 8 --out "$OUT")
     run "$python" mhkd.py --student resnet20 --method ce "${common[@]}" # the teacher
     run "$python" mhkd.py --student resnet8 --method ce "${common[@]}"
     run "$python" mhkd.py --teacher resnet20 --student resnet8 --method kd "${common[@]}"

@@ -563,7 +563,7 @@ def name_of(teacher_sha256="0" * 64, **values):
 
 
 def test_every_hyperparameter_that_differs_gives_another_run_name():
-    fields = {field.name for field in dataclasses.fields(mhkd.Config)} - {"data", "out", "device", "backend"}
+    fields = {field.name for field in dataclasses.fields(mhkd.Config)} - {"data", "out", "device", "backend", "compile"}
     of_methods = [(method, *item) for method, options in OTHERS_OF_METHODS.items() for item in options.items()]
     assert fields - set(OTHERS) - {field for _, field, _ in of_methods} == {"teacher_weights"}
     names = [name_of()] + [name_of(**{field: value}) for field, value in OTHERS.items()]
