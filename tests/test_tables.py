@@ -319,6 +319,13 @@ def test_the_report_is_written_as_markdown_csv_and_pictures(out):
     assert len(list(out.glob("*.png"))) == 1 + 6  # two tables for each of three recipes
 
 
+def test_networks_alone_make_a_table_only_by_the_papers_recipe(tmp_path):
+    record(tmp_path, 98.0, student="resnet20", method="ce", dataset="digits")
+    assert "Table" not in mhkd.report(tmp_path, pictures=False)
+    record(tmp_path, 69.0, student="resnet20", method="ce")
+    assert "| 69.00, n=1 |" in mhkd.report(tmp_path, pictures=False)
+
+
 def test_svhn_runs_belong_to_table_3_alone(tmp_path):
     record(tmp_path, 95.0, **PAIR, method="kd", dataset="svhn", sha256="t")
     text = mhkd.report(tmp_path, pictures=False)
