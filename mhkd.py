@@ -847,7 +847,10 @@ class Method(nn.Module):
         return {}
 
     def backward(self, terms: dict[str, Tensor], student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        """Turn the terms into the gradients of the student's parameters and of all others that train."""
+        """Turn the terms into the gradients of the student's parameters and of all others that train.
+
+        A method that does so in its own way averages them over the processes, too.
+        """
         sum(terms.values()).backward()
 
 
@@ -1292,17 +1295,19 @@ class DualHead(Method):
         return {"dhkd": self.config.dhkd_weight * kl}
 
     def backward(self, terms: dict[str, Tensor], student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        if not self.config.dhkd_align:
-            return super().backward(terms, student, others)
         parameters = [*student, *others]
-        g2 = self._gradient(terms["dhkd"], parameters, retain_graph=True)
-        g1 = self._gradient(sum(term for name, term in terms.items() if name != "dhkd"), parameters)
-        n = sum(p.numel() for p in student)  # the two are compared on the student alone
-        dot, square = g1[:n] @ g2[:n], g1[:n] @ g1[:n]
-        against = torch.where(square > 0, dot.clamp(max=0) / square, 0)
-        g1[:n] *= 1 - against  # g1 + (g2 - against * g1)
-        for p, gradient in zip(parameters, (g1 + g2).split([p.numel() for p in parameters])):
-            p.grad = gradient.view_as(p)
+        if self.config.dhkd_align:
+            g2 = self._gradient(terms["dhkd"], parameters, retain_graph=True)
+            g1 = self._gradient(sum(term for name, term in terms.items() if name != "dhkd"), parameters)
+            n = sum(p.numel() for p in student)  # the two are compared on the student alone
+            dot, square = g1[:n] @ g2[:n], g1[:n] @ g1[:n]
+            against = torch.where(square > 0, dot.clamp(max=0) / square, 0)
+            g1[:n] *= 1 - against  # g1 + (g2 - against * g1)
+            gradient = g1 + g2
+        else:
+            gradient = self._gradient(sum(terms.values()), parameters)
+        for p, part in zip(parameters, gradient.split([p.numel() for p in parameters])):
+            p.grad = part.view_as(p)
 
     @staticmethod
     def _gradient(term: Tensor, parameters: Sequence[Tensor], **options: bool) -> Tensor:

@@ -522,13 +522,13 @@ def test_every_method_learns_goes_on_after_a_kill_and_leaves_a_plain_student(met
 
 IN_TWO_PROCESSES = """
 import sys
-sys.path[:0] = sys.argv[2:]
+sys.path[:0] = sys.argv[3:]
 import torch, mhkd, test_methods
 
 with mhkd.team(torch.device("cpu")):
     rank = mhkd.rank()
     torch.manual_seed(0)
-    distiller, _ = test_methods.make(sys.argv[1], batch_size=16)
+    distiller, _ = test_methods.make(sys.argv[1], batch_size=16, dhkd_align=sys.argv[2] == "aligned")
     data, config = test_methods.make_data(), distiller.objective.methods[0].config
     module = mhkd.parallel(distiller, torch.device("cpu"))
     optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.1)
@@ -553,10 +553,10 @@ with mhkd.team(torch.device("cpu")):
 """
 
 
-@pytest.mark.parametrize("method", ["crd+mhkd", "crd+dhkd"])
+@pytest.mark.parametrize("method", ["crd+mhkd aligned", "crd+dhkd aligned", "crd+dhkd plain"])
 def test_two_processes_keep_the_same_banks_and_take_the_same_steps(method, tmp_path):
     (tmp_path / "two.py").write_text(IN_TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "two.py"), method, str(SCRIPT.parent), str(SCRIPT.parent / "tests")]
+    command += [str(tmp_path / "two.py"), *method.split(), str(SCRIPT.parent), str(SCRIPT.parent / "tests")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and done.stdout.count("agreed") == 2, done.stderr
