@@ -839,8 +839,8 @@ class Method(nn.Module):
         """Called once, before the first step; epoch() gives batches of images [B, 3, S, S], labels [B], indices [B]."""
 
     def final_terms(self, step: Step) -> dict[str, Tensor]:
-        """Terms of the loss on the final outputs."""
-        raise NotImplementedError
+        """Terms of the loss on the final outputs: the cross-entropy alone, unless a method has others."""
+        return {"ce": F.cross_entropy(step.student.logits, step.labels)}
 
     def own_terms(self, step: Step) -> dict[str, Tensor]:
         """Terms of the loss that the method adds."""
@@ -853,14 +853,16 @@ class Method(nn.Module):
         """
         sum(terms.values()).backward()
 
+    @classmethod
+    def sets_gradients(cls) -> bool:
+        """Whether it has a backward of its own."""
+        return cls.backward is not Method.backward
+
 
 class CrossEntropy(Method):
     """The network alone: the baseline, and the way teachers are trained."""
 
     needs_teacher = False
-
-    def final_terms(self, step: Step) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(step.student.logits, step.labels)}
 
 
 class Distillation(Method):
@@ -1230,9 +1232,6 @@ class FeatureMimicking(Method):
         medians = [(part @ features.T).median(dim=1).values for part in self.weight.split(chunk)]
         self.bias.copy_(-torch.cat(medians))
 
-    def final_terms(self, step: Step) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(step.student.logits, step.labels)}
-
     def own_terms(self, step: Step) -> dict[str, Tensor]:
         f_s, f_t = step.student.penultimate, step.teacher.penultimate
         # The authors' default: only of samples that the teacher gets right.
@@ -1286,9 +1285,6 @@ class DualHead(Method):
         if config.dhkd_head == "nonlinear":
             layers = nn.Linear(student.width, 200), nn.Dropout(0.1), nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, K)
             self.head = nn.Sequential(*layers)
-
-    def final_terms(self, step: Step) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(step.student.logits, step.labels)}
 
     def own_terms(self, step: Step) -> dict[str, Tensor]:
         kl = binary_kl_norm_loss(self.head(step.student.penultimate), step.teacher.logits, self.config.dhkd_tau)
@@ -1345,7 +1341,7 @@ def methods_of(config: Config) -> dict[str, type[Method]]:
     for name in first:
         if METHODS[name].own_terms is Method.own_terms:
             raise UsageError(f"--method {config.method}: {name} adds nothing to {last}, so leave it out")
-    special = [name for name, method in methods.items() if method.backward is not Method.backward]
+    special = [name for name, method in methods.items() if method.sets_gradients()]
     if len(special) > 1:
         raise UsageError(f"--method {config.method}: only one of {' and '.join(special)} can set the gradients")
     return methods
@@ -1368,14 +1364,10 @@ class Objective(nn.Module):
         return terms
 
     def backward(self, terms: dict[str, Tensor], student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        (self._gradient_setter() or self.methods[0]).backward(terms, student, others)
+        max(self.methods, key=lambda method: method.sets_gradients()).backward(terms, student, others)
 
-    def _gradient_setter(self) -> Method | None:
-        return next((m for m in self.methods if type(m).backward is not Method.backward), None)
-
-    @property
     def sets_gradients(self) -> bool:
-        return self._gradient_setter() is not None
+        return any(method.sets_gradients() for method in self.methods)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2169,7 +2161,7 @@ def choose_compile(
     """Whether a run compiles its networks: as --compile says; for auto as the run did before, or as a trial tells."""
     if config.compile == "no":
         return False
-    if any(method.backward is not Method.backward for method in methods_of(config).values()):
+    if any(method.sets_gradients() for method in methods_of(config).values()):
         if config.compile == "yes":  # two backward passes through one graph
             say(f"note: --compile has no effect with --method {config.method}")
         return False
@@ -2631,7 +2623,7 @@ def gather_from_processes(rows: Tensor) -> Tensor:
 
 def parallel(distiller: Distiller, device: torch.device) -> nn.Module:
     """Gradients averaged over the processes, by PyTorch's DistributedDataParallel."""
-    if world_size() == 1 or distiller.objective.sets_gradients:  # which averages them itself
+    if world_size() == 1 or distiller.objective.sets_gradients():  # which averages them itself
         return distiller
     devices = [device] if device.type == "cuda" else None
     # Unused parameters: those of heads that weigh nothing (--beta 0).

@@ -38,11 +38,6 @@
 
 namespace MHKD_LIBRARY {
 
-using at::Tensor;
-using at::TensorList;
-using Weights = at::ArrayRef<double>;
-using Flags = c10::List<bool>;
-
 // --------------------------------------------------------------------------------------------------
 // Checks and shapes
 // --------------------------------------------------------------------------------------------------

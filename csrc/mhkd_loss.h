@@ -23,6 +23,11 @@
 
 namespace MHKD_LIBRARY {
 
+using at::Tensor;
+using at::TensorList;
+using Weights = at::ArrayRef<double>;
+using Flags = c10::List<bool>;
+
 // Head pointers travel to the GPU by value, inside the 4 KiB of kernel arguments; 16 heads take 1.3 KiB of it.
 constexpr int kMaxHeads = 16;
 

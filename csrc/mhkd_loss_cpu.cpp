@@ -104,11 +104,6 @@ struct RowKernels {
 
 namespace MHKD_LIBRARY {
 
-using at::Tensor;
-using at::TensorList;
-using Weights = at::ArrayRef<double>;
-using Flags = c10::List<bool>;
-
 // "avx512", "avx2" or "plain": what PyTorch uses, so that ATEN_CPU_CAPABILITY chooses here too. That variable can ask
 // for more than the processor has, so the processor is asked as well.
 static const std::string& instruction_set() {

@@ -31,11 +31,6 @@
 
 namespace MHKD_LIBRARY {
 
-using at::Tensor;
-using at::TensorList;
-using Weights = at::ArrayRef<double>;
-using Flags = c10::List<bool>;
-
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
