@@ -8,7 +8,6 @@ Everything that is compared runs side by side in one process on the same inputs,
 
 import argparse
 import copy
-import dataclasses
 import json
 import platform
 import statistics
@@ -63,17 +62,23 @@ def seconds(run, one, device: str) -> float:
     return time.perf_counter() - start
 
 
-def extra_memory(run, one, device: str) -> int | None:
+def extra_memory(run, one, device: str) -> int:
     """Peak bytes beyond the inputs during one call, gradients included."""
     for leaf in one.leaves:
         leaf.grad = None
+    return peak_memory(lambda: run(one), device)
+
+
+def peak_memory(call, device: str) -> int:
+    """Peak bytes of tensors during the call beyond those there before it."""
     if device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run(one)
+        call()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
-        run(one)
+        call()
     allocated = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -228,11 +233,11 @@ class Bench:
     device: torch.device
 
     @classmethod
-    def make(cls, pair: str, method: str, arguments) -> "Bench":
+    def make(cls, pair: str, method: str, arguments, **values) -> "Bench":
         teacher, student = pair.split(":")
-        config = mhkd.Config(teacher=teacher, student=student, method=method, batch_size=arguments.batch_size)
-        if arguments.units:
-            config = dataclasses.replace(config, units=arguments.units)
+        names = ("batch_size", "units", "precision", "channels_last", "compile")
+        given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+        config = mhkd.Config(teacher=teacher, student=student, method=method, **given | values)
         config, device = mhkd.resolve(config), mhkd.pick_device(arguments.device)
         # An epoch of the one is at least what a block of steps needs.
         K, N = 100, max(arguments.images, config.batch_size * (arguments.steps + WARMUP))
@@ -254,6 +259,8 @@ WARMUP = 2  # steps of each block that are not counted
 def our_way(bench: Bench):
     """A generator that makes a step of mhkd.py at each next()."""
     distiller = mhkd.build_distiller(bench.config, bench.teacher, bench.data).train()
+    if bench.config.compile == "yes":
+        distiller.compile_networks()
     optimizer = bench.optimizer([p for p in distiller.parameters() if p.requires_grad])
     generator = torch.Generator().manual_seed(0)
     while True:
@@ -316,12 +323,16 @@ def usual_way(bench: Bench, workers: int):
             yield loss.item(), (outputs[0].argmax(dim=1) == y).float().mean().item()
 
 
-def compare(bench: Bench, arguments) -> dict[str, float]:
-    """Images per second of both ways, in turn in blocks of steps; the median block of each."""
-    rates: dict[str, list[float]] = {"usual": [], "ours": []}
+def compare(contestants: dict, arguments) -> dict[str, dict[str, float]]:
+    """Images per second of each, in turn in blocks of steps, the median block; and the peak memory of a step.
+
+    A contestant is a Bench and what makes its generator of steps.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    memory = {}
     for _ in range(arguments.rounds):
-        for name in rates:
-            steps = our_way(bench) if name == "ours" else usual_way(bench, arguments.workers)
+        for name, (bench, make) in contestants.items():
+            steps = make(bench)
             for _ in range(WARMUP):
                 next(steps)
             wait(bench.device)
@@ -330,8 +341,13 @@ def compare(bench: Bench, arguments) -> dict[str, float]:
                 next(steps)
             wait(bench.device)
             rates[name].append(bench.config.batch_size * arguments.steps / (time.perf_counter() - start))
+            if name not in memory:
+                memory[name] = peak_memory(lambda steps=steps: next(steps), bench.device.type)
             steps.close()  # ends the worker processes
-    return {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        name: {"images_per_second": statistics.median(values), "peak_bytes": memory[name]}
+        for name, values in rates.items()
+    }
 
 
 def wait(device: torch.device) -> None:
@@ -406,35 +422,53 @@ def split_loss(method, student, teacher, labels, lap) -> torch.Tensor:
 
 
 def bench_step(arguments) -> dict:
-    """Each pair and method: both ways side by side, then where the time of ours goes."""
+    """Each pair and method: both ways side by side, where the time of ours goes, how it grows."""
     pairs = mhkd.TABLES["table1"].pairs.split() if arguments.pairs == "all" else mhkd.words(arguments.pairs)
-    rows = []
+    rows, growth = [], []
     for pair in pairs:
         for name in mhkd.words(arguments.methods):
             bench = Bench.make(pair, name, arguments)
-            if bench.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             parts = breakdown(bench, arguments.steps)
-            memory = torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else None
             total = sum(parts.values())
             print(f"{pair}, {name}, batch {bench.config.batch_size}, n = {arguments.steps} steps")
             for part, value in parts.items():
                 print(f"  {part:30} {1e3 * value:9.2f} ms  {100 * value / total:6.2f} %")
-            row = {"config": bench.config.recorded(), "seconds": parts, "peak_bytes": memory}
+            row = {"config": bench.config.recorded(), "seconds": parts}
+            ways = {"ours": (bench, our_way)}
             if name in ("kd", "mhkd"):
                 row["neither_networks_nor_heads"] = (
                     1 - sum(value for part, value in parts.items() if "ward" in part and "loss" not in part) / total
                 )
                 print(f"  neither networks nor heads {row['neither_networks_nor_heads']:27.2%}")
-                row["images_per_second"] = compare(bench, arguments)
-                usual, ours = row["images_per_second"].values()
-                print(f"  images/s: {ours:.1f}; the usual way {usual:.1f}; ratio {ours / usual:.2f}", flush=True)
+                ways["the usual way"] = (bench, lambda bench: usual_way(bench, arguments.workers))
+            row["ways"] = compare(ways, arguments)
+            print_rates(row["ways"])
             rows.append(row)
+        if arguments.growth:
+            size = bench.config.batch_size
+            several = {f"mhkd, {n} head{'s' * (n > 1)}": ("mhkd", {"units": (1, 2, 3)[:n]}) for n in (1, 2, 3)}
+            several = {"kd": ("kd", {})} | several
+            several |= {f"mhkd, batch {b}": ("mhkd", {"batch_size": b}) for b in (size // 4, 4 * size)}
+            benches = {title: Bench.make(pair, method, arguments, **v) for title, (method, v) in several.items()}
+            print(f"{pair}, batch {size} unless it says otherwise")
+            found = compare({title: (bench, our_way) for title, bench in benches.items()}, arguments)
+            print_rates(found)
+            growth.append({"pair": pair, "batch_size": size, "ways": found})
+    print("peak memory: of tensors in a step, beyond weights, gradients, momentum and data")
     settings = {"steps": arguments.steps, "rounds": arguments.rounds, "workers": arguments.workers}
-    return {"rows": rows, **settings, "environment": mhkd.environment(mhkd.pick_device(arguments.device))}
+    here = mhkd.environment(mhkd.pick_device(arguments.device))
+    return {"rows": rows, "growth": growth, **settings, "environment": here}
 
 
-def main() -> None:
+def print_rates(ways: dict[str, dict[str, float]]) -> None:
+    first = next(iter(ways.values()))["images_per_second"]
+    for name, way in ways.items():
+        rate = way["images_per_second"]
+        print(f"  {name:20} {rate:9.1f} images/s  ratio {first / rate:5.2f}  peak {way['peak_bytes'] / 2**20:8.1f} MiB")
+    print(flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     loss = commands.add_parser("loss", help="the fused loss beside plain PyTorch and torch.compile")
@@ -447,6 +481,9 @@ def main() -> None:
     step.add_argument("--units", type=mhkd.integers, help="of mhkd: 1 or 1,2 or 1,2,3")
     step.add_argument("--images", type=int, default=0, help="of the training set, for the banks of crd (CIFAR: 50000)")
     step.add_argument("--batch-size", type=int)
+    step.add_argument("--growth", action="store_true", help="also ours with 0 to 3 heads, a quarter and 4 batches")
+    for name in ("precision", "channels_last", "compile"):
+        step.add_argument(f"--{name.replace('_', '-')}", help="of ours, as for mhkd.py")
     step.add_argument("--steps", type=int, default=10, help="in a block")
     step.add_argument("--rounds", type=int, default=3, help="blocks of each way")
     step.add_argument("--workers", type=int, default=2, help="processes that load images the usual way")
@@ -454,7 +491,11 @@ def main() -> None:
     step.set_defaults(run=bench_step)
     for command in (loss, step):
         command.add_argument("--json", type=Path, help="write the figures there too")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     result = args.run(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -415,6 +415,11 @@ class Outputs:
     features: dict[str, Tensor]  # [B, C, H, W] each, by the names of the submodules that returned them
     penultimate: Tensor | None  # [B, C], the input of the last linear layer
 
+    def float(self) -> Outputs:
+        """The same in float32."""
+        features = {name: feature.float() for name, feature in self.features.items()}
+        return Outputs(self.logits.float(), features, None if self.penultimate is None else self.penultimate.float())
+
 
 class Tapped(nn.Module):
     """A network whose features are taken from outside, by the names of submodules: forward(x) gives Outputs.
@@ -901,7 +906,8 @@ class MultiHeadDistillation(Method):
         """[final, head 1, ..., head D], each [B, K]."""
         heads = {"student": self.student_heads, "teacher": self.teacher_heads}[role]
         features = (outputs.features[name] for name in self.units(self.config, role))
-        return [outputs.logits, *(head(feature) for head, feature in zip(heads, features))]
+        with autocast(self.config, outputs.logits.device):
+            return [outputs.logits, *(head(feature) for head, feature in zip(heads, features))]
 
     def final_terms(self, step: Step) -> dict[str, Tensor]:
         return {"mhkd": self.loss(*(self.all_logits(getattr(step, r), r) for r in ("student", "teacher")), step.labels)}
@@ -1723,6 +1729,9 @@ class Config:
     dhkd_tau: float = option(2.0, "dhkd: temperature", float)
     dhkd_head: str = option("nonlinear", "dhkd: second classifier, nonlinear or linear")
     dhkd_align: bool = option(True, "dhkd: do not align the gradients", bool)  # --no-dhkd-align
+    precision: str = option(
+        "auto", "of networks and heads: float32, tf32, bfloat16 (autocast); auto: float32, on CUDA tf32 in convolutions"
+    )
     crop_padding: int | None = option(None, "padding for the random crop: 4; digits 2", int)
     flip: bool | None = option(None, "do not flip images at random", bool)  # --no-flip
     image_size: int | None = option(None, "side of the images in pixels, at least 16: 32; digits 16", int)
@@ -1733,6 +1742,7 @@ class Config:
     out: str = option("runs", "where run folders go", recorded=False)
     device: str | None = option(None, "cpu, cuda, cuda:1, mps: the best there is", recorded=False)
     backend: str = option("auto", "of the loss: auto, reference or fused", recorded=False)
+    channels_last: str = option("auto", "memory layout: yes, no; auto: of the teacher on the CPU", recorded=False)
     compile: str = option("auto", "torch.compile the networks: yes, no; auto: long CPU runs try it", recorded=False)
 
     def recorded(self) -> dict[str, Any]:
@@ -1840,7 +1850,8 @@ def _check_values(config: Config) -> None:
         "teacher_seed": (lambda v: 0 <= v < 2**62, "not negative"),
         "teacher_units": (lambda v: bool(v), "at least one name"),
         "student_units": (lambda v: bool(v), "at least one name"),
-        "compile": (lambda v: v in ("auto", "yes", "no"), "auto, yes or no"),
+        "precision": (lambda v: v in ("auto", "float32", "tf32", "bfloat16"), "auto, float32, tf32 or bfloat16"),
+        **dict.fromkeys(("channels_last", "compile"), (lambda v: v in ("auto", "yes", "no"), "auto, yes or no")),
         "backend": (lambda v: v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
         "units": (
             lambda v: bool(v) and set(v) <= {1, 2, 3} and len(set(v)) == len(v),
@@ -1854,6 +1865,11 @@ def _check_values(config: Config) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {shown}")
     if any(len(m.units(config, "teacher")) != len(m.units(config, "student")) for m in methods_of(config).values()):
         raise UsageError("--teacher-units and --student-units must name as many submodules as each other")
+
+
+def check_teacher_weights(config: Config) -> None:
+    if config.teacher_weights and not Path(config.teacher_weights).is_file():
+        raise UsageError(f"there is no checkpoint '{config.teacher_weights}'")
 
 
 def units_of(config: Config, role: str) -> tuple[str, ...]:
@@ -2048,20 +2064,47 @@ def hardware_name(device: torch.device) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def precision_on(device: torch.device, config: Config) -> str:
+    """What --precision auto means on a device: float32, on CUDA with TF32 in convolutions, as by PyTorch's default."""
+    if config.precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"--precision tf32 is for CUDA, and this is {device}: use auto, float32 or bfloat16")
+    auto = "tf32" if device.type == "cuda" else "float32"
+    return auto if config.precision == "auto" else config.precision
+
+
+@contextlib.contextmanager
+def tf32_in_convolutions(allowed: bool) -> Iterator[None]:
+    """PyTorch's switch for CUDA, put back at the end."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
+    """PyTorch's autocast to bfloat16, where --precision asks for it."""
+    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else contextlib.nullcontext()
+
+
 class Distiller(nn.Module):
     """Student, frozen teacher and objective as one module: what a training step runs."""
 
-    def __init__(self, student: Tapped, teacher: Tapped | None, objective: Objective):
+    def __init__(self, config: Config, student: Tapped, teacher: Tapped | None, objective: Objective):
         super().__init__()
-        self.student, self.teacher, self.objective = student, teacher, objective
+        self.config, self.student, self.teacher, self.objective = config, student, teacher, objective
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Images [B, 3, S, S], labels [B], places in the training set [B].
 
         Returns the loss's named terms and the student's logits [B, K].
         """
-        student = self.student(images)
-        teacher = self.teacher(images) if self.teacher else None
+        with autocast(self.config, images.device):
+            student = self.student(images)
+            teacher = self.teacher(images) if self.teacher else None
+        if self.config.precision == "bfloat16":  # of the networks and heads; losses are in float32
+            student, teacher = student.float(), teacher.float() if teacher else None
         return self.objective(Step(student, teacher, labels, indices)), student.logits
 
     def backward(self, terms: dict[str, Tensor]) -> None:
@@ -2140,10 +2183,14 @@ def build_distiller(config: Config, teacher: nn.Module | None, data: Data) -> Di
     if teacher:
         units = units_of(config, "teacher")
         teaching = Tapped(folded(teacher, units, example_input(config)), units, K, frozen=True, **taps)
-        if device.type == "cpu":
-            teaching.memory_format = torch.channels_last
-            teaching.to(memory_format=torch.channels_last)
-    return Distiller(tapped, teaching, Objective(config, tapped, teaching, data)).to(device)
+    distiller = Distiller(config, tapped, teaching, Objective(config, tapped, teaching, data)).to(device)
+    if config.channels_last == "yes":
+        distiller.to(memory_format=torch.channels_last)
+        tapped.memory_format = torch.channels_last
+    if teaching and (config.channels_last == "yes" or (config.channels_last == "auto" and device.type == "cpu")):
+        teaching.to(memory_format=torch.channels_last)
+        teaching.memory_format = torch.channels_last
+    return distiller
 
 
 def build_optimizer(config: Config, distiller: Distiller) -> torch.optim.Optimizer:
@@ -2213,9 +2260,10 @@ def train(config: Config) -> dict[str, Any]:
     """
     resolved = resolve(config, note=lambda text: say(f"note: {text}"))
     device = pick_device(resolved.device)
-    with team(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if resolved.teacher_weights and not Path(resolved.teacher_weights).is_file():
-            raise UsageError(f"there is no checkpoint '{resolved.teacher_weights}'")
+    precision = precision_on(device, resolved)
+    random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with team(device), random_state, tf32_in_convolutions(precision == "tf32"):
+        check_teacher_weights(resolved)
         if resolved.teacher_units or resolved.student_units:  # better now than after the teacher's training
             for role in ("teacher", "student"):
                 network = build_model(getattr(resolved, role), 10)
@@ -2277,6 +2325,7 @@ def _train_one(
             say(f"finished before: '{folder}'")
             return result
         here = {**environment(device), **{name: getattr(config, name) for name in ("data", "out", "teacher_weights")}}
+        here |= {"precision": precision_on(device, config), "channels_last": config.channels_last}
         here["loss"] = loss_backend() if _use_fused(config.backend, 1, data.test_labels) else "reference"
         environments = before["environments"] if before else []
         here["compiled"] = choose_compile(config, data, teacher, environments)
@@ -2757,6 +2806,7 @@ def plan(
             raise UsageError(f"the row '{row}' is in table2 only")
     if base.teacher_weights and len({pair.split(":")[0] for pair in pairs or there}) > 1:
         raise UsageError("--teacher-weights is for one teacher: narrow the plan to its pairs")
+    check_teacher_weights(base)
     teachers, others = {}, {}
     for table in chosen:
         options = base

@@ -162,3 +162,80 @@ def test_the_trial_of_a_compiled_step_leaves_the_run_as_it_is():
     state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     assert 0 < mhkd.step_seconds(config, data, teacher, compiled=False, steps=2) < 60
     assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
+
+
+# Precision and memory layout
+
+
+def distiller_and_batch(method, **settings):
+    torch.manual_seed(0)
+    images, labels = torch.randint(256, (40, 16, 16, 3), dtype=torch.uint8), torch.arange(40) % 10
+    data = mhkd.Data(images, labels, images, labels, [""] * 10, (0.5,) * 3, (0.25,) * 3, "")
+    settings = {"dataset": "digits", "batch_size": 20, "negatives": 8, "method": method} | settings
+    config = mhkd.resolve(mhkd.Config("resnet14", "resnet8", **settings))
+    distiller = mhkd.build_distiller(config, mhkd.build_model("resnet14", 10), data).train()
+    return distiller, next(mhkd.epoch_batches(data, config, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "mhkd", "fitnet", "cc", "rkd", "crd+mhkd", "lsh", "dhkd"])
+def test_in_bfloat16_networks_and_heads_compute_in_it_and_losses_and_weights_stay_in_float32(method):
+    distiller, batch = distiller_and_batch(method, precision="bfloat16")
+    exact, _ = distiller_and_batch(method)
+    exact.load_state_dict(distiller.state_dict())
+    seen = {}
+    for name, module in distiller.named_modules():
+        if isinstance(module, nn.Conv2d) and name.split(".")[0] in ("student", "teacher") or "heads" in name:
+            module.register_forward_hook(lambda m, args, output, name=name: seen.__setitem__(name, output.dtype))
+    optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.1)
+    before = [p.clone() for p in distiller.student.parameters()]
+    expected, _ = exact(*batch)
+    figures = mhkd.train_step(distiller, optimizer, *batch)
+    assert len(seen) > 6 and set(seen.values()) == {torch.bfloat16}
+    assert all(value.dtype == torch.float32 for value in figures.values())
+    assert all(p.dtype == torch.float32 for p in distiller.parameters())
+    assert not any(torch.equal(p, q) for p, q in zip(before, distiller.student.parameters()))
+    for name, value in expected.items():
+        assert figures[name].item() == pytest.approx(value.item(), rel=0.05, abs=0.01), name
+
+
+def test_precision_and_layout_are_recorded_and_the_student_is_saved_in_float32(tmp_path):
+    pytest.importorskip("sklearn")
+    options = ["--precision", "bfloat16", "--channels-last", "yes"]
+    pair = ["--teacher", "resnet14", "--student", "resnet8", *TINY, "--epochs", "1"]
+    assert mhkd.main([*pair, *options, "--out", str(tmp_path)]) == 0
+    for path in tmp_path.glob("*/result.json"):
+        result = json.loads(path.read_text())
+        assert result["config"]["precision"] == result["environment"]["precision"] == "bfloat16"
+        assert result["environment"]["channels_last"] == "yes" and "precision=bfloat16" in result["name"]
+        state = torch.load(path.parent / "student.pt", weights_only=True)["model"]
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32, torch.int64}
+
+
+def test_tf32_is_refused_where_there_is_none_and_leaves_pytorchs_switch_as_it_was(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pair = ["--student", "resnet8", "--method", "ce", *TINY, "--device", "cpu", "--out", str(tmp_path)]
+    assert mhkd.main([*pair, "--precision", "tf32"]) != 0
+    assert "--precision tf32 is for CUDA" in capsys.readouterr().err
+    cuda = torch.device("cuda")  # only its name matters here
+    meant = {name: mhkd.precision_on(cuda, mhkd.Config(precision=name)) for name in ("auto", "float32", "bfloat16")}
+    assert meant == {"auto": "tf32", "float32": "float32", "bfloat16": "bfloat16"}
+    before = torch.backends.cudnn.allow_tf32
+    for allowed in (True, False):
+        with mhkd.tf32_in_convolutions(allowed):
+            assert torch.backends.cudnn.allow_tf32 is allowed
+    assert torch.backends.cudnn.allow_tf32 is before
+
+
+@pytest.mark.parametrize("layout, student, teacher", [("yes", True, True), ("auto", False, True), ("no", False, False)])
+def test_the_memory_layout_changes_a_step_by_rounding_alone(layout, student, teacher):
+    distiller, batch = distiller_and_batch("mhkd", channels_last=layout)
+    other, _ = distiller_and_batch("mhkd", channels_last="no")
+    other.load_state_dict(distiller.state_dict())
+    for tapped, wanted in ((distiller.student, student), (distiller.teacher, teacher)):
+        feature = tapped(batch[0]).features["layer1"]
+        assert feature.is_contiguous(memory_format=torch.channels_last) is wanted
+    losses = []
+    for one in (distiller.double(), other.double()):
+        optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.01)
+        losses.append([mhkd.train_step(one, optimizer, batch[0].double(), *batch[1:])["loss"] for _ in range(3)])
+    torch.testing.assert_close(*map(torch.stack, losses), rtol=1e-9, atol=0)

@@ -106,6 +106,7 @@ def test_a_plan_is_narrowed_to_seeds_pairs_and_methods_and_takes_options_and_fur
         (["table2", "--methods", "kd:1"], "no row 'kd:1'"),
         (["table1", "--methods", "mhkd:1"], "in table2 only"),
         (["table1", "--teacher-weights", "t.pt"], "for one teacher"),
+        (["table1", "--teacher-weights", "t.pt", "--pairs", "vgg13:vgg8"], "no checkpoint 't.pt'"),
     ],
 )
 def test_what_no_table_has_is_refused(arguments, message, capsys):

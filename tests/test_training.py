@@ -541,7 +541,7 @@ OTHERS = {
     "teacher_units": ("layer1", "layer2"), "student_units": ("block1", "block0"), "epochs": 241, "batch_size": 65,
     "lr": 0.051, "lr_steps": (150, 180), "lr_decay": 0.2, "momentum": 0.8, "weight_decay": 1e-4, "tau": 3.0,
     "alpha": 0.5, "beta": 1.0, "head_width": 128, "head_stride": 1, "crop_padding": 3, "flip": False,
-    "image_size": 33, "subset": 100, "seed": 1, "teacher_seed": 1,
+    "image_size": 33, "subset": 100, "seed": 1, "teacher_seed": 1, "precision": "bfloat16",
 }  # fmt: skip
 OTHERS_OF_METHODS = {
     "fitnet": {"gamma": 0.5, "kd_weight": 0.5, "fitnet_weight": 99.0},
@@ -563,7 +563,8 @@ def name_of(teacher_sha256="0" * 64, **values):
 
 
 def test_every_hyperparameter_that_differs_gives_another_run_name():
-    fields = {field.name for field in dataclasses.fields(mhkd.Config)} - {"data", "out", "device", "backend", "compile"}
+    how = {"data", "out", "device", "backend", "channels_last", "compile"}
+    fields = {field.name for field in dataclasses.fields(mhkd.Config)} - how
     of_methods = [(method, *item) for method, options in OTHERS_OF_METHODS.items() for item in options.items()]
     assert fields - set(OTHERS) - {field for _, field, _ in of_methods} == {"teacher_weights"}
     names = [name_of()] + [name_of(**{field: value}) for field, value in OTHERS.items()]
