@@ -864,6 +864,11 @@ class Method(nn.Module):
         return cls.backward is not Method.backward
 
 
+def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
+    """PyTorch's autocast to bfloat16, where --precision asks for it: for networks and heads; losses are in float32."""
+    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else contextlib.nullcontext()
+
+
 class CrossEntropy(Method):
     """The network alone: the baseline, and the way teachers are trained."""
 
@@ -2083,11 +2088,6 @@ def tf32_in_convolutions(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
-    """PyTorch's autocast to bfloat16, where --precision asks for it."""
-    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else contextlib.nullcontext()
-
-
 class Distiller(nn.Module):
     """Student, frozen teacher and objective as one module: what a training step runs."""
 
@@ -2103,7 +2103,7 @@ class Distiller(nn.Module):
         with autocast(self.config, images.device):
             student = self.student(images)
             teacher = self.teacher(images) if self.teacher else None
-        if self.config.precision == "bfloat16":  # of the networks and heads; losses are in float32
+        if self.config.precision == "bfloat16":
             student, teacher = student.float(), teacher.float() if teacher else None
         return self.objective(Step(student, teacher, labels, indices)), student.logits
 

@@ -63,17 +63,20 @@ def fused_extension():
     except ImportError:
         say("the fused loss is left out: no PyTorch is visible to this build (use --no-build-isolation)")
         return None, None
-    compiler = cpp_extension.get_cxx_compiler().split()[0]
-    if shutil.which(compiler) is None:
-        say(f"the fused loss is left out: there is no C++ compiler ({compiler})")
+    compiler = cpp_extension.get_cxx_compiler().split()
+    if shutil.which(compiler[0]) is None:
+        say(f"the fused loss is left out: there is no C++ compiler ({compiler[0]})")
         return None, None
 
     # The vector code wants products and sums contracted to one instruction; nothing looks at errno or floating-point
     # traps. -fopenmp compiles with OpenMP but, as it is missing from the link flags, links to none: the functions come
-    # from the library that PyTorch has loaded. A second one would bring a second pool of threads.
+    # from the library that PyTorch has loaded. A second one would bring a second pool of threads. It is GCC's library,
+    # which does not have the functions that Clang calls.
     cxx = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-    if sys.platform == "linux":
+    if sys.platform == "linux" and "clang" not in output_of(*compiler, "--version"):
         cxx.append("-fopenmp")
+    else:
+        say("the fused loss will use one thread on the CPU: only GCC on Linux compiles for PyTorch's pool of threads")
     sources = ["csrc/mhkd_loss.cpp", "csrc/mhkd_loss_cpu.cpp"]
     depends = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
 

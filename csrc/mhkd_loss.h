@@ -126,15 +126,20 @@ MHKD_HD int integer_power(double tau) {  // 0: tau is no such integer
   return tau >= 1 && tau <= kLargestPower && tau == std::floor(tau) ? int(tau) : 0;
 }
 
+// In place: as an argument or a result a register would be passed as the instruction set of this header says.
 template <int kPower, class V>
-MHKD_HD V power(V x) {
+__attribute__((always_inline)) MHKD_HD void raise(V& x) {
   static_assert(kPower >= 1 && kPower <= kLargestPower, "see integer_power");
-  if constexpr (kPower == 1) return x;
-  if constexpr (kPower == 2) return x * x;
-  if constexpr (kPower == 3) return x * x * x;
-  const V square = x * x;
-  if constexpr (kPower == 4) return square * square;
-  return square * square * x;
+  if constexpr (kPower == 2) x *= x;
+  if constexpr (kPower == 3) x *= x * x;
+  if constexpr (kPower == 4) {
+    x *= x;
+    x *= x;
+  }
+  if constexpr (kPower == 5) {
+    const V square = x * x;
+    x *= square * square;
+  }
 }
 
 // The coefficients of a head's terms in the loss: equations 1 and 2 of the paper.

@@ -165,7 +165,10 @@ struct Exponentials {
     if constexpr (kPower == 0) {
       exp2_scaled<T, kCount>(d, one_scale, e);
     } else {
-      for (int j = 0; j < kCount; ++j) e[j] = power<kPower>(at_tau[j]);
+      for (int j = 0; j < kCount; ++j) {
+        e[j] = at_tau[j];
+        raise<kPower>(e[j]);
+      }
     }
   }
 };

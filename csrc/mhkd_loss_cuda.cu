@@ -196,7 +196,8 @@ __device__ A exp_at_one(const Scales<A>& scales, A d, A exp_at_tau) {
   if constexpr (kPower == 0) {
     return exp2_of(d * scales.one_scale);
   } else {
-    return power<kPower>(exp_at_tau);
+    raise<kPower>(exp_at_tau);
+    return exp_at_tau;
   }
 }
 

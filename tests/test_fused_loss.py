@@ -42,6 +42,7 @@ def emulated_library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulation")
     standard = "c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10) else "c++17"
     flags = [f"-std={standard}", "-O1", "-fPIC", "-w", "-DMHKD_LIBRARY=mhkd_emulated", "-DMHKD_CUDA_KEY=CPU"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     flags += [f"-I{folder}" for folder in cpp_extension.include_paths()]
     emulation = ["-x", "c++", "-include", ROOT / "tests" / "cuda_emulation.h"]
     jobs = [
