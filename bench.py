@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which counts memory here, need not talk
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, which counts memory here, need not talk
 
 import torch
 import torch.nn.functional as F
@@ -254,22 +254,29 @@ class Bench:
         c = self.config
         return torch.optim.SGD(parameters, lr=1e-3, momentum=c.momentum, weight_decay=c.weight_decay)
 
+    def precision(self):
+        return mhkd.tf32_in_convolutions(mhkd.precision_on(self.device, self.config) == "tf32")
+
+    def ours(self) -> tuple[mhkd.Distiller, torch.optim.Optimizer]:
+        distiller = mhkd.build_distiller(self.config, self.teacher, self.data).train()
+        if self.config.compile == "yes":
+            distiller.compile_networks()
+        return distiller, self.optimizer([p for p in distiller.parameters() if p.requires_grad])
+
 
 WARMUP = 2  # steps of each block that are not counted
 
 
 def our_way(bench: Bench):
     """A generator that makes a step of mhkd.py at each next()."""
-    distiller = mhkd.build_distiller(bench.config, bench.teacher, bench.data).train()
-    if bench.config.compile == "yes":
-        distiller.compile_networks()
-    optimizer = bench.optimizer([p for p in distiller.parameters() if p.requires_grad])
+    distiller, optimizer = bench.ours()
     generator = torch.Generator().manual_seed(0)
-    while True:
-        for images, labels, indices in mhkd.epoch_batches(bench.data, bench.config, generator):
-            if len(labels) == bench.config.batch_size:
-                figures = mhkd.train_step(distiller, optimizer, images, labels, indices)
-                yield torch.stack(list(figures.values()))
+    with bench.precision():
+        while True:
+            for images, labels, indices in mhkd.epoch_batches(bench.data, bench.config, generator):
+                if len(labels) == bench.config.batch_size:
+                    figures = mhkd.train_step(distiller, optimizer, images, labels, indices)
+                    yield torch.stack(list(figures.values()))
 
 
 class PilImages(torch.utils.data.Dataset):
@@ -366,9 +373,8 @@ def wait(device: torch.device) -> None:
 def breakdown(bench: Bench, steps: int) -> dict[str, float]:
     """Median seconds of the parts of a step of ours, made one after another."""
     config, data = bench.config, bench.data
-    distiller = mhkd.build_distiller(config, bench.teacher, data).train()
+    distiller, optimizer = bench.ours()
     method = distiller.objective.methods[-1]
-    optimizer = bench.optimizer([p for p in distiller.parameters() if p.requires_grad])
     seconds: dict[str, list[float]] = {}
     mark = 0.0
 
@@ -384,9 +390,9 @@ def breakdown(bench: Bench, steps: int) -> dict[str, float]:
         lap()
         x, labels, indices = next(batches)
         lap("data")
-        student = distiller.student(x)
+        student = distiller.observe(distiller.student, x)
         lap("student, forward")
-        teacher = distiller.teacher(x)
+        teacher = distiller.observe(distiller.teacher, x)
         lap("teacher, forward")
         if config.method in ("kd", "mhkd"):
             loss = split_loss(method, student, teacher, labels, lap)
@@ -436,7 +442,8 @@ def bench_step(arguments) -> dict:
     for pair in pairs:
         for name in mhkd.words(arguments.methods):
             bench = Bench.make(pair, name, arguments)
-            parts = breakdown(bench, arguments.steps)
+            with bench.precision():
+                parts = breakdown(bench, arguments.steps)
             total = sum(parts.values())
             print(f"{pair}, {name}, batch {bench.config.batch_size}, n = {arguments.steps} steps")
             for part, value in parts.items():

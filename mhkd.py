@@ -2100,12 +2100,15 @@ class Distiller(nn.Module):
 
         Returns the loss's named terms and the student's logits [B, K].
         """
-        with autocast(self.config, images.device):
-            student = self.student(images)
-            teacher = self.teacher(images) if self.teacher else None
-        if self.config.precision == "bfloat16":
-            student, teacher = student.float(), teacher.float() if teacher else None
+        student = self.observe(self.student, images)
+        teacher = self.observe(self.teacher, images) if self.teacher else None
         return self.objective(Step(student, teacher, labels, indices)), student.logits
+
+    def observe(self, network: Tapped, images: Tensor) -> Outputs:
+        """What the student or the teacher gives, computed in the precision of the run."""
+        with autocast(self.config, images.device):
+            outputs = network(images)
+        return outputs.float() if self.config.precision == "bfloat16" else outputs
 
     def backward(self, terms: dict[str, Tensor]) -> None:
         student = [p for p in self.student.parameters() if p.requires_grad]
