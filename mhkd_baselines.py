@@ -1,0 +1,466 @@
+"""Other authors' methods, beside which MHKD is compared: FitNet, CC, RKD, CRD, LSH and DHKD.
+
+    python mhkd.py --teacher vgg13 --student vgg8 --method crd          # alone
+    python mhkd.py --teacher vgg13 --student vgg8 --method crd+mhkd     # joined with MHKD
+    python mhkd.py --help --method crd                                  # its options
+
+The first four stand beside the cross-entropy and the divergence of the final outputs, as the CRD
+benchmark has them (HobbitLong/RepDistiller), and so does their every weight; the last two as their
+authors have them. The losses are plain functions of tensors, to import elsewhere.
+mhkd.py loads this file when one of these methods is named: keep it beside.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mhkd
+from mhkd import COUNT, NOT_NEGATIVE, POSITIVE, Batch, Config, Data, FeatureExtractor, Option
+
+
+class BenchmarkMethod(mhkd.Method):
+    """gamma * CE + kd_weight * tau^2 * KL on the final outputs; subclasses add a term."""
+
+    final_options = {
+        "tau": Option(4.0, "temperature", rule=POSITIVE),
+        "gamma": Option(1.0, "weight of the cross-entropy beside the term", rule=NOT_NEGATIVE),
+        "kd_weight": Option(1.0, "weight of the divergence beside the term", rule=NOT_NEGATIVE),
+    }
+
+    def final_terms(self, batch: Batch) -> dict[str, Tensor]:
+        o, z_s, terms = self.options, batch.student.logits, {}
+        if o.gamma:
+            terms["ce"] = o.gamma * F.cross_entropy(z_s, batch.labels)
+        if o.kd_weight:
+            kl = mhkd.kd_loss(z_s, batch.teacher.logits, o.tau, backend=self.config.backend)
+            terms["kd"] = o.kd_weight * kl
+        return terms
+
+
+class FitNet(BenchmarkMethod):
+    """Hints (Romero et al. 2015): mean squared error between one feature of each network.
+
+    The student's goes through a convolution to the teacher's size, batch norm and ReLU. The feature
+    is that of the second unit; of a vgg, as in the benchmark, that of the third.
+    """
+
+    options = {"fitnet_weight": Option(100.0, "weight of fitnet's term", rule=NOT_NEGATIVE)}
+
+    def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
+        super().__init__(config, student, teacher, data)
+        self.unit_s, self.unit_t = (self.units(config, n)[0] for n in ("student", "teacher"))
+        (channels, *s), (target, *t) = student.shapes[self.unit_s], teacher.shapes[self.unit_t]
+        if [2 * size for size in t] == s:
+            conv: nn.Module = nn.Conv2d(channels, target, 3, stride=2, padding=1)
+        elif t == [2 * size for size in s]:
+            conv = nn.ConvTranspose2d(channels, target, 4, stride=2, padding=1)
+        elif s[0] >= t[0]:
+            conv = nn.Conv2d(channels, target, [1 + a - b for a, b in zip(s, t)])
+        else:  # the benchmark has no such pair
+            conv = nn.ConvTranspose2d(channels, target, [1 + b - a for a, b in zip(s, t)])
+        self.regressor = nn.Sequential(conv, nn.BatchNorm2d(target), nn.ReLU())
+
+    @classmethod
+    def units(cls, config: Config, network: str) -> Sequence[int]:
+        return (3,) if getattr(config, network).startswith("vgg") else (2,)
+
+    def own_terms(self, batch: Batch) -> dict[str, Tensor]:
+        f_s, f_t = batch.student.features[self.unit_s], batch.teacher.features[self.unit_t]
+        return {"fitnet": self.options.fitnet_weight * F.mse_loss(self.regressor(f_s), f_t)}
+
+
+def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Correlation congruence of embeddings [B, D] (Peng et al. 2019), as in the CRD benchmark.
+
+    With delta = student - teacher: the mean over neighbours i, i + 1 of
+    sum_d |delta_i,d| |delta_i+1,d|. It sends gradients to both. NaN for one row, which has no pair.
+    """
+    delta = (student - teacher).abs()  # [B, D]
+    return (delta[:-1] * delta[1:]).sum(dim=1).mean()
+
+
+EMBED_DIM = Option(128, "length of the embeddings", int, COUNT)
+
+
+class CorrelationCongruence(BenchmarkMethod):
+    """Correlation congruence (Peng et al. 2019) of linearly embedded penultimate features."""
+
+    options = {
+        "cc_weight": Option(0.02, "weight of cc's term", rule=NOT_NEGATIVE),
+        "embed_dim": EMBED_DIM,
+    }
+
+    def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
+        super().__init__(config, student, teacher, data)
+        self.embed_student = nn.Linear(student.width, self.options.embed_dim)
+        self.embed_teacher = nn.Linear(teacher.width, self.options.embed_dim)
+
+    def own_terms(self, batch: Batch) -> dict[str, Tensor]:
+        student = self.embed_student(batch.student.penultimate)
+        teacher = self.embed_teacher(batch.teacher.penultimate)
+        return {"cc": self.options.cc_weight * cc_loss(student, teacher)}
+
+
+def rkd_loss(
+    student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0
+) -> Tensor:
+    """Relational knowledge distillation of embeddings [B, C], [B, C'] (Park et al. 2019).
+
+    As in the CRD benchmark: distance_weight * smooth L1 of the pairwise distances, each divided by
+    its own mean over those above 0, plus angle_weight * smooth L1 of the cosines of the angles of
+    all triplets. No gradient goes to the teacher. Takes memory for B * B * (C + C' + B) numbers.
+    """
+
+    def relations(x: Tensor) -> tuple[Tensor, Tensor]:
+        difference = x[None, :, :] - x[:, None, :]  # [B, B, C], at [i, j] the way from i to j
+        distance = difference.norm(dim=2)  # [B, B]; its gradient at 0 is 0
+        apart = distance > 0
+        mean = distance.sum() / apart.sum().clamp(min=1)
+        # A distance of 0 has no direction: it gives a cosine of 0 and a finite gradient.
+        direction = difference / torch.where(apart, distance, 1)[:, :, None]
+        cosine = direction @ direction.transpose(1, 2)  # [B, B, B], at [i, j, k] of the angle at i
+        return distance / torch.where(mean > 0, mean, 1), cosine
+
+    (d_s, c_s), (d_t, c_t) = relations(student), relations(teacher.detach())
+    return distance_weight * F.smooth_l1_loss(d_s, d_t) + angle_weight * F.smooth_l1_loss(c_s, c_t)
+
+
+class RelationalDistillation(BenchmarkMethod):
+    """Relational knowledge distillation (Park et al. 2019) of the penultimate features."""
+
+    options = {"rkd_weight": Option(1.0, "weight of rkd's term", rule=NOT_NEGATIVE)}
+
+    def own_terms(self, batch: Batch) -> dict[str, Tensor]:
+        rkd = rkd_loss(batch.student.penultimate, batch.teacher.penultimate)
+        return {"rkd": self.options.rkd_weight * rkd}
+
+
+class CRDLoss(nn.Module):
+    """Contrastive representation distillation (Tian, Krishnan, Isola 2020), as in their benchmark.
+
+    Both features go through a linear layer to `embed_dim` and are normalised. Two memory banks hold
+    an embedding of each training sample, one for each network. The student's embedding is told
+    from the teacher bank which row is its own sample's among rows of other classes, and the
+    reverse. With anchor v, bank row u and N samples
+
+        P(u) = exp(v.u / tau) / Z,    Z = N * mean of exp(v.u / tau) over the first batch, then fixed
+        loss = - 1/B sum_b [ log P+ / (P+ + m/N + eps) + sum over m negatives of
+                             log (m/N) / (P- + m/N + eps) ]
+
+    for both directions together, eps = 1e-7. Afterwards (in training mode) the batch's rows become
+    normalise(momentum * old + (1 - momentum) * new). The banks are buffers: they belong to the
+    state dict. Under torch.distributed every process stores the rows of all.
+
+    Scores are computed against the whole bank, one matrix product, and picked out afterwards: B * N
+    numbers instead of the B * m * embed_dim of gathered rows, 40 times fewer at m = 16384 and
+    N = 50000.
+
+    Args:
+        student_dim, teacher_dim: lengths of the two features.
+        num_samples: N, of the training set.
+        embed_dim, negatives, tau, momentum: as above; m = negatives.
+        labels: class indices [N] of all training samples, to draw negatives of other classes than
+            the anchor's, uniformly and without replacement where there are enough. Not needed where
+            `contrast` is given.
+
+    Raises:
+        ValueError: no labels and no contrast; labels of one class only, or not [N].
+    """
+
+    EPSILON = 1e-7
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        num_samples: int,
+        embed_dim: int = 128,
+        negatives: int = 16384,
+        tau: float = 0.07,
+        momentum: float = 0.5,
+        labels: Tensor | None = None,
+    ):
+        super().__init__()
+        self.num_samples, self.negatives, self.tau = num_samples, negatives, tau
+        self.momentum = momentum
+        self.embed_student = nn.Linear(student_dim, embed_dim)
+        self.embed_teacher = nn.Linear(teacher_dim, embed_dim)
+        bound = 1 / math.sqrt(embed_dim / 3)
+        for name in ("student_bank", "teacher_bank"):
+            bank = torch.empty(num_samples, embed_dim).uniform_(-bound, bound)
+            self.register_buffer(name, bank)
+        self.register_buffer("normaliser", torch.zeros(2))  # Z of each direction; 0: none yet
+        self.register_buffer("labels", labels, persistent=False)
+        if labels is not None:
+            if labels.shape != (num_samples,):
+                raise ValueError(f"CRDLoss: labels must be [{num_samples}]: {list(labels.shape)}")
+            counts = torch.bincount(labels)
+            if counts.max() == num_samples:
+                raise ValueError("CRDLoss: all labels are of one class, so there are no negatives")
+            self.register_buffer("others", (num_samples - counts)[labels], persistent=False)  # [N]
+            self.enough = num_samples - counts.max().item() >= negatives
+
+    @torch.no_grad()
+    def draw(self, indices: Tensor) -> Tensor:
+        """Indices to contrast with [B, 1 + m]: the sample's own, then those of other classes."""
+        if self.labels is None:
+            raise ValueError("CRDLoss: give it labels, or forward the indices to contrast with")
+        N, m, B = self.num_samples, self.negatives, len(indices)
+        keys = torch.rand(B, N, device=indices.device)
+        keys.masked_fill_(self.labels == self.labels[indices, None], -1)  # below other classes'
+        # The places of the m largest of independent random keys: a choice without replacement.
+        negatives = keys.topk(min(m, N), dim=1, sorted=not self.enough).indices
+        if not self.enough:  # all of the other classes, and to fill up some of them again
+            others = self.others[indices, None]  # [B, 1]
+            again = (torch.rand(B, m, device=indices.device) * others).long().clamp(max=others - 1)
+            place = torch.arange(m, device=indices.device).expand(B, m)
+            negatives = negatives.gather(1, torch.where(place < others, place, again))
+        return torch.cat((indices[:, None], negatives), dim=1)
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, indices: Tensor, contrast: Tensor | None = None
+    ) -> Tensor:
+        """Penultimate features [B, C], [B, C'], places in the training set [B]; a scalar.
+
+        contrast: the bank rows to contrast with [B, 1 + m], the positive first; else drawn.
+        """
+        contrast = self.draw(indices) if contrast is None else contrast
+        v_s = F.normalize(self.embed_student(student), dim=1)  # [B, embed_dim]
+        v_t = F.normalize(self.embed_teacher(teacher), dim=1)
+        # A bank may not change before the backward has read it: the update makes a new one.
+        scores = [v_s @ self.teacher_bank.T, v_t @ self.student_bank.T]  # [B, N] each
+        loss = sum(self._nce(score, contrast, i) for i, score in enumerate(scores))
+        if self.training:
+            self._remember(v_s.detach(), v_t.detach(), indices)
+        return loss
+
+    def _nce(self, scores: Tensor, contrast: Tensor, direction: int) -> Tensor:
+        m, N = contrast.shape[1] - 1, self.num_samples
+        likeness = (scores.gather(1, contrast) / self.tau).exp()  # [B, 1 + m]
+        first = mhkd.average_over_processes(N * likeness.detach().mean())
+        Z = torch.where(self.normaliser[direction] > 0, self.normaliser[direction], first)
+        if self.training:
+            both = (Z, self.normaliser[1]) if direction == 0 else (self.normaliser[0], Z)
+            self.normaliser = torch.stack(both)
+        p = likeness / Z
+        q = m / N + self.EPSILON
+        positive, negative = p[:, :1], p[:, 1:]
+        per_row = (positive / (positive + q)).log().sum(dim=1)
+        per_row = per_row + ((m / N) / (negative + q)).log().sum(dim=1)
+        return -per_row.mean()
+
+    @torch.no_grad()
+    def _remember(self, v_s: Tensor, v_t: Tensor, indices: Tensor) -> None:
+        indices = mhkd.gather_from_processes(indices)
+        for name, new in (("student_bank", v_s), ("teacher_bank", v_t)):
+            bank, new = getattr(self, name), mhkd.gather_from_processes(new)
+            new = F.normalize(self.momentum * bank[indices] + (1 - self.momentum) * new, dim=1)
+            setattr(self, name, bank.index_copy(0, indices, new))
+
+
+class ContrastiveDistillation(BenchmarkMethod):
+    """Contrastive representation distillation (Tian et al. 2020) of the penultimate features."""
+
+    options = {
+        "crd_weight": Option(0.8, "weight of crd's term", rule=NOT_NEGATIVE),
+        "crd_tau": Option(0.07, "temperature of crd", rule=POSITIVE),
+        "negatives": Option(16384, "negatives for each image", int, COUNT),
+        "embed_dim": EMBED_DIM,
+    }
+
+    def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
+        super().__init__(config, student, teacher, data)
+        o, labels = self.options, data.train_labels
+        if len(labels.unique()) < 2:
+            raise mhkd.UsageError("--method crd needs training images of two classes at least")
+        settings = (o.embed_dim, o.negatives, o.crd_tau)
+        self.crd = CRDLoss(student.width, teacher.width, len(labels), *settings, labels=labels)
+
+    def own_terms(self, batch: Batch) -> dict[str, Tensor]:
+        crd = self.crd(batch.student.penultimate, batch.teacher.penultimate, batch.indices)
+        return {"crd": self.options.crd_weight * crd}
+
+
+def lsh_loss(
+    student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor, counted: Tensor | None = None
+) -> Tensor:
+    """Locality-sensitive hashing loss of features [B, C] (Wang, Ge, Wu 2021).
+
+    Binary cross-entropy between sigmoid(W f_s + b) and the teacher's hash bits 1[W f_t + b > 0],
+    for weight W [H, C] and bias b [H]: the mean over the bits and the rows that are `counted` (bool
+    [B], None: all), 0 where none is. No gradient goes to the teacher.
+    """
+    bits = (F.linear(teacher.detach(), weight, bias) > 0).to(student.dtype)  # [B, H]
+    logits = F.linear(student, weight, bias)
+    rows = F.binary_cross_entropy_with_logits(logits, bits, reduction="none").mean(dim=1)
+    return mean_of_counted(rows, counted)
+
+
+def mean_of_counted(rows: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of values [B] where `counted`, without asking the device how many that are."""
+    if counted is None:
+        return rows.mean()
+    return torch.where(counted, rows, 0).sum() / counted.sum().clamp(min=1)
+
+
+class FeatureMimicking(mhkd.Method):
+    """Feature mimicking with LSH (Wang, Ge, Wu 2021, "Distilling knowledge by mimicking features").
+
+    The penultimate features' direction and length, no KL. A student whose penultimate feature has
+    another width gets a linear layer to the teacher's width before its classifier while it trains;
+    nothing is between the two, so they fold into the plain network's classifier.
+    """
+
+    options = {
+        "lsh_weight": Option(6.0, "weight of lsh's term", rule=NOT_NEGATIVE),
+        "lsh_bits": Option(32, "hash bits for each entry of the teacher's feature", int, COUNT),
+        "lsh_samples": Option(
+            "correct", "samples that count: correct, those the teacher gets right, or all",
+            str, mhkd.one_of("correct", "all"),
+        ),
+    }  # fmt: skip
+    HASH_VALUES = 2**24  # at once: 64 MiB, where all, [N, 32 C], would take 13 GB for C = 2048
+
+    def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
+        super().__init__(config, student, teacher, data)
+        std = teacher.model.get_submodule(teacher.classifier).weight.std().item()
+        C = teacher.width
+        self.register_buffer("weight", torch.empty(self.options.lsh_bits * C, C).normal_(0, std))
+        self.register_buffer("bias", torch.zeros(len(self.weight)))
+
+    @classmethod
+    def adapt(cls, student: nn.Module, classifiers: Mapping[str, nn.Linear | None]) -> None:
+        own, target = classifiers["student"], classifiers["teacher"].in_features
+        if own.in_features != target:
+            name = next(name for name, module in student.named_modules() if module is own)
+            student.set_submodule(
+                name, WidenedClassifier(own.in_features, target, own.out_features)
+            )
+
+    @classmethod
+    def plain(cls, student: nn.Module) -> nn.Module:
+        student = copy.deepcopy(student)
+        for name, module in list(student.named_modules()):
+            if isinstance(module, WidenedClassifier):
+                student.set_submodule(name, module.folded())
+        return student
+
+    @torch.no_grad()
+    def prepare(self, teacher: FeatureExtractor, batches: Callable[[], Iterator]) -> None:
+        """b = - the (lower) median of W f_t over the training set: each bit is set for half."""
+        features = torch.cat([teacher(images).penultimate for images, _, _ in batches()])  # [N, C]
+        chunk = max(1, self.HASH_VALUES // len(features))  # bits at a time
+        parts = self.weight.split(chunk)
+        medians = [(part @ features.T).median(dim=1).values for part in parts]
+        self.bias.copy_(-torch.cat(medians))
+
+    def own_terms(self, batch: Batch) -> dict[str, Tensor]:
+        f_s, f_t = batch.student.penultimate, batch.teacher.penultimate
+        counted = None
+        if self.options.lsh_samples == "correct":  # the authors' default
+            counted = batch.teacher.logits.argmax(dim=1) == batch.labels
+        mimic = mean_of_counted((f_s - f_t).square().mean(dim=1), counted)
+        lsh = lsh_loss(f_s, f_t, self.weight, self.bias, counted)
+        return {"lsh": self.options.lsh_weight * (mimic + lsh)}
+
+
+class WidenedClassifier(nn.Sequential):
+    """Two linear layers in a row, C -> width -> K, in the place of a network's classifier."""
+
+    def __init__(self, in_features: int, width: int, num_classes: int):
+        super().__init__(nn.Linear(in_features, width), nn.Linear(width, num_classes))
+
+    def folded(self) -> nn.Linear:
+        """The one linear layer that computes the same, W2 (W1 x + b1) + b2, from float64."""
+        widen, classify = self
+        folded = nn.Linear(widen.in_features, classify.out_features).to(widen.weight)
+        parameters = (*widen.parameters(), *classify.parameters())
+        W1, b1, W2, b2 = (p.detach().cpu().double() for p in parameters)  # MPS has no float64
+        with torch.no_grad():
+            folded.weight.copy_(W2 @ W1)
+            folded.bias.copy_(W2 @ b1 + b2)
+        return folded
+
+
+def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, tau: float = 2.0) -> Tensor:
+    """BinaryKL-Norm of logits [B, K] (Yang et al. 2024, "Dual-head knowledge distillation").
+
+    tau^2 / B * the sum over rows and classes of
+    KL(Bernoulli(1/2) || Bernoulli(sigmoid((z_s - z_t) / tau))). No gradient goes to the teacher.
+    By log-sigmoid, which stays finite where the sigmoid rounds to 0 or 1.
+    """
+    x = (student_logits - teacher_logits.detach()) / tau  # [B, K]
+    kl = -(F.logsigmoid(x) + F.logsigmoid(-x)) / 2 - math.log(2)
+    return tau**2 * kl.sum(dim=1).mean()
+
+
+class DualHead(mhkd.Method):
+    """Dual-head knowledge distillation (Yang et al. 2024): the teacher trains a second classifier.
+
+    The student's own classifier sees the cross-entropy alone. Where the two gradients disagree the
+    second one is aligned: the part that points against the first is taken off.
+    """
+
+    options = {
+        "dhkd_weight": Option(1.0, "weight of dhkd's term", rule=NOT_NEGATIVE),
+        "dhkd_tau": Option(2.0, "temperature of dhkd", rule=POSITIVE),
+        "dhkd_head": Option(
+            "nonlinear", "second classifier, nonlinear or linear",
+            str, mhkd.one_of("nonlinear", "linear"),
+        ),
+        "dhkd_align": Option(True, "do not align the gradients", bool),  # --no-dhkd-align
+    }  # fmt: skip
+
+    def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
+        super().__init__(config, student, teacher, data)
+        C, K = student.width, len(data.classes)
+        layers: list[nn.Module] = [nn.Linear(C, K)]
+        if self.options.dhkd_head == "nonlinear":
+            layers = [nn.Linear(C, 200), nn.Dropout(0.1), nn.BatchNorm1d(200), nn.ReLU()]
+            layers.append(nn.Linear(200, K))
+        self.head = nn.Sequential(*layers)
+
+    def own_terms(self, batch: Batch) -> dict[str, Tensor]:
+        z_s, z_t = self.head(batch.student.penultimate), batch.teacher.logits
+        kl = binary_kl_norm_loss(z_s, z_t, self.options.dhkd_tau)
+        return {"dhkd": self.options.dhkd_weight * kl}
+
+    def backward(
+        self, terms: dict[str, Tensor], student: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> None:
+        if not self.options.dhkd_align:
+            return super().backward(terms, student, others)
+        parameters = [*student, *others]
+        g2 = gradient_of(terms["dhkd"], parameters, retain_graph=True)
+        g1 = gradient_of(sum(t for name, t in terms.items() if name != "dhkd"), parameters)
+        n = sum(p.numel() for p in student)  # the two are compared on the student alone
+        dot, square = g1[:n] @ g2[:n], g1[:n] @ g1[:n]
+        against = torch.where(square > 0, dot.clamp(max=0) / square, 0)
+        g1[:n] *= 1 - against  # g1 + (g2 - against * g1)
+        sizes = [p.numel() for p in parameters]
+        for p, part in zip(parameters, (g1 + g2).split(sizes)):
+            p.grad = part.view_as(p)
+
+
+def gradient_of(term: Tensor, parameters: Sequence[Tensor], **options: bool) -> Tensor:
+    """The gradient over all parameters as one vector, the mean over the processes."""
+    gradients = torch.autograd.grad(
+        term, parameters, allow_unused=True, materialize_grads=True, **options
+    )
+    return mhkd.average_over_processes(torch.cat([g.flatten() for g in gradients]))
+
+
+mhkd.METHODS.update(
+    fitnet=FitNet,
+    cc=CorrelationCongruence,
+    rkd=RelationalDistillation,
+    crd=ContrastiveDistillation,
+    lsh=FeatureMimicking,
+    dhkd=DualHead,
+)
