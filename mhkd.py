@@ -2127,62 +2127,109 @@ def one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda v: v in values, f"one of {', '.join(values)}")
 
 
-INIT = (lambda v: v in ("random", "pretrained") or v.startswith("file:"), "random, pretrained or file:PATH")
+INIT = (
+    lambda v: v in ("random", "pretrained") or v.startswith("file:"),
+    "random, pretrained or file:PATH",
+)
+PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
+ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
 
 
-def field(
-    group: str, default: Any, help: str, parse: Callable = str, rule: Any = None, recorded: bool = True
-) -> Any:
-    """A field of Config. What is not `recorded` may differ where a run goes on."""
-    facts = {"group": group, "option": Option(default, help, parse, rule), "recorded": recorded}
+def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
+    """A field of Config. Those of the group "machine" may differ where a run goes on."""
+    facts = {"group": group, "option": Option(default, help, parse, rule)}
     return dataclasses.field(default=default, metadata=facts)
 
 
 of_networks, of_data = functools.partial(field, "networks"), functools.partial(field, "data")
 of_training = functools.partial(field, "training")
-of_machine = functools.partial(field, "machine", recorded=False)
+of_machine = functools.partial(field, "machine")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What a run does, complete when it exists: None becomes the recipe's value, see RECIPES.
 
+    `options` are those of the method. `given` keeps what was not left to the recipe.
+
     Raises:
         UsageError: a name that does not exist, a value that makes no sense.
     """
 
-    teacher: str | None = of_networks(None, "network that teaches: one of ours, torchvision:NAME, timm:NAME, or FILE.py:FUNCTION")
+    teacher: str | None = of_networks(
+        None, "network that teaches: of ours, torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
+    )
     student: str | None = of_networks(None, "network that learns")
-    teacher_weights: str | None = of_networks(None, "checkpoint of the teacher: it is trained first", recorded=False)
-    teacher_init: str = of_networks("random", "a teacher trained here starts from: random, pretrained (the library's weights), file:PATH", rule=INIT)
-    student_init: str = of_networks("random", "the student starts from: likewise", rule=INIT)
-    teacher_units: tuple[str, ...] | None = of_networks(None, "submodules at whose ends heads go, layer1,layer2: the first three units", words, NAMES)
-    student_units: tuple[str, ...] | None = of_networks(None, "likewise", words, NAMES)
-    method: str = field("method", "mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, or some joined by +: crd+mhkd")
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the method
-    dataset: str = of_data("cifar100", "cifar100, cifar10, svhn, folder (your images) or digits (no download)")
-    data: str = of_data("data", "folder of the data; downloads go there", recorded=False)
-    image_size: int | None = of_data(None, "side of the images in pixels, at least 16: 32; digits 16", int, (lambda v: 16 <= v <= 4096, "between 16 and 4096"))
-    subset: int | None = of_data(None, "train on and test with at most so many images, always the same: all", int, (lambda v: v >= 2, "at least 2"))
-    val_fraction: float = of_data(0.0, "share of the training images held out; the best epoch is chosen there", float, (lambda v: 0 <= v < 1, "at least 0 and below 1"))
-    crop_padding: int | None = of_data(None, "below 64 pixels, padding for the random crop: 4; digits 2", int, (lambda v: 0 <= v <= 4096, "between 0 and 4096"))
-    crop_scale: float = of_data(0.08, "from 64 pixels up, least area of the random crop", float, (lambda v: 0 < v <= 1, "above 0 and at most 1"))
+    teacher_init: str = of_networks(
+        "random", "weights that a teacher trained here begins with: random, pretrained (the "
+        "library's) or file:PATH", rule=INIT,
+    )  # fmt: skip
+    student_init: str = of_networks("random", "and the student", rule=INIT)
+    teacher_units: tuple[str, ...] | None = of_networks(
+        None, "submodules at whose ends heads go, layer1,layer2: the first three units", words, NAMES
+    )
+    student_units: tuple[str, ...] | None = of_networks(None, "and of the student", words, NAMES)
+    method: str = field(
+        "method", "mhkd",
+        "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, or some joined by +: crd+mhkd",
+    )  # fmt: skip
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dataset: str = of_data(
+        "cifar100", "cifar100, cifar10, svhn, folder (your images) or digits (no download)"
+    )
+    image_size: int | None = of_data(
+        None, "side of the images in pixels: 32; digits 16", int,
+        (lambda v: 16 <= v <= 4096, "between 16 and 4096"),
+    )  # fmt: skip
+    subset: int | None = of_data(
+        None, "train on and test with at most so many images, always the same: all", int,
+        (lambda v: v >= 2, "at least 2"),
+    )  # fmt: skip
+    val_fraction: float = of_data(
+        0.0, "share of the training images held out, on which the best epoch is chosen", float,
+        (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    )  # fmt: skip
+    crop_padding: int | None = of_data(
+        None, "padding for the random crop, below 64 pixels: 4; digits 2", int, PADDING
+    )
+    crop_scale: float = of_data(
+        0.08, "least area of the random crop, from 64 pixels up", float,
+        (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    )  # fmt: skip
     flip: bool | None = of_data(None, "do not flip images at random", bool)  # --no-flip
     epochs: int | None = of_training(None, "epochs: 240; svhn 150; digits 30", int, COUNT)
-    batch_size: int | None = of_training(None, "images a step: 64; svhn 200", int, (lambda v: 2 <= v < 2**31, "at least 2 (batch norm needs two images)"))
-    lr: float | None = of_training(None, "learning rate: 0.05, mobilenetv2 and shufflenetv2 0.01; svhn 0.001", float, POSITIVE)
-    lr_steps: tuple[int, ...] | None = of_training(None, "epochs after which it falls: 150,180,210; svhn 80,110,135; scaled with --epochs", integers, (lambda v: min(v, default=0) >= 0 and list(v) == sorted(v), "epochs in ascending order"))
-    lr_decay: float = of_training(0.1, "factor by which it falls", float, (lambda v: 0 < v <= 1, "above 0 and at most 1"))
-    momentum: float = of_training(0.9, "of SGD", float, (lambda v: 0 <= v < 1, "at least 0 and below 1"))
+    batch_size: int | None = of_training(
+        None, "images a step: 64; svhn 200", int,
+        (lambda v: 2 <= v < 2**31, "at least 2 (batch norm needs two images)"),
+    )  # fmt: skip
+    lr: float | None = of_training(
+        None, "learning rate: 0.05, mobilenetv2 and shufflenetv2 0.01; svhn 0.001", float, POSITIVE
+    )
+    lr_steps: tuple[int, ...] | None = of_training(
+        None, "epochs after which it falls: 150,180,210; svhn 80,110,135; scaled with --epochs",
+        integers, ASCENDING,
+    )  # fmt: skip
+    lr_decay: float = of_training(
+        0.1, "factor by which it falls", float, (lambda v: 0 < v <= 1, "above 0 and at most 1")
+    )
+    momentum: float = of_training(
+        0.9, "of SGD", float, (lambda v: 0 <= v < 1, "at least 0 and below 1")
+    )
     weight_decay: float = of_training(5e-4, "of SGD", float, NOT_NEGATIVE)
-    seed: int = of_training(0, "of the student's initial weights, batch order and augmentation", int, SEED)
+    seed: int = of_training(0, "of initial weights, batch order and augmentation", int, SEED)
     teacher_seed: int = of_training(0, "of the teacher, where it is trained here", int, SEED)
-    precision: str = of_training("auto", "of networks and heads: float32, tf32, bfloat16 (autocast; on a processor with AVX512_BF16 or AMX about 1.4 times as fast); auto: float32, on CUDA tf32 in convolutions", rule=one_of("auto", "float32", "tf32", "bfloat16"))
+    precision: str = of_training(
+        "auto", "of networks and heads: float32; tf32; bfloat16 (autocast), 1.4 times as fast on a "
+        "processor with AVX512_BF16 or AMX; auto: float32, on CUDA with tf32 in convolutions",
+        rule=one_of("auto", "float32", "tf32", "bfloat16"),
+    )  # fmt: skip
+    teacher_weights: str | None = of_machine(None, "checkpoint of the teacher: it is trained first")
+    data: str = of_machine("data", "folder of the data; downloads go there")
     out: str = of_machine("runs", "where run folders go")
     device: str | None = of_machine(None, "cpu, cuda, cuda:1, mps: the best there is")
-    backend: str = of_machine("auto", "of the loss: auto, reference or fused", rule=one_of(*BACKENDS))
-    compile: bool = of_machine(False, "torch.compile the networks: minutes first, then faster steps", bool)
-    keep_checkpoint: bool = of_machine(False, "keep checkpoint.pt when the run has finished", bool)
+    backend: str = of_machine("auto", "of the loss: auto, reference, fused", rule=one_of(*BACKENDS))
+    compile: bool = of_machine(False, "torch.compile the networks: slow to begin", bool)
+    keep_checkpoint: bool = of_machine(False, "keep checkpoint.pt of a finished run", bool)
     tensorboard: bool = of_machine(False, "write the log's figures for TensorBoard, too", bool)
 
     def __post_init__(self) -> None:
@@ -2247,8 +2294,8 @@ class Config:
 
     def recorded(self) -> dict[str, Any]:
         """The values that make two runs different, as JSON would give them back."""
-        fields = [f.name for f in dataclasses.fields(self) if f.metadata.get("recorded", True)]
-        return json.loads(json.dumps({name: getattr(self, name) for name in fields}))
+        fields = [f for f in dataclasses.fields(self) if f.metadata.get("group") != "machine"]
+        return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields}))
 
     def differs(self) -> dict[str, Any]:
         """What sets the run apart from the recipe, beside data set, networks, method and seed."""
