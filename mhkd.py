@@ -5,7 +5,7 @@
     python mhkd.py --teacher wrn_40_2 --student wrn_16_2 --seed 1    # another pair, another seed
     python mhkd.py --teacher vgg13 --student vgg8 --method kd        # plain distillation
     python mhkd.py --student vgg8 --method ce                        # a network alone
-    python mhkd.py --teacher vgg13 --student vgg8 --method crd+mhkd  # two methods (mhkd_baselines.py)
+    python mhkd.py --teacher vgg13 --student vgg8 --method crd+mhkd  # two methods joined
     python mhkd.py --teacher resnet20 --student resnet8 --dataset digits    # no download, minutes
     python mhkd.py --teacher torchvision:resnet50 --teacher-init pretrained \\
         --student timm:mobilenetv3_small_100 --dataset folder --data photos --image-size 224
@@ -288,7 +288,8 @@ class ShuffleNetV2(nn.Module):
     def __init__(self, num_classes: int):
         super().__init__()
         self.conv1, self.bn1 = conv1x1(3, 24), nn.BatchNorm2d(24)
-        for i, (before, width, blocks) in enumerate(((24, 116, 3), (116, 232, 7), (232, 464, 3)), 1):
+        units = ((24, 116, 3), (116, 232, 7), (232, 464, 3))
+        for i, (before, width, blocks) in enumerate(units, 1):
             unit = [ShuffleDownBlock(before, width), *(ShuffleBlock(width) for _ in range(blocks))]
             setattr(self, f"layer{i}", nn.Sequential(*unit))
         self.conv2, self.bn2 = conv1x1(464, 1024), nn.BatchNorm2d(1024)
@@ -418,36 +419,33 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
                 handle.remove()
 
 
-def layout_of(feature: Any, image: Tensor, name: str, layout: str | None) -> str:
+def layout_of(feature: Any, image: Any, name: str, layout: str | None) -> str:
     """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
 
     n is the number of class tokens before the h * w tokens of a square map. The image's aspect
-    tells which dimensions of [B, C, H, W] or [B, H, W, C] are the map's.
+    tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
 
     Raises:
         UsageError: it is no feature; or its shape could be read in two ways and no layout is given.
     """
-    shape = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-    if isinstance(shape, str) or len(shape) not in (3, 4):
+    shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+    if isinstance(shape, list) and len(shape) == 3:
+        for n in (0, 1, 2, 5):
+            if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
+                return f"tokens+{n}"
+    if not isinstance(shape, list) or len(shape) != 4:
         raise UsageError(f"the submodule '{name}' returns {shape}, not a feature [B, C, H, W]")
-    if len(shape) == 3:
-        extra = [n for n in (0, 1, 2, 5) if math.isqrt(max(0, shape[1] - n)) ** 2 == shape[1] - n]
-        if not extra or layout not in (None, "tokens"):
-            raise UsageError(f"the submodule '{name}' returns {shape}: {shape[1]} tokens are no map")
-        return f"tokens+{extra[0]}"
     if layout:
         return check_name("layout", layout, ("channels_first", "channels_last"))
-    _, a, b, c = shape
     height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
-    first, last = (abs(h * width - w * height) < max(height, width) for h, w in ((b, c), (a, b)))
-    if last and (not first or 1 < a == b == c):
-        if first:
-            raise UsageError(
-                f"the submodule '{name}' returns {shape}, which could have the channels first or "
-                'last: give layout="channels_first" or layout="channels_last"'
-            )
-        return "channels_last"
-    return "channels_first"
+    near = max(height, width)  # a map may be rounded by a pixel
+    last, first = (abs(h * width - w * height) < near for h, w in (shape[1:3], shape[2:4]))
+    if first and last and shape[1] > 1:
+        raise UsageError(
+            f"the submodule '{name}' returns {shape}, which could have its channels first or last: "
+            'give layout="channels_first" or layout="channels_last"'
+        )
+    return "channels_last" if last and not first else "channels_first"
 
 
 def as_map(feature: Tensor, layout: str) -> Tensor:
@@ -456,7 +454,7 @@ def as_map(feature: Tensor, layout: str) -> Tensor:
         return feature
     if layout == "channels_last":
         return feature.permute(0, 3, 1, 2)
-    tokens = feature[:, int(layout.removeprefix("tokens+")) :]  # [B, h * w, C]
+    tokens = feature[:, int(layout[7:]) :]  # [B, h * w, C]
     return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 
@@ -493,16 +491,15 @@ class FeatureExtractor(nn.Module):
         if example_input is None:
             first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
             example_input = torch.zeros(1, first.in_channels if first else 3, 32, 32)
-        x = to_model(example_input, model)
-        logits, seen = run_once(model, modules, x)
-        logits = self._logits(logits)
+        result, seen = run_once(model, modules, example_input)
+        logits = self._logits(result)
         if logits.dim() != 2 or logits.shape[1] != num_classes:
             got = list(logits.shape)
             raise UsageError(f"the network returns {got}, not logits [B, {num_classes}]")
         self.layouts, self.shapes = {}, {}
         for unit, name in self.units.items():
             feature = self._only(name, [out for other, _, out in seen if other == name])
-            self.layouts[unit] = layout_of(feature, x, name, layout)
+            self.layouts[unit] = layout_of(feature, example_input, name, layout)
             self.shapes[unit] = tuple(as_map(feature, self.layouts[unit]).shape[1:])
         linear = [name for name, _, _ in seen if isinstance(modules[name], nn.Linear)]
         self.classifier = classifier or (linear or [None])[-1]
@@ -599,25 +596,19 @@ class MultiHead(FeatureExtractor):
         return (logits, outputs.penultimate) if penultimate else logits
 
 
-def to_model(x: Any, model: nn.Module) -> Any:
-    """A tensor on the network's device and, if it is floating point, in its dtype."""
-    parameter = next(model.parameters(), torch.empty(0))
-    if not isinstance(x, Tensor):
-        return x
-    return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
-
-
 def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[Any, list]:
     """watch() in eval mode and without gradients; the modes are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters(), torch.empty(0))
+    if isinstance(x, Tensor):
+        x = x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
     try:
         with torch.no_grad():
             return watch(model.eval(), modules, x)
     except Exception as error:
         shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        reason = str(error).strip().split("\n")[0]
         raise UsageError(
-            f"the network could not be run on an input of shape {shape} ({reason}): "
+            f"the network could not be run on an input of shape {shape} ({first_line(error)}): "
             "pass an example_input that it accepts"
         ) from error
     finally:
@@ -875,13 +866,8 @@ class Method(nn.Module):
     """A way to train the student. Register a subclass in METHODS and `--method` knows it.
 
     The loss is a sum of named terms: those on the final outputs, which methods joined by `+` take
-    from one of them, and each method's own. Few need more than `units` and `own_terms`.
-    `self.options` has the values of the options that it declares.
-
-    Args:
-        config: of the run.
-        student, teacher: the networks (the teacher None without one), for the shapes of features.
-        data: for the training labels and the number of classes.
+    from one of them, and each method's own. Few need more than `units` and `own_terms`; the values
+    of the options that a class declares are in `self.options`. See docs/methods.md.
     """
 
     options: dict[str, Option] = {}  # of its own terms
@@ -889,23 +875,21 @@ class Method(nn.Module):
     rank = 0  # of joined methods the one of the highest rank gives the terms on the final outputs
     needs_teacher = True
 
-    def __init__(
-        self, config: Config, student: FeatureExtractor, teacher: FeatureExtractor | None, data: Data
-    ):
+    def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
+        """student, teacher: FeatureExtractors (the teacher None without one), for their shapes."""
         super().__init__()
-        self.config = config
-        self.options = types.SimpleNamespace(**config.options)
+        self.config, self.options = config, types.SimpleNamespace(**config.options)
 
     @classmethod
     def units(cls, config: Config, network: str) -> Sequence[int]:
-        """Which units' features it needs, counted from 1, of the network of that name."""
+        """Units, counted from 1, whose features it needs, of the "student" or the "teacher"."""
         return ()
 
     @classmethod
-    def adapt(cls, student: nn.Module, classifiers: Mapping[str, nn.Linear | None]) -> None:
+    def adapt(cls, student: nn.Module, classifiers: Mapping[str, nn.Linear]) -> None:
         """Change the plain student for its training; `plain` takes that back.
 
-        classifiers: the last linear layer of the "student" and of the "teacher".
+        classifiers: the last linear layers of the "student" and of the "teacher".
         """
 
     @classmethod
@@ -924,11 +908,8 @@ class Method(nn.Module):
         """Loss terms that the method adds."""
         return {}
 
-    def backward(self, terms: dict[str, Tensor], student: Sequence[Tensor], others: Sequence[Tensor]):
-        """Set the gradients of the student's parameters and of all others that train.
-
-        They are averaged over the processes afterwards.
-        """
+    def backward(self, terms: dict, student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Set the gradients of the student's parameters and of all others that train."""
         sum(terms.values()).backward()
 
 
@@ -963,15 +944,15 @@ class MultiHeadDistillation(Method):
             None, "units that carry a head, 1,2,3: all", integers,
             (lambda v: v and len({*v}) == len(v) and min(v) > 0, "different units: 1,2,3"),
         ),
-        "head_width": Option(None, "kernels of the heads' convolutions: 256; digits 64", int, COUNT),
-        "head_stride": Option(None, "stride of the heads' convolutions: 1; digits 2", int, COUNT),
+        "head_width": Option(None, "kernels of the heads: 256; digits 64", int, COUNT),
+        "head_stride": Option(None, "stride of the heads: 1; digits 2", int, COUNT),
     }  # fmt: skip
 
-    def __init__(self, config: Config, student: FeatureExtractor, teacher: FeatureExtractor, data):
+    def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
         super().__init__(config, student, teacher, data)
-        units, width, stride = self.units(config, ""), self.options.head_width, self.options.head_stride
-        self.student_heads = AuxHeads(student, units, width, stride)
-        self.teacher_heads = AuxHeads(teacher, units, width, stride)
+        settings = self.options.units, self.options.head_width, self.options.head_stride
+        self.student_heads = AuxHeads(student, *settings)
+        self.teacher_heads = AuxHeads(teacher, *settings)
 
     @classmethod
     def units(cls, config: Config, network: str) -> Sequence[int]:
@@ -1053,19 +1034,18 @@ class Distiller(nn.Module):
         networks = {"student": student} | ({"teacher": teacher} if teacher else {})
         for network in networks.values():
             network.to(memory_format=memory_format(data.device))
-        units = {name: find_units(config, name, network, x) for name, network in networks.items()}
         if any(m.adapt.__func__ is not Method.adapt.__func__ for m in methods.values()):
-            plain = {n: FeatureExtractor(net, [], K, example_input=x) for n, net in networks.items()}
-            last = {n: p.classifier and p.model.get_submodule(p.classifier) for n, p in plain.items()}
+            plain = [FeatureExtractor(n, [], K, example_input=x) for n in networks.values()]
+            last = [network.model.get_submodule(network.classifier) for network in plain]
             for method in methods.values():
-                method.adapt(student, last)
-        needed = {n: {u for m in methods.values() for u in m.units(config, n)} for n in networks}
+                method.adapt(student, dict(zip(networks, last)))
         self.units, extractors = {}, {}
         for name, network in networks.items():
-            for unit in needed[name]:
-                if unit > len(units[name]):
-                    raise UsageError(f"the {name} has no unit {unit}: it has {len(units[name])}")
-            self.units[name] = {unit: units[name][unit - 1] for unit in sorted(needed[name])}
+            needed = {u for method in methods.values() for u in method.units(config, name)}
+            names = dict(enumerate(find_units(config, name, network, x), 1)) if needed else {}
+            if needed - {*names}:
+                raise UsageError(f"the {name} has no unit {max(needed)}: it has {len(names)}")
+            self.units[name] = {unit: names[unit] for unit in sorted(needed)}
             extractors[name] = FeatureExtractor(
                 network, self.units[name], K, frozen=name == "teacher", example_input=x
             )
@@ -1086,7 +1066,8 @@ class Distiller(nn.Module):
         for method in self.methods:
             terms |= method.own_terms(batch)
         accuracy = 100 * (student.logits.argmax(dim=1) == labels).float().mean()
-        figures = {"loss": sum(terms.values()), **terms, **batch.figures, "train_accuracy": accuracy}
+        figures = {"loss": sum(terms.values()), **terms, **batch.figures}
+        figures["train_accuracy"] = accuracy
         return terms, {name: figure.detach() for name, figure in figures.items()}
 
     def observe(self, network: FeatureExtractor, images: Tensor) -> Outputs:
@@ -1169,7 +1150,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     bar.update(len(labels) * world_size())
                 means = means_of(steps, figures, parameters, folder, epoch)
                 entry = {"epoch": epoch, "lr": lr, **means}
-                entry |= evaluate_epoch(distiller.student.model, data)
+                for name in ("test", "val") if len(data.val) else ("test",):
+                    accuracy = evaluate(distiller.student.model, data, getattr(data, name))
+                    entry[f"{name}_accuracy"] = accuracy["accuracy"]
                 seconds = time.perf_counter() - started
                 entry["images_per_second"] = round(len(data.train) / seconds, 1)
                 entry["seconds"] = round(seconds, 3)
@@ -1219,37 +1202,27 @@ def means_of(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, part: Tensor | None = None) -> dict[str, Any]:
-    """Accuracies in percent on the test images (or a part of data): top-1, top-5, of each class.
+    """Accuracies in percent on the test images, or a part of data: top-1, top-5, of each class.
 
-    A class without images there has None. The model's mode is left as it was.
+    A class without images there has none. The model's mode is left as it was.
     """
     part = data.test if part is None else part
     mode, K = model.training, len(data.classes)
     model.eval()
-    right = torch.zeros(K, dtype=torch.int64, device=data.device)
-    counts, top5 = torch.zeros_like(right), torch.zeros((), dtype=torch.int64, device=data.device)
-    for indices in part.split(max(10, 500 * 32**2 // data.size**2)):
-        images, labels = data.middle(indices), data.labels[indices]
-        best = model(images).topk(min(5, K), dim=1).indices == labels[:, None]  # [B, 5]
-        right += torch.bincount(labels[best[:, 0]], minlength=K)
-        counts += torch.bincount(labels, minlength=K)
-        top5 += best.any(dim=1).sum()
+    batches = part.split(max(10, 500 * 32**2 // data.size**2))
+    best = [model(data.middle(batch)).topk(min(5, K), dim=1).indices for batch in batches]
     model.train(mode)
-    percent = [100 * r / n if n else None for r, n in zip(right.tolist(), counts.tolist())]
-    seen = [p for p in percent if p is not None]
+    labels = data.labels[part]
+    hit = torch.cat(best) == labels[:, None]  # [N, 5]
+    right, counts = (torch.bincount(y, minlength=K) for y in (labels[hit[:, 0]], labels))
+    pairs = zip(data.classes, right.tolist(), counts.tolist())
+    of_class = {name: 100 * r / n for name, r, n in pairs if n}
     return {
-        "accuracy": 100 * right.sum().item() / len(part),
-        "top5_accuracy": 100 * top5.item() / len(part) if K > 5 else None,
-        "mean_class_accuracy": sum(seen) / len(seen),
-        "class_accuracy": dict(zip(data.classes, percent)),
+        "accuracy": 100 * hit[:, 0].sum().item() / len(part),
+        "top5_accuracy": 100 * hit.sum().item() / len(part) if K > 5 else None,
+        "mean_class_accuracy": sum(of_class.values()) / len(of_class),
+        "class_accuracy": of_class,
     }
-
-
-def evaluate_epoch(model: nn.Module, data: Data) -> dict[str, float]:
-    entry = {"test_accuracy": evaluate(model, data)["accuracy"]}
-    if len(data.val):
-        entry["val_accuracy"] = evaluate(model, data, data.val)["accuracy"]
-    return entry
 
 
 @dataclasses.dataclass
@@ -1386,10 +1359,10 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
     here = environment(config, device)
     written = read_json(folder / "config.json") or {}
     past = written.get("environments", [])
-    if past and past[-1] != here:
-        changes = [f"{k} {past[-1].get(k)} -> {here[k]}" for k in here if past[-1].get(k) != here[k]]
+    last = past[-1] if past else here
+    if changes := [f"{k} {last.get(k)} -> {v}" for k, v in here.items() if last.get(k) != v]:
         say(f"note: this run goes on in other surroundings: {', '.join(changes)}")
-    record["environments"] = past if past and past[-1] == here else [*past, here]
+    record["environments"] = past if past and not changes else [*past, here]
     if is_main():
         write_json(folder / "config.json", record)
         if log:
@@ -1570,7 +1543,7 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
     if type(model) in UNITS:
         return UNITS[type(model)]
     modules = {name: module for name, module in model.named_modules() if name}
-    _, seen = run_once(model, modules, to_model(image, model))
+    _, seen = run_once(model, modules, image)
     runs = [name for name, _, _ in seen]
     info = getattr(model, "feature_info", None)
     info = [f for f in (info or []) if isinstance(f, dict) and runs.count(f.get("module")) == 1]

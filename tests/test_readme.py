@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README and docs/methods.md show works as it stands there."""
 
 import os
 import re
@@ -6,39 +6,56 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import mhkd
 
-README = ROOT / "README.md"
-TEXT = README.read_text(encoding="utf-8") if README.is_file() else None
-pytestmark = pytest.mark.skipif(TEXT is None, reason="there is no README.md")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT or "", re.DOTALL | re.MULTILINE)
+TEXTS = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs/methods.md")]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", "\n".join(TEXTS), re.DOTALL | re.MULTILINE)
+OF_STUDENT = [block for block in BLOCKS if "student.pt" in block and "MultiHead" not in block]
+OF_ONNX = [block for block in BLOCKS if "onnx" in block]
+ALONE = [block for block in BLOCKS if block not in (*OF_STUDENT, *OF_ONNX)]
 
 
-def test_an_example_shows_a_network_of_torchvision():
-    assert any("torchvision.models" in block for block in BLOCKS)
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("block", ALONE, ids=range(len(ALONE)))
 def test_an_example_runs_as_it_stands(block, tmp_path):
     pytest.importorskip("torchvision")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", block]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
 
 
-def test_the_tables_shown_are_those_of_the_records_in_results():
-    runs = mhkd.finished_runs(ROOT / "results")
-    assert runs
-    for _, *table in mhkd.lay_out(runs):
-        assert mhkd.table_markdown(*table) in TEXT
-    shown = re.findall(r"^### Table .*?$", TEXT, re.MULTILINE)
-    assert len(shown) == len(mhkd.lay_out(runs))
+def test_the_student_is_used_and_exported_as_the_readme_shows(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    config = mhkd.Config(
+        student="resnet8", method="ce", dataset="digits", subset=60, epochs=1, batch_size=30,
+        out=str(tmp_path), device="cpu",
+    )  # fmt: skip
+    path = tmp_path / mhkd.train(config)["name"] / "student.pt"
+    monkeypatch.chdir(tmp_path)
+    (use,), (export,) = OF_STUDENT, OF_ONNX
+    names: dict = {}
+    exec(use.replace("runs/…/student.pt", str(path)), names)
+    assert len(names["names"]) == 4 and {*names["names"]} <= {str(digit) for digit in range(10)}
+    exec(export, names)
+    images = torch.rand(5, 3, 16, 16)
+    (logits,) = runtime.InferenceSession("student.onnx").run(None, {"images": images.numpy()})
+    torch.testing.assert_close(
+        torch.from_numpy(logits), names["student"](images).detach(), rtol=1e-4, atol=1e-4
+    )
 
 
-def test_the_records_say_on_what_they_were_computed_and_from_which_commit():
-    for run in mhkd.finished_runs(ROOT / "results"):
-        environment = run["environment"]
-        assert environment["hardware"] and environment["torch"] and re.fullmatch("[0-9a-f]{40}", environment["commit"])
+def test_every_file_that_the_readme_links_to_is_there():
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", "\n".join(TEXTS)):
+        assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
+
+
+def test_every_network_of_ours_is_named_in_the_readme():
+    for name in mhkd.MODELS:
+        family = re.sub(r"\d+$", "", name)
+        assert f"`{name}`" in TEXTS[0] or (family in TEXTS[0] and name[len(family) :] in TEXTS[0])
