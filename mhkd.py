@@ -643,14 +643,21 @@ def _load_fused() -> bool:
     """Whether the compiled kernel is installed. The first call loads it, which registers torch.ops.mhkd."""
     global _fused_is_there, _fused_loss
     if _fused_is_there is None:
-        _fused_is_there = hasattr(torch.ops.mhkd, "loss")  # another copy of this file may have loaded it
-        spec = importlib.util.find_spec("mhkd_fused")  # finds the library; it is no Python module and never imported
+        _fused_is_there = hasattr(
+            torch.ops.mhkd, "loss"
+        )  # another copy of this file may have loaded it
+        spec = importlib.util.find_spec(
+            "mhkd_fused"
+        )  # finds the library; it is no Python module and never imported
         if not _fused_is_there and spec is not None and spec.origin is not None:
             try:
                 torch.ops.load_library(spec.origin)
                 _fused_is_there = True
             except OSError as error:  # built for another PyTorch
-                warnings.warn(f"the fused kernel cannot be loaded, plain PyTorch is used: {error}", stacklevel=2)
+                warnings.warn(
+                    f"the fused kernel cannot be loaded, plain PyTorch is used: {error}",
+                    stacklevel=2,
+                )
         if _fused_is_there:
             _fused_loss = torch.ops.mhkd.loss.default
     return _fused_is_there
@@ -674,7 +681,9 @@ def loss_backend() -> str:
 def _use_fused(backend: str, heads: int, labels: Tensor) -> bool:
     """Whether the kernel computes this call: where it can for "auto", or an error that says why not for "fused"."""
     if backend not in BACKENDS:
-        raise ValueError(f"mhkd_loss: backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        raise ValueError(
+            f"mhkd_loss: backend must be one of {', '.join(BACKENDS)}, not {backend!r}"
+        )
     if backend == "reference" or (backend == "auto" and heads > MAX_FUSED_HEADS):
         return False
     device = labels.device.type
@@ -748,12 +757,18 @@ def mhkd_loss(
     """
     H = len(student_logits)
     head_weights = [1.0] + [beta] * (H - 1) if head_weights is None else list(head_weights)
-    teacher_ce = [z.requires_grad for z in teacher_logits] if teacher_ce is None else list(teacher_ce)
+    teacher_ce = (
+        [z.requires_grad for z in teacher_logits] if teacher_ce is None else list(teacher_ce)
+    )
     if _use_fused(backend, H, labels):
         settings = (tau, alpha, head_weights, teacher_ce, ignore_index)
-        loss, terms, _ = _fused_loss(student_logits, teacher_logits, labels, *settings)  # makes the same checks
+        loss, terms, _ = _fused_loss(
+            student_logits, teacher_logits, labels, *settings
+        )  # makes the same checks
         return (loss, terms) if return_terms else loss
-    _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce)
+    _check_loss_arguments(
+        student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce
+    )
 
     dtypes = [z.dtype for z in (*student_logits, *teacher_logits)]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -767,19 +782,31 @@ def mhkd_loss(
         log_p_s = F.log_softmax(z_s / tau, dim=1)
         log_p_t = F.log_softmax(z_t.detach() / tau, dim=1)
         p_t = log_p_t.exp()
-        kl = torch.where(p_t == 0, 0, p_t * (log_p_t - log_p_s)).sum()  # F.kl_div would give inf - inf = NaN
+        kl = torch.where(
+            p_t == 0, 0, p_t * (log_p_t - log_p_s)
+        ).sum()  # F.kl_div would give inf - inf = NaN
         kl = kl / counted.sum() * tau**2
         ce = F.cross_entropy(z_s, labels, ignore_index=ignore_index)
-        ce_t = F.cross_entropy(z_t, labels, ignore_index=ignore_index) if marked else torch.zeros_like(kl)
+        ce_t = (
+            F.cross_entropy(z_t, labels, ignore_index=ignore_index)
+            if marked
+            else torch.zeros_like(kl)
+        )
         # Equation 1 for each head, equation 2 over them. A coefficient of 0 leaves its term out, were it infinite.
-        for coefficient, term in ((weight * alpha, kl), (weight * (1 - alpha), ce), (float(marked), ce_t)):
+        for coefficient, term in (
+            (weight * alpha, kl),
+            (weight * (1 - alpha), ce),
+            (float(marked), ce_t),
+        ):
             if coefficient != 0:
                 loss = loss + coefficient * term
         terms.append(torch.stack((kl, ce, ce_t)).detach())
     return (loss, torch.stack(terms)) if return_terms else loss
 
 
-def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce) -> None:
+def _check_loss_arguments(
+    student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce
+) -> None:
     H = len(student_logits)
     if H == 0 or not H == len(teacher_logits) == len(head_weights) == len(teacher_ce):
         raise ValueError(
@@ -795,9 +822,13 @@ def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, he
                 f"{list(z.shape)}, {list(student_logits[0].shape)}"
             )
         if z.device != labels.device:
-            raise RuntimeError(f"mhkd_loss: logits and labels must be on one device: {z.device}, {labels.device}")
+            raise RuntimeError(
+                f"mhkd_loss: logits and labels must be on one device: {z.device}, {labels.device}"
+            )
     if labels.dtype != torch.int64:
-        raise TypeError(f"mhkd_loss: labels must be class indices of dtype int64, not {labels.dtype}")
+        raise TypeError(
+            f"mhkd_loss: labels must be class indices of dtype int64, not {labels.dtype}"
+        )
     if labels.shape != student_logits[0].shape[:1]:
         raise ValueError(
             f"mhkd_loss: labels must be [B]: {list(labels.shape)} for logits {list(student_logits[0].shape)}"
@@ -807,7 +838,9 @@ def _check_loss_arguments(student_logits, teacher_logits, labels, tau, alpha, he
     if not 0 <= alpha <= 1:
         raise ValueError(f"mhkd_loss: alpha must be between 0 and 1, not {alpha}")
     if not all(math.isfinite(w) and w >= 0 for w in head_weights):
-        raise ValueError(f"mhkd_loss: the head weights must be finite and not negative, not {list(head_weights)}")
+        raise ValueError(
+            f"mhkd_loss: the head weights must be finite and not negative, not {list(head_weights)}"
+        )
 
 
 def kd_loss(
@@ -817,7 +850,9 @@ def kd_loss(
 
     No gradient goes to the teacher. For the arithmetic and the errors raised see mhkd_loss, whose first term it is.
     """
-    labels = torch.zeros(len(student_logits), dtype=torch.int64, device=student_logits.device)  # they weigh nothing
+    labels = torch.zeros(
+        len(student_logits), dtype=torch.int64, device=student_logits.device
+    )  # they weigh nothing
     settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False], "backend": backend}
     return mhkd_loss([student_logits], [teacher_logits], labels, **settings)
 
@@ -1025,7 +1060,8 @@ class Distiller(nn.Module):
 
     def __init__(self, config: Config, data: Data, teacher: nn.Module | None):
         super().__init__()
-        K, x, methods = len(data.classes), example_image(config), config.methods()
+        K, methods = len(data.classes), config.methods()
+        x = torch.zeros(1, 3, config.image_size, config.image_size)
         self.config = config
         # The student comes first: its initial weights depend on the seed alone, not on the method.
         torch.manual_seed(config.seed)
@@ -1049,7 +1085,8 @@ class Distiller(nn.Module):
             extractors[name] = FeatureExtractor(
                 network, self.units[name], K, frozen=name == "teacher", example_input=x
             )
-        self.student, self.teacher = extractors["student"], extractors.get("teacher")
+        self.student = extractors["student"]
+        self.__dict__["teacher"] = extractors.get("teacher")  # not in the state dict: it is frozen
         arguments = config, self.student, self.teacher, data
         self.methods = nn.ModuleList(method(*arguments) for method in methods.values())
         self.to(data.device, memory_format=memory_format(data.device))
@@ -1081,10 +1118,6 @@ class Distiller(nn.Module):
         others = [p for p in self.methods.parameters() if p.requires_grad]
         special = [m for m in self.methods if type(m).backward is not Method.backward]
         (special or self.methods)[0].backward(terms, student, others)
-
-    def trained(self) -> dict[str, Tensor]:
-        """The state dict without the frozen teacher."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("teacher.")}
 
     def plain_student(self) -> nn.Module:
         student = copy.deepcopy(self.student.model).to("cpu")
@@ -1126,12 +1159,12 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             log = restore(folder, record, distiller, optimizer)
             if not log:
                 for method in distiller.methods:
-                    seed_epoch(config, 0)
+                    torch.manual_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
             bar = Progress(config.epochs * len(data.train), config.student, len(log))
             for epoch in range(len(log) + 1, config.epochs + 1):
                 started = time.perf_counter()
-                seed_epoch(config, epoch)
+                torch.manual_seed(seed_of(config.seed, epoch, rank()))  # of dropout, CRD's draws
                 # Epochs 1 to s of a milestone s keep the rate; s + 1 is the first with the lower.
                 lr = config.lr * config.lr_decay ** sum(epoch > step for step in config.lr_steps)
                 for group in optimizer.param_groups:
@@ -1173,15 +1206,8 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
-def seed_epoch(config: Config, epoch: int) -> None:
-    """Seed what is random on the device in an epoch (dropout, CRD's keys), in each process alike.
-
-    Every epoch begins from a seed of its own, so that no generator's state has to be kept.
-    """
-    torch.manual_seed(seed_of(config.seed, epoch, rank()))
-
-
 def seed_of(*parts: Any) -> int:
+    """A seed for each seed, epoch and process: no generator's state has to be kept."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2
 
 
@@ -1322,7 +1348,7 @@ def save(folder: Path, record: dict, distiller: Distiller, optimizer, log: list[
     """The state after an epoch. checkpoint.pt is what counts; log.jsonl is written from it."""
     if not is_main():
         return
-    state = {"epoch": len(log), "distiller": distiller.trained()}
+    state = {"epoch": len(log), "distiller": distiller.state_dict()}
     state |= {"optimizer": optimizer.state_dict()}
     state |= {"record": json.dumps(record), "log": json.dumps(log)}
     last, before = (folder / name for name in CHECKPOINTS)
@@ -1347,9 +1373,7 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
             state = load_file(path)
             before, log = json.loads(state["record"]), json.loads(state["log"])
             refuse_another(folder, before, record)
-            missing, unexpected = distiller.load_state_dict(state["distiller"], strict=False)
-            if unexpected or any(not name.startswith("teacher.") for name in missing):
-                raise KeyError("its entries are not those of this run")
+            distiller.load_state_dict(state["distiller"])
             optimizer.load_state_dict(state["optimizer"])
         except UsageError:
             raise
@@ -1470,7 +1494,7 @@ def build_model(
         there = tuple(state[key].shape) if key in state else "missing"
         if there == "missing" or there[1:] != wanted[key][1:] or wanted[key][0] != num_classes:
             raise UsageError(
-                f"the weights '{init}' do not fit {name}: '{key}' is {there} there, {wanted[key]} here"
+                f"the weights '{init}' do not fit {name}: '{key}' is {there}, not {wanted[key]}"
             )
     model.load_state_dict({k: state[k] for k in wanted if k not in other}, strict=False)
     return model
@@ -1570,8 +1594,8 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
             found = [blocks[i] for i in quarters] if len(blocks) >= 4 else found
     if len(found) < 3:
         raise UsageError(
-            f"the units of the {role} could not be found (maps end at: {', '.join(found) or 'none'})"
-            f": name them with --{role}-units"
+            f"the units of the {role} could not be found (seen: {', '.join(found) or 'no map'}): "
+            f"name them with --{role}-units"
         )
     say(f"{role} {getattr(config, role)}: heads go after {', '.join(found)}")
     return tuple(found)
@@ -1648,9 +1672,15 @@ class Data:
         return self.labels[self.train]
 
     def to(self, device: torch.device, share: float = 0.5) -> Data:
-        """On a device; images too large for this share of its free memory stay where they are."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}  # fmt: skip
-        return dataclasses.replace(self, **moved)
+        """On a device; images stay where they are if they take more of its free memory."""
+        moved = {
+            name: getattr(self, name).to(device) for name in ("labels", "train", "val", "test")
+        }
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        if self.images.nbytes <= share * free:
+            moved["images"] = self.images.to(device)
+        mapped = self.mapped and moved.get("images", self.images).device.type == "cpu"
+        return dataclasses.replace(self, **moved, mapped=mapped)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
@@ -1950,10 +1980,10 @@ def decode(files: list[Path], side: int, cache: Path) -> Tensor:
             sums = []
         os.truncate(images, min(len(sums) * CHUNK, len(files)) * size) if sums else None
         bar = Progress(len(files), "decoding", 0)
-        with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor(cores()) as pool:
+        with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor() as pool:
             for start in range(len(sums) * CHUNK, len(files), CHUNK):
-                chunk = list(pool.map(lambda f: decode_one(pil, f, side), files[start : start + CHUNK]))
-                content = b"".join(chunk)
+                chunk = files[start : start + CHUNK]
+                content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunk))
                 out.write(content)
                 out.flush()
                 os.fsync(out.fileno())
@@ -1986,7 +2016,7 @@ def decode_one(pil: Any, path: Path, side: int) -> bytes:
                 image = ImageOps.fit(image, (side, side), method=pil.Resampling.BILINEAR)
             return image.tobytes()
     except Exception as error:
-        raise UsageError(f"the image '{path}' cannot be read ({error}): mend or remove it") from error
+        raise UsageError(f"the image '{path}' cannot be read ({error}): remove it") from error
 
 
 SOURCES: dict[str, Callable[[Config], Source]] = {
@@ -2029,19 +2059,18 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
             held.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
         val = torch.cat(held).sort().values
         train = train[~torch.isin(train, val)]
-    digest = hashlib.sha256(repr((images.shape, classes, count)).encode() + labels.numpy().tobytes())
+    digest = hashlib.sha256(repr((images.shape, classes, count)).encode())
+    digest.update(labels.numpy())
     for part in images.split(1000):
         digest.update(part.numpy())
     if len(train) < 2 or config.val_fraction and not len(val):
         raise UsageError(f"there are {len(train)} images to train on and {len(val)} held out")
     if config.batch_size > len(train):
         raise UsageError(
-            f"--batch-size {config.batch_size} is larger than the data, {len(train)} training images"
+            f"--batch-size {config.batch_size} is larger than the {len(train)} training images"
         )
     mean, std = normalisation(config) or measure(images, train)
-    data = Data(
-        images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(), mapped
-    )
+    data = Data(images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(), mapped)
     return data.to(torch.device(device))
 
 
@@ -2069,10 +2098,6 @@ def measure(images: Tensor, places: Tensor) -> tuple[tuple[float, ...], tuple[fl
     mean = share @ value
     std = (share * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
     return tuple(round(m, 6) for m in mean.tolist()), tuple(round(s, 6) for s in std.tolist())
-
-
-def example_image(config: Config) -> Tensor:
-    return torch.zeros(1, 3, config.image_size, config.image_size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2139,7 +2164,7 @@ class Config:
     )  # fmt: skip
     student_init: str = of_networks("random", "and the student", rule=INIT)
     teacher_units: tuple[str, ...] | None = of_networks(
-        None, "submodules at whose ends heads go, layer1,layer2: the first three units", words, NAMES
+        None, "submodules that heads go after, layer1,layer2: the first three units", words, NAMES
     )
     student_units: tuple[str, ...] | None = of_networks(None, "and of the student", words, NAMES)
     method: str = field(
@@ -2206,7 +2231,10 @@ class Config:
     tensorboard: bool = of_machine(False, "write the log's figures for TensorBoard, too", bool)
 
     def __post_init__(self) -> None:
-        given = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        given = {
+            f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default
+        }
         self.__dict__["given"] = given | {"options": dict(self.options)}
         check_name("data set", self.dataset, SOURCES)
         methods = find_methods(self.method)
@@ -2217,7 +2245,7 @@ class Config:
             fields = (f for f in dataclasses.fields(self) if f.name.startswith("teacher"))
             fill |= {f.name: f.default for f in fields}
         elif not self.teacher:
-            raise UsageError(f"--teacher is missing: --method {self.method} needs one (ce does not)")
+            raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
         elif self.teacher_weights is not None:
             fill |= {"teacher_seed": 0, "teacher_init": "random"}  # nothing is trained with them
         for name in (self.student, fill.get("teacher", self.teacher)):
@@ -2276,8 +2304,8 @@ class Config:
         standard = Config(**who)
         mine, usual = ({**vars(c), **c.options} for c in (self, standard))
         usual["epochs"] = RECIPES[self.dataset]["epochs"]
-        names = [name for name in {**self.recorded(), **self.options} if name not in ("options", "seed")]
-        return {name: mine[name] for name in names if mine[name] != usual[name]}
+        names = {**self.recorded(), **self.options}.keys() - {"options", "seed"}
+        return {name: mine[name] for name in mine if name in names and mine[name] != usual[name]}
 
 
 def foreign_option(name: str, method: str) -> str:
@@ -2514,10 +2542,6 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Progress:
     """A bar with rate and time left on a terminal, where tqdm is installed; elsewhere lines."""
 
@@ -2537,8 +2561,9 @@ class Progress:
         left = int((config.epochs - entry["epoch"]) * entry["seconds"])
         text = (
             f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
-            f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  train {entry['train_accuracy']:.2f} %  "
-            f"test {entry['test_accuracy']:.2f} %  {entry['images_per_second']:.0f} images/s  "
+            f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
+            f"train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
+            f"{entry['images_per_second']:.0f} images/s  "
             f"{left // 60}:{left % 60:02d} left"
         )
         self.bar.set_postfix_str(text[:60]) if self.bar else say(text)
@@ -2671,9 +2696,9 @@ class Parser(argparse.ArgumentParser):
 def add_option(group: Any, name: str, option: Option) -> None:
     flag, default, help = f"--{name.replace('_', '-')}", option.default, option.help
     if option.parse is bool:
-        off = default is not False
-        flag = f"--no-{name}" if off else flag
-        group.add_argument(flag, dest=name, action=f"store_{str(not off).lower()}", default=default, help=help)
+        flag = flag if default is False else f"--no-{flag[2:]}"
+        action = "store_true" if default is False else "store_false"
+        group.add_argument(flag, dest=name, action=action, default=None, help=help)
         return
     if default is not None:
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
@@ -2682,8 +2707,10 @@ def add_option(group: Any, name: str, option: Option) -> None:
     group.add_argument(flag, type=option.parse, default=None, help=help, metavar=metavar)
 
 
-def parse_config(arguments: Sequence[str], extra: Callable[[Parser], None] = lambda p: None) -> tuple[argparse.Namespace, dict]:
-    """The command line: what `extra` has added, and the arguments for Config."""
+def parse_config(
+    arguments: Sequence[str], extra: Callable[[Parser], None] = lambda parser: None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command line: all that was given, with what `extra` adds; and the arguments of Config."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", default=Config.method)
     methods = find_methods(first.parse_known_args(arguments)[0].method)

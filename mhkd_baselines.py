@@ -149,7 +149,7 @@ class CRDLoss(nn.Module):
     from the teacher bank which row is its own sample's among rows of other classes, and the
     reverse. With anchor v, bank row u and N samples
 
-        P(u) = exp(v.u / tau) / Z,    Z = N * mean of exp(v.u / tau) over the first batch, then fixed
+        P(u) = exp(v.u / tau) / Z,  Z = N * mean of exp(v.u / tau) over the first batch, then fixed
         loss = - 1/B sum_b [ log P+ / (P+ + m/N + eps) + sum over m negatives of
                              log (m/N) / (P- + m/N + eps) ]
 
