@@ -390,17 +390,16 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
     note only what runs in this thread. An output is copied: the next layer may work in place.
     """
     seen: list[tuple] = []
-    compiling = torch.compiler.is_compiling()
-    thread = None if compiling else threading.get_ident()
+    thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     def note(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if thread is None or threading.get_ident() == thread:
+            if torch.compiler.is_compiling() or threading.get_ident() == thread:
                 seen.append((name, args, output.clone() if isinstance(output, Tensor) else output))
 
         return hook
 
-    if compiling:  # torch.compile follows assignments, but no registration of hooks
+    if thread is None:  # torch.compile follows assignments, but no registration of hooks
         before = {name: module._forward_hooks for name, module in modules.items()}
         for name, module in modules.items():
             module._forward_hooks = {**before[name], -1: note(name)}
