@@ -2678,7 +2678,7 @@ def add_option(group: Any, name: str, option: Option) -> None:
     flag, default, help = f"--{name.replace('_', '-')}", option.default, option.help
     if option.parse is bool:
         off = default is not False
-        flag = f"--no-{name}" if off else flag
+        flag = f"--no-{flag[2:]}" if off else flag
         group.add_argument(flag, dest=name, action=f"store_{str(not off).lower()}", default=default, help=help)
         return
     if default is not None:
