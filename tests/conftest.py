@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,10 +57,11 @@ def listing(folder):
 # Processes that can be killed, at a fraction of the start of Python and PyTorch
 
 
-def _child(arguments, output, die):
+def _child(arguments, output, die, environment):
     """mhkd.py in this process. die: (a function of os, its count), at which it kills itself."""
     import mhkd
 
+    os.environ.update(environment)
     if output is not None:
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
@@ -80,13 +82,27 @@ def _child(arguments, output, die):
     sys.exit(mhkd.main(arguments))
 
 
-def start(*arguments, output=os.devnull, die=None):
-    """mhkd.py as a process that is forked from one that has imported PyTorch and not used it."""
+def fork(target, *arguments):
+    """A process that is forked from one that has imported PyTorch and has not used it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mhkd", "sklearn.datasets", "pytest", "torch._dynamo"])
-    process = context.Process(target=_child, args=([*map(str, arguments)], str(output), die))
+    process = context.Process(target=target, args=arguments)
     process.start()
     return process
+
+
+def start(*arguments, output=os.devnull, die=None, environment=()):
+    """mhkd.py as a forked process, its output in a file."""
+    return fork(_child, [*map(str, arguments)], str(output), die, dict(environment))
+
+
+def environments(processes):
+    """What torchrun tells each of its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
 
 
 def end_of(process, timeout=120):

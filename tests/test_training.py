@@ -17,7 +17,9 @@ import time
 
 import pytest
 import torch
-from conftest import ALONE, HEADS, PAIR, ROOT, SCRIPT, TINY, end_of, listing, script, start
+from conftest import (
+    ALONE, HEADS, PAIR, ROOT, SCRIPT, TINY, end_of, environments, fork, listing, script, start,
+)  # fmt: skip
 
 import mhkd
 
@@ -569,3 +571,200 @@ def test_another_seed_gives_other_initial_weights_and_batches(steps_of):
     (one, batches), (other, others) = (steps_of("--method", "ce", "--seed", s) for s in (0, 1))
     assert not torch.equal(one[0], other[0])
     assert not torch.equal(batches[0][0], others[0][0])
+
+
+# Several processes
+
+
+def test_two_processes_of_torchrun_killed_and_started_again_train_one_and_the_same_student(
+    tmp_path,
+):
+    options = [*PAIR, *TINY, *HEADS, "--method", "crd+mhkd", "--beta", "0", "--negatives", "50"]
+    options = [*options, "--out", str(tmp_path / "killed")]
+    for die in (("replace", 5), ("replace", 8)):  # the teacher's epochs, the student's
+        environment = environments(2)
+        first, second = (start(*options, die=d, environment=e) for d, e in
+                         zip((die, None), environment))  # fmt: skip
+        assert end_of(first) == -signal.SIGKILL
+        second.kill()
+        end_of(second)
+    both = [start(*options, environment=environment) for environment in environments(2)]
+    assert [end_of(process) for process in both] == [0, 0]
+    command = [*TORCHRUN, str(SCRIPT), *options[:-1], str(tmp_path / "torchrun")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(epochs_said(done.stdout, "resnet8 crd+mhkd")) == 2
+    (killed,), (wanted,) = (tmp_path.glob(f"{n}/*crd+mhkd*processes=2*") for n in
+                            ("killed", "torchrun"))  # fmt: skip
+    assert read(wanted / "result.json")["config"]["processes"] == 2
+    assert_same_run(killed, wanted)
+
+
+def _spied(environment, folder):
+    """A run of one epoch as one of two processes, which saves what each step saw and drew."""
+    os.environ.update(environment)
+    forward, seen = mhkd.Distiller.forward, []
+
+    def spy(self, images, labels, indices):
+        seen.append((images, labels, indices, torch.get_rng_state()))
+        return forward(self, images, labels, indices)
+
+    mhkd.Distiller.forward = spy
+    assert mhkd.main([*ALONE, "--epochs", "1", "--out", str(folder)]) == 0
+    torch.save(seen, folder / f"seen{environment['RANK']}.pt")
+
+
+def test_each_of_two_processes_has_its_share_of_every_batch_and_draws_of_its_own(tmp_path):
+    processes = [fork(_spied, environment, tmp_path) for environment in environments(2)]
+    assert [end_of(process) for process in processes] == [0, 0]
+    settings = {"dataset": "digits", "subset": 200, "epochs": 1, "batch_size": 40}
+    config = mhkd.Config(student="resnet8", method="ce", **settings)
+    whole = mhkd.epoch_batches(mhkd.load_data(config), config, 1)
+    seen = zip(*(torch.load(tmp_path / f"seen{i}.pt") for i in range(2)), strict=True)
+    for (images, labels, indices), both in zip(whole, seen, strict=True):
+        assert [len(part[2]) for part in both] == [20, 20]
+        assert not torch.equal(both[0][3], both[1][3])  # dropout masks, CRD's draws
+        found = (torch.cat([part[i] for part in both]) for i in range(3))
+        order = torch.cat([part[2] for part in both]).argsort()
+        for a, b in zip(found, (images, labels, indices)):
+            assert torch.equal(a[order], b[indices.argsort()])
+
+
+def test_world_size_alone_makes_no_run_one_of_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(tmp_path, *ALONE, "--epochs", "1") == 0
+    result = read(folder_of(tmp_path) / "result.json")
+    assert result["config"]["processes"] == 1 and "processes" not in result["name"]
+
+
+# Recipes and names
+
+
+@pytest.mark.parametrize("values, wanted", [
+    ({"dataset": "cifar100"}, (240, 64, 0.05, (150, 180, 210), 0.5, 32, True)),
+    ({"dataset": "svhn"}, (150, 200, 0.001, (80, 110, 135), 5.0, 32, True)),
+    ({"student": "mobilenetv2"}, (240, 64, 0.01, (150, 180, 210), 0.5, 32, True)),
+    ({"student": "shufflenetv2", "dataset": "cifar10"}, (240, 64, 0.01, (150, 180, 210), 0.5, 32, True)),
+    ({"dataset": "svhn", "student": "shufflenetv2"}, (150, 200, 0.001, (80, 110, 135), 5.0, 32, True)),
+    ({"dataset": "digits"}, (30, 64, 0.05, (19, 23, 26), 0.5, 16, False)),
+    ({"epochs": 24}, (24, 64, 0.05, (15, 18, 21), 0.5, 32, True)),
+    ({"epochs": 24, "lr_steps": (20,)}, (24, 64, 0.05, (20,), 0.5, 32, True)),
+    ({"dataset": "svhn", "epochs": 30}, (30, 200, 0.001, (16, 22, 27), 5.0, 32, True)),
+    ({"student": "mobilenetv2", "lr": 0.05}, (240, 64, 0.05, (150, 180, 210), 0.5, 32, True)),
+    ({"options": {"beta": 0.0}, "flip": False}, (240, 64, 0.05, (150, 180, 210), 0.0, 32, False)),
+], ids=str)  # fmt: skip
+def test_defaults_are_the_papers_recipes_with_milestones_that_scale(values, wanted):
+    c = mhkd.Config(**({"teacher": "resnet32x4", "student": "vgg8"} | values))
+    assert (c.epochs, c.batch_size, c.lr, c.lr_steps) == wanted[:4]
+    assert (c.options["beta"], c.image_size, c.flip) == wanted[4:]
+    assert (c.options["tau"], c.options["alpha"], c.momentum, c.weight_decay) == (4, 0.9, 0.9, 5e-4)
+    heads = (64, 2) if c.dataset == "digits" else (256, 1)
+    assert (c.options["head_width"], c.options["head_stride"]) == heads
+
+
+def test_a_changed_configuration_is_filled_anew_from_the_recipe():
+    config = mhkd.Config("resnet32x4", "vgg8", lr_decay=0.2).replace(student="mobilenetv2")
+    assert (config.lr, config.lr_decay) == (0.01, 0.2)
+    assert config.replace(dataset="svhn", epochs=30).lr_steps == (16, 22, 27)
+    teacher = config.of_teacher()
+    assert (teacher.student, teacher.teacher, teacher.method) == ("resnet32x4", None, "ce")
+    assert (teacher.lr, teacher.lr_decay) == (0.05, 0.2)
+
+
+def test_the_rate_falls_after_the_milestone_epochs(tmp_path):
+    assert run(tmp_path, *ALONE, "--epochs", "4", "--lr", "0.02", "--lr-steps", "1,3") == 0
+    rates = [entry["lr"] for entry in log_of(folder_of(tmp_path))]
+    assert rates == pytest.approx([0.02, 0.002, 0.002, 0.0002])
+
+
+OTHERS = {
+    "teacher": "vgg13", "student": "vgg11", "method": "kd", "dataset": "cifar10",
+    "teacher_units": ("layer1", "layer2"), "student_units": ("block1", "block0"), "epochs": 241,
+    "batch_size": 65, "lr": 0.051, "lr_steps": (150, 180), "lr_decay": 0.2, "momentum": 0.8,
+    "weight_decay": 1e-4, "crop_padding": 3, "crop_scale": 0.2, "flip": False, "image_size": 33,
+    "subset": 100, "seed": 1, "teacher_seed": 1, "precision": "bfloat16", "val_fraction": 0.1,
+    "teacher_init": "file:a.pt", "student_init": "file:a.pt",
+}  # fmt: skip
+OPTIONS = {
+    "mhkd": {"tau": 3.0, "alpha": 0.5, "beta": 1.0, "units": (1, 2), "head_width": 128,
+             "head_stride": 2},
+    "fitnet": {"gamma": 0.5, "kd_weight": 0.5, "fitnet_weight": 99.0},
+    "cc": {"cc_weight": 0.5, "embed_dim": 64},
+    "rkd": {"rkd_weight": 0.5},
+    "crd": {"crd_weight": 0.5, "crd_tau": 0.1, "negatives": 100},
+    "lsh": {"lsh_weight": 5.0, "lsh_bits": 16, "lsh_samples": "all"},
+    "dhkd": {"dhkd_weight": 0.5, "dhkd_tau": 1.0, "dhkd_head": "linear", "dhkd_align": False},
+}  # fmt: skip
+
+
+def name_of(sha256="0" * 64, **values):
+    nothing = torch.zeros(0, dtype=torch.int64)
+    parts = [nothing] * 5
+    data = mhkd.Data(*parts, [], 32, (), (), "f" * 64)
+    if "student_units" in values or "teacher_units" in values:  # both sides need as many
+        values = {"student_units": ("a", "b"), "teacher_units": ("a", "b")} | values
+    config = mhkd.Config(**({"teacher": "resnet32x4", "student": "vgg8"} | values))
+    return mhkd.record_of(config, data, mhkd.Teacher(None, sha256))["name"]
+
+
+def test_every_value_that_differs_gives_another_run_name():
+    fields = {f.name for f in dataclasses.fields(mhkd.Config) if f.metadata.get("group") != "machine"}
+    assert fields == {*OTHERS, "options"}
+    names = [name_of(), name_of(student_units=("a", "b")), name_of(method="crd+mhkd")]
+    names += [name_of(**{field: value}) for field, value in OTHERS.items()]
+    for method, options in OPTIONS.items():
+        assert options.keys() <= mhkd.method_options(mhkd.find_methods(method)).keys()
+        names += [name_of(method=method)] if method != "mhkd" else []
+        names += [name_of(method=method, options={o: value}) for o, value in options.items()]
+    names += [name_of(teacher_weights="t.pt", sha256=digit * 64) for digit in "12"]
+    assert len({*names}) == len(names)
+
+
+def test_a_run_name_tells_who_and_what_is_not_the_default():
+    name = name_of(seed=3, options={"tau": 2.0})
+    assert name == "cifar100-resnet32x4-vgg8-mhkd-seed3-tau=2.0"
+    same = {"epochs": 240, "lr": 0.05, "lr_steps": (150, 180, 210), "options": {"beta": 0.5}}
+    assert name_of(**same) == name_of()
+
+
+def test_a_long_list_of_options_gives_names_that_a_file_system_takes_and_that_still_differ():
+    many = {name: value for name, value in OTHERS.items() if name not in ("method", "lr")}
+    long = [name_of(**many, lr=lr) for lr in (0.1234, 0.4321)]
+    assert all(len(name.encode()) <= 255 for name in long)
+    assert long[0] != long[1]
+
+
+# Other ways to use it
+
+
+def test_import_prints_nothing_and_needs_torch_alone_even_copied_elsewhere(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    code = (
+        "import sys, torch; before = set(sys.modules); import mhkd;"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names;"
+        "assert new == {'mhkd'}, new"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_version_is_shown_with_that_of_pytorch(capsys):
+    assert mhkd.main(["--version"]) == 0
+    shown = capsys.readouterr().out
+    assert mhkd.__version__ in shown and torch.__version__ in shown
+
+
+def test_a_class_added_to_methods_is_a_method_with_its_options(tmp_path, monkeypatch):
+    class Share(mhkd.CrossEntropy):
+        final_options = {"share": mhkd.Option(0.5, "of the cross-entropy")}
+
+        def final_terms(self, batch):
+            return {"part": self.options.share * super().final_terms(batch)["ce"]}
+
+    monkeypatch.setitem(mhkd.METHODS, "share", Share)
+    for out, options, share in (("half", [], 0.5), ("all", ["--share", "1"], 1)):
+        assert run(tmp_path / out, *ALONE, "--method", "share", *options) == 0
+        folder = folder_of(tmp_path / out, method="share")
+        assert read(folder / "config.json")["config"]["options"] == {"share": share}
+    losses = [log_of(folder_of(tmp_path / out, method="share"))[0]["part"] for out in ("half", "all")]
+    assert losses[1] > 1.5 * losses[0]
