@@ -1175,6 +1175,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 for method in distiller.methods:
                     torch.manual_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
+            board = tensorboard(folder, log) if config.tensorboard and is_main() else None
             bar = Progress(config.epochs * len(data.train), config.student, len(log))
             for epoch in range(len(log) + 1, config.epochs + 1):
                 started = time.perf_counter()
@@ -1205,6 +1206,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 entry["seconds"] = round(seconds, 3)
                 log.append(entry)
                 save(folder, record, distiller, optimizer, log)
+                board and board(entry)
                 bar.line(config, entry)
             return finish(folder, record, config, data, distiller, log)
 
@@ -1408,6 +1410,23 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
     state = f"goes on after epoch {len(log)} of" if log else "begins:"
     say(f"'{folder}' {state} {config.epochs} epochs on {device}")
     return log
+
+
+def tensorboard(folder: Path, log: list[dict[str, Any]]) -> Callable[[dict], None]:
+    """A function that shows an entry of the log there; what is in the log is shown anew."""
+    tool = import_optional("torch.utils.tensorboard", "tensorboard", "--tensorboard")
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    writer = tool.SummaryWriter(folder)
+
+    def show(entry: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            writer.add_scalar(name, value, entry["epoch"])
+        writer.flush()
+
+    for entry in log:
+        show(entry)
+    return show
 
 
 def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
