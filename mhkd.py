@@ -412,6 +412,7 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
     try:
         return model(x), seen
     finally:
+        thread = 0  # hooks in a copy that somebody has made meanwhile note nothing more
         with _registering:
             for handle in handles:
                 handle.remove()
