@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+import gc
 import io
 import pickle
 import sys
-import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,9 +51,8 @@ def of_twelve_pixels():
 
 
 def images(*shape, dtype=torch.float32, device="cpu", seed=7):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(
-        device
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype).to(device)
 
 
 def hooked(network):
@@ -197,17 +197,24 @@ def test_copies_and_files_of_the_plain_network_carry_nothing_of_ours_after_calls
     assert not hooked(again) and torch.equal(again(example), network.model(example))
 
 
-def test_a_copy_made_while_the_network_runs_works_and_disturbs_nothing():
+def tensors_alive():
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+def test_a_copy_made_while_the_network_runs_works_disturbs_nothing_and_keeps_no_features():
     network, copies = small().eval(), []
     x, y = images(2, 3, 8, 8), images(2, 3, 8, 8, seed=8)
     wanted = network(x)
-    handle = network.model.relu.register_forward_hook(
-        lambda *_: copies.append(copy.deepcopy(network.model))
-    )
+    theirs = network.model.relu
+    handle = theirs.register_forward_hook(lambda *_: copies.append(copy.deepcopy(network.model)))
     found = network(x)
     handle.remove()
+    same = [torch.equal(copies[0](y), network.model(y))]
+    before = tensors_alive()
+    same.append(torch.equal(copies[0](y), network.model(y)))
+    assert all(same) and tensors_alive() == before
     assert all(torch.equal(a, b) for a, b in zip(found, wanted))
-    assert torch.equal(copies[0](y), network.model(y))
     assert all(torch.equal(a, b) for a, b in zip(network(x), wanted))
 
 
@@ -239,21 +246,8 @@ def test_remove_gives_the_plain_network_and_a_later_call_is_told_so():
 
 def in_threads(calls):
     """The results of functions that run at the same time."""
-    results, start = [None] * len(calls), threading.Barrier(len(calls))
-
-    def run(i):
-        start.wait()
-        try:
-            results[i] = calls[i]()
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: call(), calls))
 
 
 @pytest.fixture
@@ -276,7 +270,6 @@ def test_threads_that_call_one_multihead_at_once_get_their_own_features(count, f
             return [network(x) for _ in range(60)]
 
     for found, right in zip(in_threads([lambda x=x: many(x) for x in inputs]), wanted):
-        assert not isinstance(found, Exception), found
         for outputs in found:  # another thread's input gives quite others
             torch.testing.assert_close(outputs, right)
     assert not hooked(network.model)
@@ -301,7 +294,6 @@ def test_replicas_as_data_parallel_makes_them_give_their_own_features(frozen, fr
         replicas = [replica_of(network) for _ in inputs]
         calls = [lambda r=r, x=x: r(x) for r, x in zip(replicas, inputs)]
         for found, x in zip(in_threads(calls), inputs):
-            assert not isinstance(found, Exception), found
             torch.testing.assert_close(found, network(x))
     network.zero_grad()
     replica_of(network)(inputs[0])[1].sum().backward()
@@ -480,15 +472,6 @@ def test_compiled_whole_it_gives_the_same_outputs_and_gradients(frozen):
         if p.grad is not None:
             torch.testing.assert_close(q.grad, p.grad)
     assert not hooked(compiled)
-
-
-def test_compiled_whole_with_inductor_it_gives_the_same_outputs(device):
-    network = mhkd.MultiHead(Small().to(device), ["unit"], 5, width=4).eval()
-    x = images(2, 3, 8, 8, device=device)
-    with torch.no_grad():
-        outputs = torch.compile(network, fullgraph=True)(x)
-        for found, wanted in zip(outputs, network(x)):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("replaces", [False, True])
