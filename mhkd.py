@@ -413,6 +413,7 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
     try:
         return model(x), seen
     finally:
+        thread = 0  # hooks in a copy that somebody has made meanwhile note nothing more
         with _registering:
             for handle in handles:
                 handle.remove()
@@ -1608,28 +1609,27 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
     modules = {name: module for name, module in model.named_modules() if name}
     _, seen = run_once(model, modules, image.repeat(2, 1, 1, 1))
     runs = [name for name, _, _ in seen]
-    layout, least = common_layout(seen, image), image.shape[-1]
-    maps: dict[str, int] = {}  # of submodules that run once and give maps: their side
-    inside: dict[str, set[int]] = {}  # the sides of those inside
+    layout = common_layout(seen, image)
+    maps: dict[str, int] = {}  # submodules that run once and give maps: how often that is halved
+    inside: dict[str, set[int]] = {}  # the same of those inside
     for name, _, out in seen:
         with contextlib.suppress(UsageError):
             B, _, side, other = as_map(out, layout_of(out, image, name, layout)).shape
-            # What is larger than a map before it is none: windows, attention's weights.
-            if runs.count(name) == 1 and B == 2 and least >= side == other > 1:
-                maps[name] = least = side
+            if runs.count(name) == 1 and B == 2 and side == other > 1:
+                maps[name] = round(math.log2(image.shape[-1] / side))
                 for parent in parents(name):
-                    inside.setdefault(parent, set()).add(side)
+                    inside.setdefault(parent, set()).add(maps[name])
     info = getattr(model, "feature_info", None) or []
     found = [f["module"] for f in info if isinstance(f, dict) and f.get("module") in maps]
     if len(found) >= 3 and len({maps[name] for name in found}) > 2:
         found = found[-4:-1] if len(found) > 3 else found
     else:
-        last: dict[int, str] = {}  # by side, in the order of the network
-        blocks: dict[tuple, list[str]] = {}  # those of one parent and kind that give one side
-        for name, side in maps.items():
+        last: dict[int, str] = {}  # by size, in the order of the network
+        blocks: dict[tuple, list[str]] = {}  # those of one parent, kind and size
+        for name, size in maps.items():
             if not any(parent in maps and len(inside[parent]) < 3 for parent in parents(name)):
-                last[side] = name
-            key = (name.rpartition(".")[0], type(modules[name]), side)
+                last[size] = name
+            key = (name.rpartition(".")[0], type(modules[name]), size)
             blocks.setdefault(key, []).append(name)
         found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
         if len(found) < 3:
