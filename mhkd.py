@@ -391,17 +391,16 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
     note only what runs in this thread. An output is copied: the next layer may work in place.
     """
     seen: list[tuple] = []
-    compiling = torch.compiler.is_compiling()
-    thread = None if compiling else threading.get_ident()
+    thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     def note(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if thread is None or threading.get_ident() == thread:
+            if torch.compiler.is_compiling() or threading.get_ident() == thread:
                 seen.append((name, args, output.clone() if isinstance(output, Tensor) else output))
 
         return hook
 
-    if compiling:  # torch.compile follows assignments, but no registration of hooks
+    if thread is None:  # torch.compile follows assignments, but no registration of hooks
         before = {name: module._forward_hooks for name, module in modules.items()}
         for name, module in modules.items():
             module._forward_hooks = {**before[name], -1: note(name)}
@@ -429,7 +428,8 @@ def layout_of(feature: Any, image: Any, name: str, layout: str | None) -> str:
         UsageError: it is no feature; or its shape could be read in two ways and no layout is given.
     """
     shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-    if isinstance(shape, list) and len(shape) == 3:
+    square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
+    if isinstance(shape, list) and len(shape) == 3 and square:
         for n in (0, 1, 2, 5):
             if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
                 return f"tokens+{n}"
@@ -446,6 +446,15 @@ def layout_of(feature: Any, image: Any, name: str, layout: str | None) -> str:
             'give layout="channels_first" or layout="channels_last"'
         )
     return "channels_last" if last and not first else "channels_first"
+
+
+def common_layout(seen: list[tuple], image: Tensor) -> str | None:
+    """ "channels_first" for a network in which no map has its channels last beyond doubt."""
+    layouts = set()
+    for name, _, out in seen:
+        with contextlib.suppress(UsageError):
+            layouts.add(layout_of(out, image, name, None))
+    return None if "channels_last" in layouts else "channels_first"
 
 
 def as_map(feature: Tensor, layout: str) -> Tensor:
@@ -484,7 +493,6 @@ class FeatureExtractor(nn.Module):
         self.model, self.num_classes, self.frozen = model, num_classes, frozen
         self.units = dict(units if isinstance(units, Mapping) else enumerate(units, 1))
         self.output, self.removed = output, False
-        layout = layout or ("channels_first" if type(model) in UNITS else None)
         modules = {name: module for name, module in model.named_modules() if name}
         for name in (*self.units.values(), *([classifier] if classifier else [])):
             check_name("submodule", name, modules)
@@ -497,8 +505,9 @@ class FeatureExtractor(nn.Module):
             got = list(logits.shape)
             raise UsageError(f"the network returns {got}, not logits [B, {num_classes}]")
         self.layouts, self.shapes = {}, {}
+        layout = layout or (common_layout(seen, example_input) if self.units else None)
         for unit, name in self.units.items():
-            feature = self._only(name, [out for other, _, out in seen if other == name])
+            feature = self._only(name, seen)
             self.layouts[unit] = layout_of(feature, example_input, name, layout)
             self.shapes[unit] = tuple(as_map(feature, self.layouts[unit]).shape[1:])
         linear = [name for name, _, _ in seen if isinstance(modules[name], nn.Linear)]
@@ -514,7 +523,8 @@ class FeatureExtractor(nn.Module):
             raise UsageError(f"the network returns {got}, not logits [B, K]: give output=...")
         return result
 
-    def _only(self, name: str, runs: list) -> Any:
+    def _only(self, name: str, seen: list[tuple]) -> Any:
+        runs = [out for other, _, out in seen if other == name]
         if len(runs) != 1:
             times = "did not run" if not runs else f"ran {len(runs)} times"
             raise UsageError(f"the submodule '{name}' {times} in this forward pass, not once")
@@ -539,16 +549,20 @@ class FeatureExtractor(nn.Module):
         names = [*self.units.values(), *([self.classifier] if self.classifier else [])]
         modules = {name: self.model.get_submodule(name) for name in names}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            logits, seen = watch(self.model, modules, x)
-        features = {}
+            result, seen = watch(self.model, modules, x)
+        logits, features = self._logits(result), {}
         for unit, name in self.units.items():
-            feature = self._only(name, [out for other, _, out in seen if other == name])
-            if not isinstance(feature, Tensor):
-                got = type(feature).__name__
-                raise UsageError(f"the submodule '{name}' returns {got}, not a feature")
-            features[unit] = as_map(feature, self.layouts[unit])
+            feature, layout = self._only(name, seen), self.layouts[unit]
+            got = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            dims = 3 if layout.startswith("tokens") else 4
+            if isinstance(got, str) or len(got) != dims or got[0] != logits.shape[0]:
+                raise UsageError(
+                    f"the submodule '{name}' returns {got} for {logits.shape[0]} images, not a "
+                    f"feature [B, C, H, W] or what it returned at first ({layout})"
+                )
+            features[unit] = as_map(feature, layout)
         inputs = [args for other, args, _ in seen if other == self.classifier]
-        return Outputs(self._logits(logits), features, inputs[-1][0] if inputs else None)
+        return Outputs(logits, features, inputs[-1][0] if inputs else None)
 
 
 class MultiHead(FeatureExtractor):
@@ -1572,11 +1586,17 @@ def library_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ..
     return None
 
 
+def parents(name: str) -> list[str]:
+    """Of "a.b.c", "a" and "a.b"."""
+    return [name[:i] for i, character in enumerate(name) if character == "."]
+
+
 def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tuple[str, ...]:
     """The names of the first units of a network: its own UNITS, timm's, or found by one run.
 
-    Found: the last submodule that runs at each size of the map, without the stem, the first three
-    (section 3.2). Where no map shrinks, as in a transformer, blocks at quarters of the depth.
+    Found: the last submodule that runs at each size of the map, but not inside of one that changes
+    the size; of five sizes or more without the first, the stem's; the first three (section 3.2).
+    Where no map shrinks, as in a transformer, blocks at quarters of the depth.
 
     Raises:
         UsageError: there are fewer than three (the message tells what was seen).
@@ -1586,31 +1606,35 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
     if type(model) in UNITS:
         return UNITS[type(model)]
     modules = {name: module for name, module in model.named_modules() if name}
-    _, seen = run_once(model, modules, image)
+    _, seen = run_once(model, modules, image.repeat(2, 1, 1, 1))
     runs = [name for name, _, _ in seen]
-    info = getattr(model, "feature_info", None)
-    info = [f for f in (info or []) if isinstance(f, dict) and runs.count(f.get("module")) == 1]
-    if len(info) >= 3 and len({f["reduction"] for f in info}) > 2:
-        found = [f["module"] for f in info][-4:-1] if len(info) > 3 else [f["module"] for f in info]
+    layout, least = common_layout(seen, image), image.shape[-1]
+    maps: dict[str, int] = {}  # of submodules that run once and give maps: their side
+    inside: dict[str, set[int]] = {}  # the sides of those inside
+    for name, _, out in seen:
+        with contextlib.suppress(UsageError):
+            B, _, side, other = as_map(out, layout_of(out, image, name, layout)).shape
+            # What is larger than a map before it is none: windows, attention's weights.
+            if runs.count(name) == 1 and B == 2 and least >= side == other > 1:
+                maps[name] = least = side
+                for parent in parents(name):
+                    inside.setdefault(parent, set()).add(side)
+    info = getattr(model, "feature_info", None) or []
+    found = [f["module"] for f in info if isinstance(f, dict) and f.get("module") in maps]
+    if len(found) >= 3 and len({maps[name] for name in found}) > 2:
+        found = found[-4:-1] if len(found) > 3 else found
     else:
-        last: dict[tuple, str] = {}  # by the size of the map, in the order of the network
-        tokens: dict[str, list[str]] = {}  # blocks of one parent that give the same tokens
-        for name, _, out in seen:
-            if not isinstance(out, Tensor) or out.dim() not in (3, 4) or runs.count(name) > 1:
-                continue
-            with contextlib.suppress(UsageError):
-                size = as_map(out, layout_of(out, image, name, None)).shape[2:]
-                if min(size) > 1:
-                    last[tuple(size)] = name
-                    if name.rpartition(".")[2].isdigit() or out.dim() == 3:
-                        key = f"{name.rpartition('.')[0]} {type(modules[name]).__name__} {size}"
-                        tokens.setdefault(key, []).append(name)
-        found = list(last.values())
-        found = found[1:4] if len(found) > 3 else found
+        last: dict[int, str] = {}  # by side, in the order of the network
+        blocks: dict[tuple, list[str]] = {}  # those of one parent and kind that give one side
+        for name, side in maps.items():
+            if not any(parent in maps and len(inside[parent]) < 3 for parent in parents(name)):
+                last[side] = name
+            key = (name.rpartition(".")[0], type(modules[name]), side)
+            blocks.setdefault(key, []).append(name)
+        found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
         if len(found) < 3:
-            blocks = max(tokens.values(), key=len, default=[])
-            quarters = [len(blocks) * i // 4 - 1 for i in (1, 2, 3)]
-            found = [blocks[i] for i in quarters] if len(blocks) >= 4 else found
+            most = max(blocks.values(), key=len, default=[])
+            found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
     if len(found) < 3:
         raise UsageError(
             f"the units of the {role} could not be found (seen: {', '.join(found) or 'no map'}): "
