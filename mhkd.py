@@ -886,8 +886,8 @@ class Option:
     rule: tuple[Callable[[Any], bool], str] | None = None
 
 
-POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
-NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a number not below 0")
+POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0 that float32 can hold")
+NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0 that float32 can hold")
 SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
 COUNT = (lambda v: 1 <= v < 2**31, "at least 1 and below 2^31")
 
@@ -1280,13 +1280,14 @@ def find_teacher(config: Config, data: Data) -> Teacher:
     """The teacher from its checkpoint, or trained with the same recipe, in a run of its own."""
     if not config.teacher:
         return Teacher()
+    model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     if config.teacher_weights:
         path, accuracy = Path(config.teacher_weights), None
     else:
+        Distiller(config, data, model)  # refuses at once what would fail after the teacher's run
         say(f"teacher {config.teacher}: without --teacher-weights its own run comes first")
         result = train(config.of_teacher(), data)
         path, accuracy = Path(config.out) / result["name"] / "student.pt", result["accuracy"]
-    model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     teacher = Teacher(load_weights(model, path).to(data.device), sha256_of(path), accuracy)
     if accuracy is None:
         teacher.accuracy = evaluate(model, data)["accuracy"]
@@ -1382,19 +1383,19 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
 
     Writes config.json, with every surroundings that the run has been in.
     """
-    path = next((folder / n for n in CHECKPOINTS if (folder / n).is_file()), None)
+    paths = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
     log: list[dict[str, Any]] = []
-    if path:
+    if paths:
         try:
-            state = load_file(path)
+            state = load_file(paths[0])
             before, log = json.loads(state["record"]), json.loads(state["log"])
             refuse_another(folder, before, record)
             distiller.load_state_dict(state["distiller"])
             optimizer.load_state_dict(state["optimizer"])
-        except UsageError:
-            raise
         except Exception as error:
-            raise UsageError(f"'{path}' cannot be used ({first_line(error)}): remove it") from error
+            rest = ", and the run goes on from the one before" if paths[1:] else ""
+            reason = first_line(error)
+            raise UsageError(f"'{paths[0]}' cannot be used ({reason}): remove it{rest}") from error
     config, device = distiller.config, next(distiller.student.parameters()).device
     here = environment(config, device)
     written = read_json(folder / "config.json") or {}
@@ -2122,6 +2123,11 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
     if config.teacher_weights:
         content = load_file(Path(config.teacher_weights))
         if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
+            try:
+                mean, std = torch.tensor([content["mean"], content["std"]]).view(2, 3).tolist()
+            except (TypeError, ValueError, RuntimeError) as error:
+                path = config.teacher_weights
+                raise UsageError(f"'{path}' has a damaged mean or std ({error})") from error
             return tuple(content["mean"]), tuple(content["std"])
     first = "teacher" if config.teacher else "student"
     known = None
@@ -2264,7 +2270,9 @@ class Config:
         "processor with AVX512_BF16 or AMX; auto: float32, on CUDA with tf32 in convolutions",
         rule=one_of("auto", "float32", "tf32", "bfloat16"),
     )  # fmt: skip
-    teacher_weights: str | None = of_machine(None, "checkpoint of the teacher: it is trained first")
+    teacher_weights: str | None = of_machine(
+        None, "checkpoint of the teacher: it is trained first", rule=(len, "a file")
+    )
     data: str = of_machine("data", "folder of the data; downloads go there")
     out: str = of_machine("runs", "where run folders go")
     device: str | None = of_machine(None, "cpu, cuda, cuda:1, mps: the best there is")
@@ -2421,7 +2429,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
             raise ValueError(f"it must have {', '.join(keys)}")
         if content.get("sha256") != seal(content):
             raise ValueError("its checksum is not that of its content")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"'{path}' is damaged ({error}): move its folder away") from error
     return content
 
@@ -2476,7 +2484,9 @@ def load_file(path: Path) -> Any:
             with zipfile.ZipFile(path) as file:
                 if bad := file.testzip():
                     raise ValueError(f"the checksum of its part {bad} is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the benchmark's options
+        safe = [argparse.Namespace]  # the benchmark's options
+        with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
@@ -2495,8 +2505,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = content.get("model", content.get("state_dict", content))
     dense = isinstance(content, dict) and all(
-        isinstance(t, Tensor) and t.layout == torch.strided and not t.is_complex() and not t.is_meta
-        for t in content.values()
+        isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided
+        and not t.is_complex() and not t.is_meta
+        for name, t in content.items()
     )
     if not dense:
         raise UsageError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
@@ -2679,6 +2690,8 @@ def surroundings(config: Config) -> Iterator[torch.device]:
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)) if several else None)
     if config.precision == "tf32" and device.type != "cuda":
         raise UsageError(f"--precision tf32 is for CUDA, and this is {device}: use auto or float32")
+    if config.backend == "fused" and not loss_backend().startswith("fused"):
+        raise UsageError("--backend fused: the fused kernel is not installed: use auto")
     start = several and not dist.is_initialized()
     if start:  # others wait while the first one waits for another run's teacher, or downloads
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -2802,7 +2815,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line("mhkd.py", run)
 
 
-class Terminated(Exception):
+class Terminated(BaseException):
     """SIGTERM."""
 
 
