@@ -103,7 +103,9 @@ def test_a_value_that_makes_no_sense_is_named_with_what_it_must_be(option, value
     if option == "--units" and value == "4":
         assert_says(sentence, "has no unit 4")
     else:
-        assert_says(sentence, f"{option} must be ", f"not {value}\n")
+        words, _, shown = sentence.removesuffix("\n").rpartition(", not ")
+        assert f"{option} must be " in words
+        assert shown == value or float(shown) == float(value)
     assert refused.made == []
 
 
@@ -123,11 +125,9 @@ def test_a_precision_that_the_device_has_not_is_refused(refused):
 
 
 def test_the_fused_backend_is_refused_where_it_is_not_installed(refused, monkeypatch):
-    monkeypatch.setattr(mhkd, "_fused_is_there", False, raising=False)
-    if mhkd.loss_backend().startswith("fused"):
-        pytest.skip("it is installed")
-    options = ["--epochs", "1", "--subset", "80", "--backend", "fused"]
-    assert_says(refused(*MHKD, *options), "fused", "not installed")
+    monkeypatch.setattr(mhkd, "loss_backend", lambda: "reference (fused kernel not installed)")
+    assert_says(refused(*MHKD, "--backend", "fused"), "--backend fused", "not installed")
+    assert refused.made == []
 
 
 def test_what_asks_for_more_memory_than_there_is_says_how_much(refused):
@@ -233,7 +233,7 @@ def test_a_folder_that_cannot_be_read_is_named_and_nothing_left_out(
     place, refused, images, monkeypatch
 ):
     (images / place).mkdir(exist_ok=True)
-    shutil.copy(images / "train" / "a" / "0.png", images / place)
+    shutil.copy(images / "test" / "a" / "0.png", images / place)
     with no_access(monkeypatch, images / place):
         assert_says(refused(*of_folder(images)), str(images / place), "ermission denied")
 
@@ -440,7 +440,7 @@ def test_a_signal_is_no_error_that_somebody_catches(monkeypatch, with_weights, t
     assert mhkd.main(options) == 143
 
 
-@pytest.mark.parametrize("arguments", [ALONE, ["--help"], ["--version"]], ids=lambda a: a[0])
+@pytest.mark.parametrize("arguments", [ALONE, ["--version"]], ids=lambda a: a[0])
 def test_output_that_nobody_takes_ends_without_a_traceback(arguments, tmp_path):
     with open("/dev/full", "w") as full:
         done = script(*arguments, "--out", tmp_path, stdout=full)
@@ -449,4 +449,4 @@ def test_output_that_nobody_takes_ends_without_a_traceback(arguments, tmp_path):
     os.close(reader)
     done = script(*arguments, "--out", tmp_path, stdout=writer)
     os.close(writer)
-    assert done.returncode != 0 and done.stderr.count("\n") <= 1, done.stderr
+    assert done.returncode != 0 and done.stderr.count("\n") == 1, done.stderr
