@@ -1159,6 +1159,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         record = record_of(config, data, teacher)
         folder = Path(config.out) / record["name"]
         with locked(folder, f"another run is at work on '{folder}'"):
+            wait_for_all()
             if finished := find_result(folder, record):
                 return finished
             distiller = Distiller(config, data, teacher.model)
@@ -1176,7 +1177,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     torch.manual_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
             board = tensorboard(folder, log) if config.tensorboard and is_main() else None
-            bar = Progress(config.epochs * len(data.train), config.student, len(log))
+            N = len(data.train)
+            bar = Progress(config.epochs * N, config.student, len(log) * N)
             for epoch in range(len(log) + 1, config.epochs + 1):
                 started = time.perf_counter()
                 torch.manual_seed(seed_of(config.seed, epoch, rank()))  # of dropout, CRD's draws
@@ -1952,7 +1954,8 @@ def list_images(root: Path) -> tuple[list[list[tuple[Path, int]]], list[str]]:
         files.append([])
         for label, name in enumerate(names[0]):
             found = []
-            for folder, _, entries in os.walk(part / name, onerror=refuse):
+            for folder, below, entries in os.walk(part / name, onerror=refuse):
+                entries += [d for d in below if os.path.islink(os.path.join(folder, d))]
                 for entry in entries:
                     kind = Path(entry).suffix.lower()
                     if kind in IMAGE_FILES:
@@ -2023,17 +2026,25 @@ def decode(files: list[Path], side: int, cache: Path) -> Tensor:
         else:
             sums = []
         os.truncate(images, min(len(sums) * CHUNK, len(files)) * size) if sums else None
-        bar = Progress(len(files), "decoding", 0)
-        with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor() as pool:
-            for start in range(len(sums) * CHUNK, len(files), CHUNK):
-                chunk = files[start : start + CHUNK]
-                content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunk))
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-                sums.append(hashlib.sha256(content).hexdigest())
-                write_json(index, {"chunks": sums})
-                bar.update(len(chunk))
+        todo = range(len(sums) * CHUNK, len(files), CHUNK)
+        if todo:
+            say(f"decodes {len(files) - todo[0]} images into '{folder}'; old ones beside it may go")
+        bar = Progress(len(files), "decoding", len(sums) * CHUNK)
+        try:
+            with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor() as pool:
+                for start in todo:
+                    chunk = files[start : start + CHUNK]
+                    content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunk))
+                    out.write(content)
+                    out.flush()
+                    os.fsync(out.fileno())
+                    sums.append(hashlib.sha256(content).hexdigest())
+                    write_json(index, {"chunks": sums})
+                    bar.update(len(chunk))
+        except OSError as error:
+            raise UsageError(
+                f"'{images}' could not be written ({error}); with that mended, the decoding goes on"
+            ) from error
     store = torch.from_file(str(images), shared=False, size=len(files) * size, dtype=torch.uint8)
     return store.view(len(files), side, side, 3)
 
@@ -2468,7 +2479,6 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
             except BlockingIOError:
                 say(f"{waiting}: waiting for it")
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        wait_for_all()
         yield
     finally:
         if handle is not None:
@@ -2599,13 +2609,13 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
 class Progress:
     """A bar with rate and time left on a terminal, where tqdm is installed; elsewhere lines."""
 
-    def __init__(self, total: int, title: str, epochs: int):
+    def __init__(self, total: int, title: str, done: int):
         self.bar = None
         if is_main() and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
 
-                self.bar = tqdm(total=total, desc=title, unit=" images", unit_scale=True)
+                self.bar = tqdm(None, title, total, unit=" images", unit_scale=True, initial=done)
 
     def update(self, images: int) -> None:
         if self.bar:
