@@ -887,8 +887,8 @@ class Option:
     rule: tuple[Callable[[Any], bool], str] | None = None
 
 
-POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
-NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a number not below 0")
+POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0 that float32 can hold")
+NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0 that float32 can hold")
 SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
 COUNT = (lambda v: 1 <= v < 2**31, "at least 1 and below 2^31")
 
@@ -1160,6 +1160,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         record = record_of(config, data, teacher)
         folder = Path(config.out) / record["name"]
         with locked(folder, f"another run is at work on '{folder}'"):
+            wait_for_all()
             if finished := find_result(folder, record):
                 return finished
             distiller = Distiller(config, data, teacher.model)
@@ -1177,7 +1178,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     torch.manual_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
             board = tensorboard(folder, log) if config.tensorboard and is_main() else None
-            bar = Progress(config.epochs * len(data.train), config.student, len(log))
+            N = len(data.train)
+            bar = Progress(config.epochs * N, config.student, len(log) * N)
             for epoch in range(len(log) + 1, config.epochs + 1):
                 started = time.perf_counter()
                 torch.manual_seed(seed_of(config.seed, epoch, rank()))  # of dropout, CRD's draws
@@ -1281,13 +1283,14 @@ def find_teacher(config: Config, data: Data) -> Teacher:
     """The teacher from its checkpoint, or trained with the same recipe, in a run of its own."""
     if not config.teacher:
         return Teacher()
+    model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     if config.teacher_weights:
         path, accuracy = Path(config.teacher_weights), None
     else:
+        Distiller(config, data, model)  # refuses at once what would fail after the teacher's run
         say(f"teacher {config.teacher}: without --teacher-weights its own run comes first")
         result = train(config.of_teacher(), data)
         path, accuracy = Path(config.out) / result["name"] / "student.pt", result["accuracy"]
-    model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     teacher = Teacher(load_weights(model, path).to(data.device), sha256_of(path), accuracy)
     if accuracy is None:
         teacher.accuracy = evaluate(model, data)["accuracy"]
@@ -1383,19 +1386,19 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
 
     Writes config.json, with every surroundings that the run has been in.
     """
-    path = next((folder / n for n in CHECKPOINTS if (folder / n).is_file()), None)
+    paths = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
     log: list[dict[str, Any]] = []
-    if path:
+    if paths:
         try:
-            state = load_file(path)
+            state = load_file(paths[0])
             before, log = json.loads(state["record"]), json.loads(state["log"])
             refuse_another(folder, before, record)
             distiller.load_state_dict(state["distiller"])
             optimizer.load_state_dict(state["optimizer"])
-        except UsageError:
-            raise
         except Exception as error:
-            raise UsageError(f"'{path}' cannot be used ({first_line(error)}): remove it") from error
+            rest = ", and the run goes on from the one before" if paths[1:] else ""
+            reason = first_line(error)
+            raise UsageError(f"'{paths[0]}' cannot be used ({reason}): remove it{rest}") from error
     config, device = distiller.config, next(distiller.student.parameters()).device
     here = environment(config, device)
     written = read_json(folder / "config.json") or {}
@@ -1951,7 +1954,8 @@ def list_images(root: Path) -> tuple[list[list[tuple[Path, int]]], list[str]]:
         files.append([])
         for label, name in enumerate(names[0]):
             found = []
-            for folder, _, entries in os.walk(part / name, onerror=refuse):
+            for folder, below, entries in os.walk(part / name, onerror=refuse):
+                entries += [d for d in below if os.path.islink(os.path.join(folder, d))]
                 for entry in entries:
                     kind = Path(entry).suffix.lower()
                     if kind in IMAGE_FILES:
@@ -2022,17 +2026,25 @@ def decode(files: list[Path], side: int, cache: Path) -> Tensor:
         else:
             sums = []
         os.truncate(images, min(len(sums) * CHUNK, len(files)) * size) if sums else None
-        bar = Progress(len(files), "decoding", 0)
-        with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor() as pool:
-            for start in range(len(sums) * CHUNK, len(files), CHUNK):
-                chunk = files[start : start + CHUNK]
-                content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunk))
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-                sums.append(hashlib.sha256(content).hexdigest())
-                write_json(index, {"chunks": sums})
-                bar.update(len(chunk))
+        todo = range(len(sums) * CHUNK, len(files), CHUNK)
+        if todo:
+            say(f"decodes {len(files) - todo[0]} images into '{folder}'; old ones beside it may go")
+        bar = Progress(len(files), "decoding", len(sums) * CHUNK)
+        try:
+            with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor() as pool:
+                for start in todo:
+                    chunk = files[start : start + CHUNK]
+                    content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunk))
+                    out.write(content)
+                    out.flush()
+                    os.fsync(out.fileno())
+                    sums.append(hashlib.sha256(content).hexdigest())
+                    write_json(index, {"chunks": sums})
+                    bar.update(len(chunk))
+        except OSError as error:
+            raise UsageError(
+                f"'{images}' could not be written ({error}); with that mended, the decoding goes on"
+            ) from error
     store = torch.from_file(str(images), shared=False, size=len(files) * size, dtype=torch.uint8)
     return store.view(len(files), side, side, 3)
 
@@ -2122,6 +2134,11 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
     if config.teacher_weights:
         content = load_file(Path(config.teacher_weights))
         if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
+            try:
+                mean, std = torch.tensor([content["mean"], content["std"]]).view(2, 3).tolist()
+            except (TypeError, ValueError, RuntimeError) as error:
+                path = config.teacher_weights
+                raise UsageError(f"'{path}' has a damaged mean or std ({error})") from error
             return tuple(content["mean"]), tuple(content["std"])
     first = "teacher" if config.teacher else "student"
     known = None
@@ -2233,7 +2250,9 @@ class Config:
     seed: int = fit(0, "of initial weights, batch order and augmentation", int, SEED)
     teacher_seed: int = fit(0, "of the teacher, where it is trained here", int, SEED)
     precision: str = fit("auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
-    teacher_weights: str = machine(None, "checkpoint of the teacher: it is trained first")
+    teacher_weights: str = machine(
+        None, "checkpoint of the teacher: it is trained first", str, (len, "a file")
+    )
     data: str = machine("data", "folder of the data; downloads go there")
     out: str = machine("runs", "where run folders go")
     device: str = machine(None, "cpu, cuda, cuda:1, mps: the best there is")
@@ -2386,7 +2405,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
             raise ValueError(f"it must have {', '.join(keys)}")
         if content.get("sha256") != seal(content):
             raise ValueError("its checksum is not that of its content")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"'{path}' is damaged ({error}): move its folder away") from error
     return content
 
@@ -2425,7 +2444,6 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
             except BlockingIOError:
                 say(f"{waiting}: waiting for it")
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        wait_for_all()
         yield
     finally:
         if handle is not None:
@@ -2441,7 +2459,9 @@ def load_file(path: Path) -> Any:
             with zipfile.ZipFile(path) as file:
                 if bad := file.testzip():
                     raise ValueError(f"the checksum of its part {bad} is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the benchmark's options
+        safe = [argparse.Namespace]  # the benchmark's options
+        with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
@@ -2460,8 +2480,12 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = content.get("model", content.get("state_dict", content))
     dense = isinstance(content, dict) and all(
-        isinstance(t, Tensor) and t.layout == torch.strided and not t.is_complex() and not t.is_meta
-        for t in content.values()
+        isinstance(name, str)
+        and isinstance(t, Tensor)
+        and t.layout == torch.strided
+        and not t.is_complex()
+        and not t.is_meta
+        for name, t in content.items()
     )
     if not dense:
         raise UsageError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
@@ -2553,13 +2577,13 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
 class Progress:
     """A bar with rate and time left on a terminal, where tqdm is installed; elsewhere lines."""
 
-    def __init__(self, total: int, title: str, epochs: int):
+    def __init__(self, total: int, title: str, done: int):
         self.bar = None
         if is_main() and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
 
-                self.bar = tqdm(total=total, desc=title, unit=" images", unit_scale=True)
+                self.bar = tqdm(None, title, total, unit=" images", unit_scale=True, initial=done)
 
     def update(self, images: int) -> None:
         if self.bar:
@@ -2644,6 +2668,8 @@ def surroundings(config: Config) -> Iterator[torch.device]:
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)) if several else None)
     if config.precision == "tf32" and device.type != "cuda":
         raise UsageError(f"--precision tf32 is for CUDA, and this is {device}: use auto or float32")
+    if config.backend == "fused" and not loss_backend().startswith("fused"):
+        raise UsageError("--backend fused: the fused kernel is not installed: use auto")
     start = several and not dist.is_initialized()
     if start:  # others wait while the first one waits for another run's teacher, or downloads
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -2767,7 +2793,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line("mhkd.py", run)
 
 
-class Terminated(Exception):
+class Terminated(BaseException):
     """SIGTERM."""
 
 
