@@ -228,7 +228,7 @@ def print_plan(tables: Sequence[str], settings: Mapping[str, Any], **narrowed: S
 def arguments_of(config: Config) -> list[str]:
     """The command line of a configuration: what is not left to the recipe."""
     arguments = []
-    for name, value in {**config.given, "method": config.method, **config.given["options"]}.items():
+    for name, value in {"method": config.method, **config.given, **config.given["options"]}.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
