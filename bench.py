@@ -9,7 +9,6 @@ steps is the median of the ratios of neighbours in time, which a busy machine sl
 """
 
 import argparse
-import copy
 import functools
 import itertools
 import json
@@ -111,14 +110,6 @@ def liger_loss():
     return loss
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a large copy."""
-    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
-    target = torch.ones_like(source)
-    times = in_turn({"copy": lambda: target.copy_(source)}, [()], device, ROUNDS)["copy"]
-    return 2 * source.numel() * source.element_size() / statistics.median(times)
-
-
 def bench_loss(args, device: torch.device) -> dict:
     """Forward and backward of the loss with each backend."""
 
@@ -136,7 +127,9 @@ def bench_loss(args, device: torch.device) -> dict:
         name: lambda s, t, y, loss=loss: torch.autograd.grad(loss(s, t, y), s)
         for name, loss in losses.items()
     }
-    bandwidth = copy_bandwidth(device)
+    source, target = torch.ones(2, 2**28 if device.type == "cuda" else 2**26, device=device)
+    copies = in_turn({"copy": lambda: target.copy_(source)}, [()], device, ROUNDS)["copy"]
+    bandwidth = 2 * source.nbytes / statistics.median(copies)  # read and written
     print(f"a copy moves {bandwidth / 1e9:.1f} GB/s\n")
     print(f"{'shape':18} {'contestant':14} {'ms':>9} {'ratio':>6} {'of copy':>8} {'peak':>11}")
     rows = []
@@ -149,18 +142,19 @@ def bench_loss(args, device: torch.device) -> dict:
         times = {name: statistics.median(values) for name, values in taken.items()}
         logits = heads * batch * classes * dtype.itemsize  # bytes
         moved = 5 * logits  # forward: two reads; backward: two reads and the gradient
-        shape = {"heads": heads, "batch": batch, "classes": classes, "dtype": str(dtype)}
+        base = times.get("fused", times["plain PyTorch"])
         for name, median in times.items():
-            ratio, share = median / times.get("fused", median), moved / median / bandwidth
+            ratio, share = median / base, moved / median / bandwidth
             peak = peak_memory(functools.partial(contestants[name], *inputs[0]), device)
-            found = {"seconds": median, "slower_than_fused": ratio, "share_of_copy": share}
-            found |= {"peak_bytes": peak, "gradient_bytes": logits}
-            rows.append({**shape, "contestant": name, **found})
             title = f"{heads} x [{batch}, {classes}]"
+            row = {"shape": title, "dtype": str(dtype), "contestant": name, "seconds": median}
+            row |= {"ratio": ratio, "share_of_copy": share, "peak_bytes": peak}
+            rows.append({**row, "gradient_bytes": logits})
             print(f"{title:18} {name:14} {median * 1e3:9.3f} {ratio:6.1f} {share:8.0%}", end=" ")
             print(f"{peak / 2**20:7.2f} of {logits / 2**20:.2f} MiB", flush=True)
-    print("\nratio: time over the fused loss's. of copy: the logits read twice (there and back),")
-    print("the gradient written once, over time and bandwidth. peak: of it the gradients' part.")
+    print("\nratio: time over the fused loss's, where that is not installed over plain PyTorch's.")
+    print("of copy: bandwidth, for logits read twice and their gradients written, over a copy's.")
+    print("peak: memory, and the gradients' part of it.")
     return {"copy_bytes_per_second": bandwidth, "rows": rows}
 
 
@@ -168,20 +162,14 @@ def bench_loss(args, device: torch.device) -> dict:
 # bench.py step
 # --------------------------------------------------------------------------------------------------
 
+
 def random_data(config: mhkd.Config, images: int, device: torch.device) -> mhkd.Data:
     """Random images of 100 classes: the time of a step does not depend on what they show."""
-    generator, side = torch.Generator().manual_seed(0), config.image_size
-    pixels = torch.randint(256, (images, side, side, 3), generator=generator, dtype=torch.uint8)
-    labels, all_of_them = torch.randint(100, (images,), generator=generator), torch.arange(images)
-    classes, mean, std = [str(k) for k in range(100)], (0.5,) * 3, (0.25,) * 3
-    parts = all_of_them, all_of_them[:0], all_of_them[:0]
-    return mhkd.Data(pixels, labels, *parts, classes, side, mean, std, "").to(device)
-
-
-def sgd(config: mhkd.Config, distiller: mhkd.Distiller) -> torch.optim.Optimizer:
-    """That of train(), at a low rate: random labels would drive the loss away."""
-    parameters = [p for p in distiller.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, 1e-3, config.momentum, weight_decay=config.weight_decay)
+    side, places, none = config.image_size, torch.arange(images), torch.arange(0)
+    pixels = torch.randint(256, (images, side, side, 3), dtype=torch.uint8)
+    labels, classes = torch.randint(100, (images,)), [str(k) for k in range(100)]
+    parts = pixels, labels, places, none, none, classes
+    return mhkd.Data(*parts, side, (0.5,) * 3, (0.25,) * 3, "").to(device)
 
 
 class Ours:
@@ -192,7 +180,9 @@ class Ours:
         teacher = mhkd.build_model(config.teacher, len(data.classes)).to(data.device).eval()
         self.config, self.data, self.device = config, data, data.device
         self.distiller = mhkd.Distiller(config, data, teacher).train()
-        self.optimizer = sgd(config, self.distiller)
+        parameters = [p for p in self.distiller.parameters() if p.requires_grad]
+        settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+        self.optimizer = torch.optim.SGD(parameters, 1e-3, **settings)  # low, for random labels
 
     def batches(self):
         for epoch in itertools.count(1):
@@ -212,6 +202,10 @@ class Ours:
         """Shares of a step's parts, each run alone, forward and backward."""
         d, method, batches = self.distiller, self.distiller.methods[-1], self.batches()
         images, labels, _ = next(batches)
+
+        def leaf(tensor):
+            return tensor.detach().requires_grad_()
+
         teacher, student = d.observe(d.teacher, images), d.observe(d.student, images)
         features = {unit: leaf(feature) for unit, feature in student.features.items()}
         student = mhkd.Outputs(leaf(student.logits), features, None)
@@ -227,19 +221,14 @@ class Ours:
             "data": lambda: next(batches),
             "teacher": lambda: d.observe(d.teacher, images),
             "student": lambda: d.observe(d.student, images).logits.sum().backward(),
-            "heads": heads,
+            **({"heads": heads} if features else {}),
             "loss": lambda: mhkd.mhkd_loss(z_s, z_t, labels).backward(),
             "optimizer": self.optimizer.step,
         }
-        if not features:
-            del parts["heads"]
         taken = in_turn(parts, [()], self.device, rounds)
         medians = {part: statistics.median(values) for part, values in taken.items()}
         return {part: median / sum(medians.values()) for part, median in medians.items()}
 
-
-def leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_()
 
 class PilImages:
     """Images and labels as torchvision's data sets give them."""
@@ -260,16 +249,14 @@ class PilImages:
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-class Usual:
+class Usual(Ours):
     """The same work as it is usually written: images from PIL, a loss for each term, .item()."""
 
-    def __init__(self, ours: Ours, workers: int = 0):
-        self.config, self.device = ours.config, ours.device
-        self.distiller = copy.deepcopy(ours.distiller).to(memory_format=torch.contiguous_format)
-        self.optimizer = sgd(ours.config, self.distiller)
-        images, batch_size = PilImages(ours.config, ours.data), ours.config.batch_size
-        pinned = {"pin_memory": self.device.type == "cuda"}
-        self.loader = DataLoader(images, batch_size, shuffle=True, num_workers=workers, **pinned)
+    def __init__(self, config: mhkd.Config, data: mhkd.Data, workers: int = 0):
+        super().__init__(config, data)
+        self.distiller.to(memory_format=torch.contiguous_format)
+        how = {"shuffle": True, "num_workers": workers, "pin_memory": self.device.type == "cuda"}
+        self.loader = DataLoader(PilImages(config, data), config.batch_size, **how)
 
     def batches(self):
         for _ in itertools.count():
@@ -305,9 +292,10 @@ def bench_step(args, device: torch.device) -> dict:
         teacher, student = pair.split(":")
         settings = {"precision": args.precision, "batch_size": args.batch_size}
         config = mhkd.Config(teacher=teacher, student=student, method=method, **settings)
-        ways = {"ours": (ours := Ours(config, random_data(config, 20 * config.batch_size, device)))}
+        data = random_data(config, 20 * config.batch_size, device)
+        ways = {"ours": Ours(config, data)}
         if method in ("kd", "mhkd"):
-            ways["the usual way"] = Usual(ours, args.workers)
+            ways["the usual way"] = Usual(config, data, args.workers)
         batches = {name: way.batches() for name, way in ways.items()}
         steps = {name: lambda w=w, b=batches[name]: w.step(*next(b)) for name, w in ways.items()}
         taken = in_turn(steps, [()], device, args.rounds)
@@ -322,23 +310,17 @@ def bench_step(args, device: torch.device) -> dict:
             print(f"{title:42} {name:14} {rate:9.1f} {ratio:6.2f}", end=" ")
             print(f"{peak / 2**20:7.1f} MiB", flush=True)
         if len(ways) > 1:
-            row["shares"] = ours.parts(args.rounds)
-            print("  ours:", ", ".join(f"{p} {s:.1%}" for p, s in row["shares"].items()), flush=True)
+            row["shares"] = ways["ours"].parts(args.rounds)
+            print("  ours:", ", ".join(f"{part} {s:.1%}" for part, s in row["shares"].items()))
         rows.append(row)
     print(f"\nn = {args.rounds} steps of each. ratio: time over ours.")
     print("peak: of tensors in a step, gradients among them, beyond weights, momentum and data.")
     return {"rows": rows, "rounds": args.rounds, "workers": args.workers}
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     loss = commands.add_parser("loss", help="the fused loss beside plain PyTorch and torch.compile")
     loss.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -369,7 +351,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(", ".join(f"{name} {here[name]}" for name in names))
         result = {"environment": here, **args.run(args, device)}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
