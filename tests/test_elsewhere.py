@@ -135,7 +135,8 @@ def test_torchvisions_weights_are_taken_from_where_it_keeps_them(tmp_path, monke
     assert model(images(64)).shape == (2, 4)
 
 
-def test_timms_weights_that_cannot_be_downloaded_are_told_by_their_place(monkeypatch):
+@pytest.mark.parametrize("name", ["resnet10t", "pvt_v2_b0", "vit_tiny_patch16_224"])
+def test_timms_weights_that_cannot_be_downloaded_are_told_by_their_place(name, monkeypatch):
     create = timm.create_model
 
     def offline(name, pretrained=False, **keywords):
@@ -144,8 +145,8 @@ def test_timms_weights_that_cannot_be_downloaded_are_told_by_their_place(monkeyp
         return create(name, **keywords)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(mhkd.UsageError, match=r"\(no network\): put .*timm/resnet10t.*file:PATH"):
-        mhkd.build_model("timm:resnet10t", 4, "pretrained")
+    with pytest.raises(mhkd.UsageError, match=rf"\(no network\): put .*timm/{name}.*file:PATH"):
+        mhkd.build_model(f"timm:{name}", 4, "pretrained", 64)
 
 
 def test_a_librarys_normalisation_is_that_of_its_weights():
