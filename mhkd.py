@@ -1514,17 +1514,17 @@ def build_model(
     elif prefix == "timm":
         timm = import_optional("timm", "timm", f"the network {name}")
         check_name("network timm:", rest.split(".")[0], timm.list_models())
-        try:  # only those that must know it take an image size
-            model = timm.create_model(rest, num_classes=num_classes, img_size=image_size)
-        except TypeError:
-            model = timm.create_model(rest, num_classes=num_classes)
+        model = from_timm(rest, image_size, num_classes=num_classes)
     elif ".py:" in name:
         model = build_from_file(*name.rsplit(":", 1), num_classes)
     else:
         check_name("network", name, MODELS)
     if init == "random":
         return model
-    state = read_state(init[5:]) if init.startswith("file:") else pretrained_state(name, model)
+    if init.startswith("file:"):
+        state = read_state(init[5:])
+    else:
+        state = pretrained_state(name, model, image_size)
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     other = [k for k, s in wanted.items() if k not in state or tuple(state[k].shape) != s]
     for key in other:  # only a classifier may differ, in its number of classes
@@ -1535,6 +1535,15 @@ def build_model(
             )
     model.load_state_dict({k: state[k] for k in wanted if k not in other}, strict=False)
     return model
+
+
+def from_timm(name: str, image_size: int | None, **keywords: Any) -> nn.Module:
+    import timm
+
+    try:  # only those that must know it take an image size
+        return timm.create_model(name, img_size=image_size, **keywords)
+    except TypeError:
+        return timm.create_model(name, **keywords)
 
 
 def build_from_file(path: str, function: str, num_classes: int) -> nn.Module:
@@ -1551,7 +1560,7 @@ def build_from_file(path: str, function: str, num_classes: int) -> nn.Module:
     return model
 
 
-def pretrained_state(name: str, model: nn.Module) -> dict[str, Tensor]:
+def pretrained_state(name: str, model: nn.Module, image_size: int | None) -> dict[str, Tensor]:
     """The library's weights for a network of its, downloaded where they are not there."""
     prefix, _, rest = name.partition(":")
     try:
@@ -1562,12 +1571,9 @@ def pretrained_state(name: str, model: nn.Module) -> dict[str, Tensor]:
             where = f"{Path(weights.url).name} into '{Path(torch.hub.get_dir()) / 'checkpoints'}'"
             return weights.get_state_dict(progress=False)
         if prefix == "timm":
-            import timm
-
             cfg = model.pretrained_cfg
             where = f"the file of {cfg.get('hf_hub_id') or cfg.get('url')} anywhere, and name it"
-            size = {"img_size": model.patch_embed.img_size} if hasattr(model, "patch_embed") else {}
-            return timm.create_model(rest, pretrained=True, **size).state_dict()
+            return from_timm(rest, image_size, pretrained=True).state_dict()
     except Exception as error:
         raise UsageError(
             f"the pretrained weights of {name} cannot be had ({first_line(error)}): put {where}, "

@@ -135,7 +135,8 @@ def test_torchvisions_weights_are_taken_from_where_it_keeps_them(tmp_path, monke
     assert model(images(64)).shape == (2, 4)
 
 
-def test_timms_weights_that_cannot_be_downloaded_are_told_by_their_place(monkeypatch):
+@pytest.mark.parametrize("name", ["resnet10t", "pvt_v2_b0", "vit_tiny_patch16_224"])
+def test_timms_weights_that_cannot_be_downloaded_are_told_by_their_place(name, monkeypatch):
     create = timm.create_model
 
     def offline(name, pretrained=False, **keywords):
@@ -144,8 +145,8 @@ def test_timms_weights_that_cannot_be_downloaded_are_told_by_their_place(monkeyp
         return create(name, **keywords)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(mhkd.UsageError, match=r"\(no network\): put .*timm/resnet10t.*file:PATH"):
-        mhkd.build_model("timm:resnet10t", 4, "pretrained")
+    with pytest.raises(mhkd.UsageError, match=rf"\(no network\): put .*timm/{name}.*file:PATH"):
+        mhkd.build_model(f"timm:{name}", 4, "pretrained", 64)
 
 
 def test_a_librarys_normalisation_is_that_of_its_weights():
@@ -236,9 +237,12 @@ def test_units_that_cannot_be_found_are_asked_for_with_what_was_seen(builder):
 def student_file(path, name, size):
     torch.manual_seed(0)
     model = mhkd.build_model(name, 4, "random", size).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean of all batches: else every image gives one output
     with torch.no_grad():
-        for _ in range(5):  # statistics of real images
-            model(images(size, 8))
+        for seed in range(3):
+            model(images(size, 8, seed))
     content = {"model": model.state_dict(), "name": name, "classes": ["a", "b", "c", "d"]}
     content |= {"image_size": size, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
     torch.save(content, path)
@@ -246,7 +250,7 @@ def student_file(path, name, size):
 
 
 def test_a_saved_student_takes_raw_images_and_normalises_them_itself(tmp_path):
-    model = student_file(tmp_path / "student.pt", "torchvision:mobilenet_v3_small", 32)
+    model = student_file(tmp_path / "student.pt", "resnet8", 32)
     student = mhkd.load_student(tmp_path / "student.pt")
     assert (student.classes, student.image_size) == (["a", "b", "c", "d"], 32)
     assert not any(module.training for module in student.modules())
@@ -280,8 +284,10 @@ def test_a_saved_student_of_every_kind_exports_to_onnx_with_a_free_batch(name, t
     student = mhkd.load_student(tmp_path / "student.pt")
     path, dynamic = str(tmp_path / "student.onnx"), {"images": {0: torch.export.Dim("batch")}}
     torch.onnx.export(student, (images(32),), path, dynamo=True, dynamic_shapes=dynamic)
+    assert student(images(32, 8)).std(dim=0).min() > 0.01  # the images make a difference
     session = runtime.InferenceSession(path)
     for count in (1, 5):
         x = images(32, count)
         (found,) = session.run(None, {"images": x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), student(x), rtol=1e-3, atol=1e-4)
+        wanted = student(x)
+        assert (torch.from_numpy(found) - wanted).abs().max() < 1e-3 * wanted.std()
