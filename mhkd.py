@@ -413,6 +413,7 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
     try:
         return model(x), seen
     finally:
+        thread = 0  # hooks in a copy that somebody has made meanwhile note nothing more
         with _registering:
             for handle in handles:
                 handle.remove()
@@ -1615,28 +1616,27 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
     modules = {name: module for name, module in model.named_modules() if name}
     _, seen = run_once(model, modules, image.repeat(2, 1, 1, 1))
     runs = [name for name, _, _ in seen]
-    layout, least = common_layout(seen, image), image.shape[-1]
-    maps: dict[str, int] = {}  # of submodules that run once and give maps: their side
-    inside: dict[str, set[int]] = {}  # the sides of those inside
+    layout = common_layout(seen, image)
+    maps: dict[str, int] = {}  # submodules that run once and give maps: how often that is halved
+    inside: dict[str, set[int]] = {}  # the same of those inside
     for name, _, out in seen:
         with contextlib.suppress(UsageError):
             B, _, side, other = as_map(out, layout_of(out, image, name, layout)).shape
-            # What is larger than a map before it is none: windows, attention's weights.
-            if runs.count(name) == 1 and B == 2 and least >= side == other > 1:
-                maps[name] = least = side
+            if runs.count(name) == 1 and B == 2 and side == other > 1:
+                maps[name] = round(math.log2(image.shape[-1] / side))
                 for parent in parents(name):
-                    inside.setdefault(parent, set()).add(side)
+                    inside.setdefault(parent, set()).add(maps[name])
     info = getattr(model, "feature_info", None) or []
     found = [f["module"] for f in info if isinstance(f, dict) and f.get("module") in maps]
     if len(found) >= 3 and len({maps[name] for name in found}) > 2:
         found = found[-4:-1] if len(found) > 3 else found
     else:
-        last: dict[int, str] = {}  # by side, in the order of the network
-        blocks: dict[tuple, list[str]] = {}  # those of one parent and kind that give one side
-        for name, side in maps.items():
+        last: dict[int, str] = {}  # by size, in the order of the network
+        blocks: dict[tuple, list[str]] = {}  # those of one parent, kind and size
+        for name, size in maps.items():
             if not any(parent in maps and len(inside[parent]) < 3 for parent in parents(name)):
-                last[side] = name
-            key = (name.rpartition(".")[0], type(modules[name]), side)
+                last[size] = name
+            key = (name.rpartition(".")[0], type(modules[name]), size)
             blocks.setdefault(key, []).append(name)
         found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
         if len(found) < 3:
@@ -2183,29 +2183,33 @@ LOW_LR, LOW_LR_MODELS = 0.01, ("mobilenetv2", "shufflenetv2")
 
 SEED = (lambda v: 0 <= v < 2**62, "between 0 and 2^62")
 NAMES = (lambda v: len(v) > 0, "at least one name")
+SIZE = (lambda v: 16 <= v <= 4096, "between 16 and 4096")
+PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
+TWO = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
+BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
+ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
+INITS = "random, pretrained or file:PATH"
+INIT = (lambda v: v in ("random", "pretrained") or v.startswith("file:"), INITS)
+PRECISION = "float32, tf32 or bfloat16 (autocast), faster on GPUs, AVX512_BF16 and AMX; " \
+    "auto: float32, with tf32 in CUDA's convolutions"  # fmt: skip
 
 
 def one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda v: v in values, f"one of {', '.join(values)}")
 
 
-INIT = (
-    lambda v: v in ("random", "pretrained") or v.startswith("file:"),
-    "random, pretrained or file:PATH",
-)
-PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
-ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
+def field(group: str) -> Callable[..., Any]:
+    """Makes fields of Config. Those of the group "machine" may differ where a run goes on."""
+
+    def make(default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
+        facts = {"group": group, "option": Option(default, help, parse, rule)}
+        return dataclasses.field(default=default, metadata=facts)
+
+    return make
 
 
-def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
-    """A field of Config. Those of the group "machine" may differ where a run goes on."""
-    facts = {"group": group, "option": Option(default, help, parse, rule)}
-    return dataclasses.field(default=default, metadata=facts)
-
-
-of_networks, of_data = functools.partial(field, "networks"), functools.partial(field, "data")
-of_training = functools.partial(field, "training")
-of_machine = functools.partial(field, "machine")
+net, images, fit, machine = (field(group) for group in ("networks", "data", "training", "machine"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2218,98 +2222,61 @@ class Config:
         UsageError: a name that does not exist, a value that makes no sense.
     """
 
-    teacher: str | None = of_networks(
-        None, "network that teaches: of ours, torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
+    teacher: str = net(None, "one of ours, torchvision:NAME, timm:NAME or FILE.py:FUNCTION")
+    student: str = net(None, "the network that learns, likewise")
+    teacher_init: str = net("random", f"weights that the teacher begins with: {INITS}", str, INIT)
+    student_init: str = net("random", f"weights that the student begins with: {INITS}", str, INIT)
+    teacher_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
+    student_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
+    method: str = field("method")(
+        "mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, or crd+mhkd"
     )
-    student: str | None = of_networks(None, "network that learns")
-    teacher_init: str = of_networks(
-        "random", "weights that a teacher trained here begins with: random, pretrained (the "
-        "library's) or file:PATH", rule=INIT,
-    )  # fmt: skip
-    student_init: str = of_networks("random", "and the student", rule=INIT)
-    teacher_units: tuple[str, ...] | None = of_networks(
-        None, "submodules that heads go after, layer1,layer2: the first three units", words, NAMES
-    )
-    student_units: tuple[str, ...] | None = of_networks(None, "and of the student", words, NAMES)
-    method: str = field(
-        "method", "mhkd",
-        "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, or some joined by +: crd+mhkd",
-    )  # fmt: skip
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dataset: str = of_data(
-        "cifar100", "cifar100, cifar10, svhn, folder (your images) or digits (no download)"
+    dataset: str = images(
+        "cifar100", "cifar100, cifar10, svhn, folder (yours), digits (no download)"
     )
-    image_size: int | None = of_data(
-        None, "side of the images in pixels: 32; digits 16", int,
-        (lambda v: 16 <= v <= 4096, "between 16 and 4096"),
+    image_size: int = images(None, "side of the images in pixels: 32; digits 16", int, SIZE)
+    subset: int = images(None, "at most so many images to train on, and to test: all", int, TWO)
+    val_fraction: float = images(0.0, "share held out, to choose the best epoch", float, BELOW_1)
+    crop_padding: int = images(None, "padding for the crop: 4; digits 2", int, PADDING)
+    crop_scale: float = images(0.08, "least area of the crop from 64 pixels up", float, FACTOR)
+    flip: bool = images(None, "do not flip images at random", bool)  # --no-flip
+    epochs: int = fit(None, "epochs: 240; svhn 150; digits 30", int, COUNT)
+    batch_size: int = fit(None, "images a step (batch norm needs two): 64; svhn 200", int, TWO)
+    lr: float = fit(None, "0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001", float, POSITIVE)
+    lr_steps: Sequence[int] = fit(
+        None, "epochs after which the learning rate falls: 150,180,210; svhn 80,110,135; scaled "
+        "with --epochs", integers, ASCENDING,
     )  # fmt: skip
-    subset: int | None = of_data(
-        None, "train on and test with at most so many images, always the same: all", int,
-        (lambda v: v >= 2, "at least 2"),
-    )  # fmt: skip
-    val_fraction: float = of_data(
-        0.0, "share of the training images held out, on which the best epoch is chosen", float,
-        (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    )  # fmt: skip
-    crop_padding: int | None = of_data(
-        None, "padding for the random crop, below 64 pixels: 4; digits 2", int, PADDING
+    lr_decay: float = fit(0.1, "factor by which it falls", float, FACTOR)
+    momentum: float = fit(0.9, "of SGD", float, BELOW_1)
+    weight_decay: float = fit(5e-4, "of SGD", float, NOT_NEGATIVE)
+    seed: int = fit(0, "of initial weights, batch order and augmentation", int, SEED)
+    teacher_seed: int = fit(0, "of the teacher, where it is trained here", int, SEED)
+    precision: str = fit("auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
+    teacher_weights: str = machine(
+        None, "checkpoint of the teacher: it is trained first", str, (len, "a file")
     )
-    crop_scale: float = of_data(
-        0.08, "least area of the random crop, from 64 pixels up", float,
-        (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    )  # fmt: skip
-    flip: bool | None = of_data(None, "do not flip images at random", bool)  # --no-flip
-    epochs: int | None = of_training(None, "epochs: 240; svhn 150; digits 30", int, COUNT)
-    batch_size: int | None = of_training(
-        None, "images a step: 64; svhn 200", int,
-        (lambda v: 2 <= v < 2**31, "at least 2 (batch norm needs two images)"),
-    )  # fmt: skip
-    lr: float | None = of_training(
-        None, "learning rate: 0.05, mobilenetv2 and shufflenetv2 0.01; svhn 0.001", float, POSITIVE
-    )
-    lr_steps: tuple[int, ...] | None = of_training(
-        None, "epochs after which it falls: 150,180,210; svhn 80,110,135; scaled with --epochs",
-        integers, ASCENDING,
-    )  # fmt: skip
-    lr_decay: float = of_training(
-        0.1, "factor by which it falls", float, (lambda v: 0 < v <= 1, "above 0 and at most 1")
-    )
-    momentum: float = of_training(
-        0.9, "of SGD", float, (lambda v: 0 <= v < 1, "at least 0 and below 1")
-    )
-    weight_decay: float = of_training(5e-4, "of SGD", float, NOT_NEGATIVE)
-    seed: int = of_training(0, "of initial weights, batch order and augmentation", int, SEED)
-    teacher_seed: int = of_training(0, "of the teacher, where it is trained here", int, SEED)
-    precision: str = of_training(
-        "auto", "of networks and heads: float32; tf32; bfloat16 (autocast), 1.4 times as fast on a "
-        "processor with AVX512_BF16 or AMX; auto: float32, on CUDA with tf32 in convolutions",
-        rule=one_of("auto", "float32", "tf32", "bfloat16"),
-    )  # fmt: skip
-    teacher_weights: str | None = of_machine(
-        None, "checkpoint of the teacher: it is trained first", rule=(len, "a file")
-    )
-    data: str = of_machine("data", "folder of the data; downloads go there")
-    out: str = of_machine("runs", "where run folders go")
-    device: str | None = of_machine(None, "cpu, cuda, cuda:1, mps: the best there is")
-    backend: str = of_machine("auto", "of the loss: auto, reference, fused", rule=one_of(*BACKENDS))
-    compile: bool = of_machine(False, "torch.compile the networks: slow to begin", bool)
-    keep_checkpoint: bool = of_machine(False, "keep checkpoint.pt of a finished run", bool)
-    tensorboard: bool = of_machine(False, "write the log's figures for TensorBoard, too", bool)
+    data: str = machine("data", "folder of the data; downloads go there")
+    out: str = machine("runs", "where run folders go")
+    device: str = machine(None, "cpu, cuda, cuda:1, mps: the best there is")
+    backend: str = machine("auto", "of the loss: auto, reference, fused", str, one_of(*BACKENDS))
+    compile: bool = machine(False, "torch.compile the networks: slow to begin", bool)
+    keep_checkpoint: bool = machine(False, "keep checkpoint.pt of a finished run", bool)
+    tensorboard: bool = machine(False, "write the log's figures for TensorBoard, too", bool)
 
     def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        given = {
-            f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default
-        }
-        self.__dict__["given"] = given | {"options": dict(self.options)}
+        fields = [f for f in dataclasses.fields(self) if f.name != "options"]
+        values = {f.name: getattr(self, f.name) for f in fields}
+        given = {f.name: values[f.name] for f in fields if values[f.name] != f.default}
+        self.__dict__["given"] = {**given, "options": dict(self.options)}
         check_name("data set", self.dataset, SOURCES)
         methods = find_methods(self.method)
         fill = {"method": "+".join(methods)}
         if not self.student:
             raise UsageError("--student is missing: python mhkd.py --teacher vgg13 --student vgg8")
         if not any(method.needs_teacher for method in methods.values()):
-            fields = (f for f in dataclasses.fields(self) if f.name.startswith("teacher"))
-            fill |= {f.name: f.default for f in fields}
+            fill |= {f.name: f.default for f in fields if f.name.startswith("teacher")}
         elif not self.teacher:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
         elif self.teacher_weights is not None:
@@ -2322,10 +2289,8 @@ class Config:
             recipe["lr"] = LOW_LR
         epochs = self.epochs or recipe["epochs"]
         recipe["lr_steps"] = tuple(round(s * epochs / recipe["epochs"]) for s in recipe["lr_steps"])
-        fields = [f for f in dataclasses.fields(self) if f.name != "options"]
-        for f in fields:
-            value = fill.get(f.name, getattr(self, f.name))
-            self.__dict__[f.name] = recipe.get(f.name) if value is None else value
+        for name, value in {**values, **fill}.items():
+            self.__dict__[name] = recipe.get(name) if value is None else value
         units = self.student_units or self.teacher_units or (1, 2, 3)
         recipe["units"] = tuple(range(1, len(units) + 1))
         declared = method_options(methods)
@@ -2352,7 +2317,7 @@ class Config:
 
     def of_teacher(self) -> Config:
         """The run that trains the teacher: the same recipe, without the teacher's own teacher."""
-        units, own = self.teacher_units, {"student_units": None, "options": {}, "method": "ce"}
+        own = {"student_units": None, "options": {}, "method": "ce"}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
         return self.replace(**own, seed=self.teacher_seed, teacher_seed=0, teacher_units=None)
 
@@ -2519,8 +2484,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = content.get("model", content.get("state_dict", content))
     dense = isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided
-        and not t.is_complex() and not t.is_meta
+        isinstance(name, str)
+        and isinstance(t, Tensor)
+        and t.layout == torch.strided
+        and not t.is_complex()
+        and not t.is_meta
         for name, t in content.items()
     )
     if not dense:

@@ -1,4 +1,4 @@
-"""The paper's tables: what is run for them, and how they are reported."""
+"""The paper's tables and the study: what is run for them, and how it is reported."""
 
 import csv
 import json
@@ -6,93 +6,141 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT
 
 import mhkd
+import mhkd_tables as tables
 
-REFERENCE = mhkd.Config()
-PAPERS_FIGURES = {"table1": 5 * 9, "table2": 2 * 8, "table3": 5 * 7}  # counted on the page, with the teachers' rows
+PAPERS_FIGURES = {"table1": 5 * 10, "table2": 2 * 8, "table3": 5 * 7}  # counted on the page
+PAIR = {"teacher": "wrn_40_2", "student": "wrn_16_2"}
+CIFAR = ["aquarium_fish", *(f"class {i}" for i in range(99))]
+HEADS = [f"mhkd:{unit}" for unit in (1, 2, 3)]
+
+
+def configured(text):
+    return mhkd.Config(**mhkd.parse_config(shlex.split(text))[1])
 
 
 def plan(capsys, *arguments):
-    """The lines of --plan: state, phase, configuration."""
-    assert mhkd.main(["--plan", *map(str, arguments)]) == 0
+    """The lines of the plan: state, phase, configuration."""
+    assert tables.main(["plan", *map(str, arguments)]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     return [(state, phase, configured(text)) for state, phase, text in lines]
 
 
-def configured(text):
-    parsed = vars(mhkd.parse_arguments(shlex.split(text)))
-    return mhkd.resolve(mhkd.Config(**{name: parsed[name] for name in vars(REFERENCE)}))
+def key(config):
+    return json.dumps(config.recorded(), sort_keys=True)
 
 
 # What is run
 
 
 def test_the_tables_have_every_figure_of_the_paper():
-    for name, table in mhkd.TABLES.items():
-        columns = len(table.columns())
-        rows = [*table.rows.values(), *([table.teachers] if table.teachers else [])]
-        assert all(len(row.split()) == columns for row in rows)
-        assert sum(len(row.split()) for row in rows) == PAPERS_FIGURES[name]
+    for name, table in tables.TABLES.items():
+        assert all(len(figures) == len(table.pairs) for figures in table.paper.values())
+        assert sum(map(len, table.paper.values())) == PAPERS_FIGURES[name]
 
 
 def test_the_plan_of_all_tables_has_every_cell_three_times_and_every_teacher_once(capsys):
     lines = plan(capsys, "table1,table2,table3")
-    keys = [json.dumps(config.recorded()) for _, _, config in lines]
-    assert len(keys) == len(set(keys)) == 9 + 3 * (5 * 8 + 2 * 3 + 5 * 6) - 1  # vgg13 is a teacher and a student
+    keys = [key(config) for _, _, config in lines]
+    # vgg13 is a teacher and a student
+    assert len(keys) == len(set(keys)) == 9 + 3 * (5 * 8 + 2 * 3 + 5 * 6) - 1
     assert {state for state, _, _ in lines} == {"todo"}
-    for table in mhkd.TABLES.values():
-        for row in table.rows:
-            for teacher, student in table.columns():
-                for seed in range(3):
-                    method, _, unit = row.partition(":")
-                    cell = mhkd.Config(
-                        None if method == "ce" else teacher, student, method, table.dataset, seed=seed,
-                        units=(int(unit),) if unit else (1, 2, 3),
-                    )  # fmt: skip
-                    assert json.dumps(mhkd.resolve(cell).recorded()) in keys
-    teachers = [(c.dataset, c.student) for _, phase, c in lines if phase == "teacher"]
-    needed = {(table.dataset, teacher) for table in mhkd.TABLES.values() for teacher, _ in table.columns()}
+    for table in tables.TABLES.values():
+        for row, pair, seed in (
+            (r, p, s) for r in table.rows for p in table.pairs for s in range(3)
+        ):
+            (teacher, student), (method, _, unit) = pair.split(":"), row.partition(":")
+            options = {"units": (int(unit),)} if unit else {}
+            teacher = None if method == "ce" else teacher
+            cell = mhkd.Config(
+                teacher, student, method=method, dataset=table.dataset, seed=seed, options=options
+            )
+            assert key(cell) in keys
+    teachers = [(c.dataset, c.student, c.seed) for _, phase, c in lines if phase == "teacher"]
+    needed = {(t.dataset, p.split(":")[0], 0) for t in tables.TABLES.values() for p in t.pairs}
     assert sorted(teachers) == sorted(needed)
     phases = [phase for _, phase, _ in lines]
     assert phases == sorted(phases, reverse=True)  # teachers first
 
 
 def test_the_recipe_of_each_table_is_the_papers(capsys):
-    for _, _, config in plan(capsys, "table3"):
-        assert (config.epochs, config.batch_size, config.lr) == (150, 200, 0.001)
-        assert config.lr_steps == (80, 110, 135) and (config.method != "mhkd" or config.beta == 5)
-    for _, _, config in plan(capsys, "table1,table2"):
-        assert (config.epochs, config.batch_size, config.lr_steps) == (240, 64, (150, 180, 210))
+    for _, _, config in plan(capsys, "table1,table2,table3"):
+        assert set(config.differs()) <= {"units"}
+        beta = config.options.get("beta")
+        if config.dataset == "svhn":
+            assert (config.epochs, config.batch_size, config.lr) == (150, 200, 0.001)
+            assert config.lr_steps == (80, 110, 135) and beta in (None, 5)
+        else:
+            assert (config.epochs, config.batch_size) == (240, 64) and beta in (None, 0.5)
+            assert config.lr_steps == (150, 180, 210)
 
 
-def test_a_plan_is_narrowed_to_seeds_pairs_and_methods_and_takes_options_and_further_methods(capsys):
-    narrowed = [
-        "--seeds",
-        "4",
-        "--pairs",
-        "vgg13:vgg8",
-        "--methods",
-        "kd,mhkd:2,lsh",
-        "--epochs",
-        "7",
-        "--subset",
-        "99",
+def test_the_plan_of_the_study_is_its_protocol(capsys):
+    lines = plan(capsys, "small")
+    A, B = ("wrn_16_2", "resnet8", 20_000), ("vgg13", "vgg8", 10_000)
+    seeds = {(A, "ce"): 5, (B, "ce"): 5, (B, "kd"): 5, (B, "mhkd"): 5}
+    seeds |= {(A, row): 10 for row in ("kd", "mhkd", "mhkd stride 2")}
+    methods = ["fitnet", "cc", "rkd", "crd", "lsh", "dhkd", "crd+mhkd"]
+    seeds |= {(A, row): 3 for row in [*methods, *HEADS]}
+    expected = [(*k, seed) for k, n in seeds.items() for seed in range(n)]
+    found = []
+    for state, phase, c in lines:
+        assert (state, c.dataset, c.image_size, c.epochs) == ("todo", "cifar100", 16, 30)
+        assert (c.backend, c.device, c.teacher_seed, c.lr_steps) == (
+            "reference",
+            "cpu",
+            0,
+            (19, 22, 26),
+        )
+        assert c.options.get("head_width", 64) == 64 and not {"lr", "batch_size"} & {*c.differs()}
+        row = c.method + (" stride 2" if c.options.get("head_stride") == 2 else "")
+        row += f":{c.options['units'][0]}" if len(c.options.get("units", "")) == 1 else ""
+        if phase == "student":
+            pair = A if c.student == "resnet8" else B
+            assert c.subset == pair[2] and c.teacher == (None if c.method == "ce" else pair[0])
+            found.append((pair, row, c.seed))
+    assert sorted(found) == sorted(expected)
+    decisive = [(pair, row) for pair, row, _ in found[: 25 + 15]]
+    assert {row for _, row in decisive} == {"ce", "kd", "mhkd"}
+    assert decisive == sorted(decisive, key=lambda of: of[0] == B)
+    assert [row for _, row, _ in found[:6]] == ["ce", "kd", "mhkd"] * 2
+    teachers = [(c.student, c.subset, c.seed) for _, phase, c in lines if phase == "teacher"]
+    assert teachers == [("wrn_16_2", 20_000, 0), ("vgg13", 10_000, 0)]
+
+
+def test_the_study_is_narrowed_and_shortened(capsys):
+    narrowed = ["--seeds", "0,7", "--methods", "ce,mhkd", "--pairs", "wrn_16_2:resnet8"]
+    lines = plan(capsys, "small", *narrowed, "--epochs", "2", "--head-width", "8")
+    found = [
+        (c.method, c.seed, c.epochs, c.options.get("head_width"))
+        for _, p, c in lines
+        if p != "teacher"
     ]
-    lines = plan(capsys, "table1,table2", *narrowed)
-    found = sorted((phase, c.method, c.teacher, c.student, c.units, c.seed) for _, phase, c in lines)
+    assert found == [("ce", 0, 2, None), ("mhkd", 0, 2, 8), ("mhkd", 7, 2, 8)]
+
+
+def test_a_plan_is_narrowed_and_takes_options_of_methods_and_further_methods(capsys):
+    narrowed = ["--seeds", "4", "--pairs", "vgg13:vgg8", "--methods", "kd,mhkd:2,lsh,mhkd+crd"]
+    lines = plan(capsys, "table1,table2", *narrowed, "--epochs", "7", "--negatives", "99")
+    found = sorted(
+        (phase, c.method, c.teacher, c.seed, c.options.get("units")) for _, phase, c in lines
+    )
     assert found == [
-        ("student", "kd", "vgg13", "vgg8", (1, 2, 3), 4),
-        ("student", "lsh", "vgg13", "vgg8", (1, 2, 3), 4),
-        ("student", "mhkd", "vgg13", "vgg8", (2,), 4),
-        ("teacher", "ce", None, "vgg13", (1, 2, 3), 0),
+        ("student", "crd+mhkd", "vgg13", 4, (1, 2, 3)),
+        ("student", "kd", "vgg13", 4, None),
+        ("student", "lsh", "vgg13", 4, None),
+        ("student", "mhkd", "vgg13", 4, (2,)),
+        ("teacher", "ce", None, 0, None),
     ]
-    assert all((c.epochs, c.subset) == (7, 99) for _, _, c in lines)
+    assert {c.epochs for *_, c in lines} == {7}
+    assert [c.options.get("negatives") for *_, c in lines if "crd" in c.method] == [99]
 
 
 @pytest.mark.parametrize(
@@ -103,231 +151,339 @@ def test_a_plan_is_narrowed_to_seeds_pairs_and_methods_and_takes_options_and_fur
         (["table1", "--methods", "kdd"], "no method 'kdd'"),
         (["table3", "--dataset", "digits"], "--dataset svhn only"),
         (["table2", "--methods", "mhkd:a"], "no row 'mhkd:a'"),
-        (["table2", "--methods", "kd:1"], "no row 'kd:1'"),
-        (["table1", "--methods", "mhkd:1"], "in table2 only"),
+        (["table1", "--methods", "mhkd:1"], "no row 'mhkd:1'"),
+        (["small", "--methods", "mhkdd"], "no row 'mhkdd': did you mean mhkd"),
+        (["small", "--seeds", "10"], "no run is left"),
+        (["table1", "--methods", "kd", "--negatives", "9"], "option of --method crd, not of kd"),
+        (["table1", "--method", "kd"], "takes --methods, not --method"),
         (["table1", "--teacher-weights", "t.pt"], "for one teacher"),
         (["table1", "--teacher-weights", "t.pt", "--pairs", "vgg13:vgg8"], "no checkpoint 't.pt'"),
+        ([], "report DIR"),
     ],
 )
-def test_what_no_table_has_is_refused(arguments, message, capsys):
-    assert mhkd.main(["--plan", *arguments]) == 1
-    assert message in capsys.readouterr().err
+def test_what_no_table_has_is_refused_in_a_sentence(arguments, message, capsys):
+    assert tables.main(["plan", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
-def test_the_order_in_which_a_planned_method_is_joined_means_nothing(capsys):
-    lines = plan(capsys, "table1", "--pairs", "vgg13:vgg8", "--methods", "mhkd+crd", "--seeds", "0")
-    assert [c.method for _, _, c in lines] == ["ce", "crd+mhkd"]
-
-
-def test_a_run_is_done_only_if_the_planned_teacher_taught_it(tmp_path, capsys):
+def test_a_run_is_done_only_if_the_planned_teacher_taught_it_and_its_student_is_there(
+    tmp_path, capsys
+):
     def states(*more):
-        pair = ["--pairs", "wrn_40_2:wrn_16_2", "--methods", "kd", "--seeds", "0", "--out", tmp_path]
+        pair = [
+            "--pairs",
+            "wrn_40_2:wrn_16_2",
+            "--methods",
+            "kd",
+            "--seeds",
+            "0",
+            "--out",
+            tmp_path,
+        ]
         return [state for state, _, _ in plan(capsys, "table1", *pair, *more)]
 
     assert states() == ["todo", "todo"]
-    record(tmp_path, 75.0, **PAIR, method="kd", sha256="s")  # "t" taught it
-    for folder in tmp_path.glob("*/"):
-        (folder / "student.pt").touch()
+    student = record(tmp_path, 75.0, **PAIR, method="kd", taught_by=b"teacher", weights=b"student")
     assert states() == ["todo", "todo"]
-    record(tmp_path, 75.5, student="wrn_40_2", method="ce", sha256="t")
-    (tmp_path / "1" / "student.pt").touch()
+    record(tmp_path, 75.5, student="wrn_40_2", method="ce", weights=b"another")
+    assert states() == ["done", "todo"]
+    record(tmp_path, 75.5, student="wrn_40_2", method="ce", weights=b"teacher")
     assert states() == ["done", "done"]
     weights = tmp_path / "given.pt"
-    weights.touch()
-    assert states("--teacher-weights", weights) == ["todo"]
+    for content, state in ((b"another", "todo"), (b"teacher", "done")):
+        weights.write_bytes(content)
+        assert states("--teacher-weights", weights) == [state]
+    (student / "student.pt").write_bytes(b"of another run")
+    assert states() == ["done", "todo"]
+
+
+# run_all.sh
+
+
+def run_all(folder, *arguments, **variables):
+    """run_all.sh in a folder of its own, without the sources of the kernel."""
+    for name in ("run_all.sh", "mhkd.py", "mhkd_baselines.py", "mhkd_tables.py"):
+        shutil.copy(ROOT / name, folder)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("VENV", "OUT", "JOBS", "DATA")}
+    environment = {**inherited, "PYTHON": sys.executable, **variables}
+    command = [str(folder / "run_all.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
 def test_the_dry_run_of_run_all_prints_every_command_and_how_many_are_done(tmp_path):
     done = run_all(tmp_path, "all", "--dry-run")
     assert done.returncode == 0, done.stderr
     commands = re.findall(r"^todo  python mhkd\.py (.*)$", done.stdout, re.MULTILINE)
-    assert len({json.dumps(configured(command).recorded()) for command in commands}) == 236
-    assert "0 of 236 runs are done" in done.stdout
+    assert len({key(configured(command)) for command in commands}) == 236
+    assert done.stdout.splitlines()[-1] == "0 of 236 runs are done"
 
 
-def run_all(folder, *arguments, **variables):
-    """run_all.sh in a folder of its own, with mhkd.py but without the sources of the kernel."""
-    for name in ("run_all.sh", "mhkd.py"):
-        shutil.copy(ROOT / name, folder)
-    environment = {name: value for name, value in os.environ.items() if name not in ("VENV", "OUT")}
-    environment |= {"PYTHON": sys.executable, **variables}
-    command = [str(folder / "run_all.sh"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-
-
-def test_run_all_computes_a_table_goes_on_after_failures_resumes_and_repeats_nothing(tmp_path):
+def test_run_all_computes_the_study_goes_on_after_failures_resumes_and_repeats_nothing(tmp_path):
     pytest.importorskip("sklearn")
-    shortened = {
-        "SEEDS": "0 1", "EPOCHS": "1", "PAIRS": "wrn_40_2:wrn_16_2", "METHODS": "ce kd", "OUT": str(tmp_path / "runs"),
-        "JOBS": "2", "OPTIONS": shlex.join([*TINY, "--subset", "80"]),
-    }  # fmt: skip
-    shortened["OPTIONS"] = shortened["OPTIONS"].replace("--epochs 2 ", "")
-    broken = tmp_path / "runs" / "digits-wrn_40_2-wrn_16_2-kd-seed0-epochs=1-batch_size=40-subset=80"
+    out = tmp_path / "runs"
+    shortened = {"SEEDS": "0 1", "METHODS": "ce kd", "PAIRS": "wrn_16_2:resnet8", "EPOCHS": "1"}
+    shortened |= {"OPTIONS": "--dataset digits --subset 80 --batch-size 40"}
+    shortened |= {"OUT": str(out), "JOBS": "2"}
+    broken = out / "digits-wrn_16_2-resnet8-kd-seed0-subset=80-epochs=1-batch_size=40"
     broken.mkdir(parents=True)
     (broken / "config.json").write_text("{")
 
-    first = run_all(tmp_path, "table1", **shortened)
+    first = run_all(tmp_path, "small", **shortened)
     assert first.returncode == 1, first.stdout + first.stderr
-    assert "0 of 5 runs are done" in first.stdout
+    assert "0 of 5 runs are done" in first.stdout and "5 runs, 2 at a time: about" in first.stdout
     failed = first.stderr.partition("failed:\n")[2]
-    assert "--method kd" in failed and "is damaged" in failed and failed.count("python mhkd.py") == 1
-    results = list((tmp_path / "runs").glob("*/result.json"))
+    assert "--method kd" in failed and "is damaged" in failed and failed.count("mhkd.py --") == 1
+    results = list(out.glob("*/result.json"))
     assert len(results) == 4
-
-    unknown = run_all(tmp_path, "table1", "--dryrun", **shortened)
-    assert unknown.returncode == 1 and "there is --dry-run" in unknown.stderr
+    assert {json.loads(r.read_text())["environments"][-1]["threads"] for r in results} == {1}
 
     (broken / "config.json").unlink()
     times = {path: path.stat().st_mtime_ns for path in results}
-    second = run_all(tmp_path, "table1", **shortened)
+    second = run_all(tmp_path, "small", **shortened)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "4 of 5 runs are done" in second.stdout and second.stdout.count("+ python mhkd.py --teacher") == 1
+    assert "4 of 5 runs are done" in second.stdout and second.stdout.count("+ python mhkd.py") == 1
     assert {path: path.stat().st_mtime_ns for path in results} == times
-    assert "5 of 5 runs are done" in run_all(tmp_path, "table1", "--dry-run", **shortened).stdout
-    assert "| **KD** | " in second.stdout and "n=2" in second.stdout
+    assert re.search(r"\| kd \| [\d.]+ \([\d.]+\) \| 2 \|", second.stdout)
+    assert "5 of 5 runs are done" in run_all(tmp_path, "small", "--dry-run", **shortened).stdout
+
+    assert run_all(tmp_path, "records", OUT=str(out)).returncode == 0
+    kept = {path.name for path in (tmp_path / "results").glob("*/*")}
+    assert kept == {"result.json", "log.jsonl"} and len(list((tmp_path / "results").glob("*"))) == 5
+
+
+def test_a_wrong_name_ends_run_all_with_status_2_and_help_on_stderr(tmp_path):
+    wrong = run_all(tmp_path, "tabel1")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "there is no 'tabel1'" in wrong.stderr and "table1" in wrong.stderr
+    assert run_all(tmp_path, "table1", "--dryrun").returncode == 2
+    assert run_all(tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("part", ["demo", "test", "small", "table1", "all"])
+def test_a_failed_installation_ends_run_all(part, tmp_path):
+    python = tmp_path / "python"  # new enough, and without any package
+    python.write_text('#!/bin/sh\necho "$@" >>log\n[ "$1" = -c ] || { [ "$1 $2" = "-m venv" ] && '
+                      'mkdir -p env/bin && cp "$0" env/bin/python; }\n')  # fmt: skip
+    python.chmod(0o755)
+    done = run_all(tmp_path, part, PYTHON=str(python), VENV="env")
+    log = (tmp_path / "log").read_text()
+    assert done.returncode != 0 and log.splitlines()[-1].startswith("-m pip install"), log
 
 
 # How it is reported
 
 
-def record(out, accuracy, sha256="t", teacher_sha256="t", **settings):
-    """A result.json as a run leaves it."""
-    config = mhkd.resolve(mhkd.Config(**settings))
-    name = f"{len(list(out.glob('*')))}"
-    (out / name).mkdir(parents=True)
+def record(
+    out, accuracy, taught_by=b"t", weights=b"s", classes=CIFAR, data="d", epochs=3, **settings
+):
+    """What a run leaves, without the training; its folder."""
+    config = mhkd.Config(**settings)
+    folder = out / f"{len(list(out.glob('*'))):03}"
+    folder.mkdir(parents=True)
+    (folder / "student.pt").write_bytes(weights)
+    (folder / "teacher.pt").write_bytes(taught_by)
     content = {
-        "name": name, "accuracy": accuracy, "best_accuracy": accuracy, "best_epoch": 1, "epochs": config.epochs,
-        "teacher_accuracy": 75.0 if config.teacher else None, "student_sha256": sha256,
-        "teacher_sha256": teacher_sha256 if config.teacher else None, "data_sha256": "d" * 64,
-        "environment": {"data": "data"},
-        "config": {**config.recorded(), "processes": 1},
+        "name": folder.name, "config": {**config.recorded(), "processes": 1},
+        "differs": json.loads(json.dumps(config.differs())), "data_sha256": data * 64,
+        "teacher_sha256": mhkd.sha256_of(folder / "teacher.pt") if config.teacher else None,
+        "teacher_accuracy": 75.0 if config.teacher else None, "accuracy": accuracy,
+        "class_accuracy": dict.fromkeys(classes, accuracy), "best_accuracy": accuracy + 1,
+        "best_epoch": 2, "epochs": epochs, "seconds": 60.0, "environments": [{"data": "some/photos"}],
+        "student_sha256": mhkd.sha256_of(folder / "student.pt"),
     }  # fmt: skip
-    (out / name / "result.json").write_text(json.dumps(content))
-    (out / name / "log.jsonl").write_text(
-        "".join(json.dumps({"test_accuracy": accuracy - i}) + "\n" for i in (2, 1, 0))
-    )
-
-
-PAIR = {"teacher": "wrn_40_2", "student": "wrn_16_2"}
+    mhkd.write_json(folder / "result.json", content)
+    log = [{"epoch": i, "test_accuracy": accuracy + (i == 2)} for i in range(1, epochs + 1)]
+    (folder / "log.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in log))
+    return folder
 
 
 @pytest.fixture
-def out(tmp_path):
-    """Three full KD runs, one of MHKD, the teacher, and shortened runs."""
-    record(tmp_path, 75.5, student="wrn_40_2", method="ce")
-    for seed, accuracy in enumerate((74.0, 75.0, 75.6)):
-        record(tmp_path, accuracy, sha256="s", **PAIR, method="kd", seed=seed)
-    record(tmp_path, 75.38, sha256="s", **PAIR, method="mhkd", units=(1, 2, 3))
-    record(tmp_path, 75.01, sha256="s", **PAIR, method="mhkd", units=(2,))
-    for accuracy, seed, shortened in ((9.99, 0, {"epochs": 2}), (8.88, 1, {"epochs": 2, "subset": 1000})):
-        record(tmp_path, 1.0, student="wrn_40_2", method="ce", sha256=str(shortened), **shortened)
-        settings = {**PAIR, "method": "kd", "seed": seed, **shortened}
-        record(tmp_path, accuracy, sha256="s", teacher_sha256=str(shortened), **settings)
-    return tmp_path
+def report(tmp_path, monkeypatch):
+    """The report of what is in tmp_path, without pictures: its parts by heading."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    def parts():
+        text = tables.report(tmp_path)
+        return dict(part.partition("\n")[::2] for part in re.split(r"^#+ ", text, flags=re.M)[1:])
+
+    return parts
 
 
-def rows_of(text, title):
-    """The cells of a table's first column of figures, by the row's title."""
-    part = text.partition(title)[2].partition("\n### ")[0]
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")
-    ]
-    found, last = {}, None
-    for first, *cells in lines:
-        last = last if first.startswith("·") else first.strip("*")
-        found[f"{last} {first}" if first.startswith("·") else last] = cells
+def rows_of(part):
+    """The cells of a table by the first of each row; of rows below another with its name."""
+    found, last = {}, ""
+    for line in part.splitlines():
+        if line.startswith("|"):
+            first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            last = last if first.startswith("·") else first.strip("*")
+            found[f"{last} {first}" if first.startswith("·") else last] = cells
     return found
 
 
-def test_a_table_has_mean_deviation_seeds_the_papers_figure_and_the_difference(out):
-    rows = rows_of(mhkd.report(out, pictures=False), "### Table 1")
-    assert rows["KD"][0] == "74.87 (0.81), n=3"  # the deviation of a sample
-    assert (rows["KD · paper"][0], rows["KD · difference"][0]) == ("74.92", "-0.05")
-    assert rows["MHKD"][0] == "75.38, n=1"
-    assert (rows["MHKD · paper"][0], rows["MHKD · difference"][0]) == ("75.28 (0.26)", "+0.10")
-    assert (rows["Teacher baseline"][0], rows["Teacher baseline · paper"][0]) == ("75.50, n=1", "75.61")
-    assert rows["Compression, counted, %"] == ["68.81", "83.97", "58.10", "91.41", "81.77"]
+def test_differences_are_paired_over_common_seeds_with_errors_and_intervals(tmp_path, report):
+    accuracies = {"ce": (35.70, 36.14, 35.68), "kd": (38.17, 38.55, 39.24, 50.0)}
+    for method, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            record(tmp_path, accuracy, **PAIR, method=method, seed=seed)
+    record(tmp_path, 39.0, **PAIR, method="mhkd", seed=9)
+    rows = rows_of(report()["cifar100: wrn_40_2 → wrn_16_2"])
+    assert rows["teacher wrn_40_2"][0] == "75.00"
+    assert rows["student alone (ce)"][:2] == ["35.84 (0.26)", "3"]
+    # Differences 2.47, 2.41, 3.56: mean 2.8133, deviation 0.6473, by sqrt(3) 0.3737, t 4.3027.
+    assert rows["kd"][1:3] == ["4", "+2.81 ± 0.37 [+1.21, +4.42], n=3"]
+    assert rows["student alone (ce)"][3] == "-2.81 ± 0.37 [-4.42, -1.21], n=3"
+    assert rows["mhkd"] == ["39.00", "1", "", ""]  # no seed in common: no difference
+    with open(tmp_path / "report.csv", newline="") as file:
+        kd = {line["row"]: line for line in csv.DictReader(file)}["kd"]
+    assert (kd["seeds"], kd["n"], kd["minus_alone_n"], kd["minus_kd_mean"]) == (
+        "0 1 2 3",
+        "4",
+        "3",
+        "0.0",
+    )
+    assert float(kd["minus_alone_half_95_interval"]) == pytest.approx(1.6079, abs=2e-3)
+    assert (tmp_path / "report.md").read_text().startswith("# What has run")
 
 
-def test_missing_cells_are_visibly_missing(out):
-    rows = rows_of(mhkd.report(out, pictures=False), "### Table 1")
-    assert rows["CRD"] == ["missing"] * 5 and rows["KD"][1:] == ["missing"] * 4
+def test_the_quantiles_are_those_of_students_t():
+    expected = {1: 12.7062, 2: 4.3027, 4: 2.7764, 9: 2.2622, 10: 2.2281, 29: 2.0452, 100: 1.9840}
+    for freedom, quantile in expected.items():
+        assert tables.student_t(freedom) == pytest.approx(
+            quantile, abs=6e-3 if freedom == 10 else 1e-3
+        )
+    assert tables.student_t(10**6) == pytest.approx(
+        statistics.NormalDist().inv_cdf(0.975), abs=1e-4
+    )
 
 
-def test_single_heads_are_in_table_2_and_not_mixed_with_all_three(out):
-    rows = rows_of(mhkd.report(out, pictures=False), "### Table 2")
-    assert (rows["Head-2"][0], rows["Head-1+2+3"][0], rows["Head-1"][0]) == ("75.01, n=1", "75.38, n=1", "missing")
+def test_rows_say_in_which_options_they_differ_and_the_recipe_what_is_common(tmp_path, report):
+    for options in ({}, {"head_stride": 2}, {"units": (1,)}, {"units": (1, 2)}):
+        record(tmp_path, 70.0, **PAIR, options={"head_width": 64, **options}, image_size=16)
+    record(tmp_path, 70.0, student="wrn_16_2", method="ce", image_size=16)
+    part = report()["cifar100: wrn_40_2 → wrn_16_2"]
+    assert "Apart from the recipe: image_size 16, head_width 64." in part
+    rows = ["student alone (ce)", "mhkd", "mhkd (head_stride 2)", "mhkd, head 1", "mhkd, heads 1+2"]
+    assert [row for row in rows_of(part) if row not in ("", "---", "teacher wrn_40_2")] == rows
 
 
-def test_shortened_runs_are_in_tables_of_their_own_that_say_so(out):
-    text = mhkd.report(out, pictures=False)
-    parts = [part for part in text.split("\n### ") if "Table 1" in part]
-    headings = [part.splitlines()[2] if "Not the paper" in part else "" for part in parts]
-    assert headings[0] == "" and ["9.99" in p for p in parts] == [False, True, False]
-    assert "epochs 2. Not to be compared" in headings[1]
-    assert "epochs 2, subset 1000" in headings[2] and "8.88, n=1" in parts[2] and "8.88" not in parts[0] + parts[1]
+def test_what_is_of_other_data_another_teacher_or_recipe_is_not_compared(tmp_path):
+    record(tmp_path, 70.0, student="wrn_16_2", method="ce")
+    for settings in ({}, {"data": "e"}, {"taught_by": b"u"}, {"lr": 0.01}, {"teacher_seed": 1}):
+        record(tmp_path, 71.0, **PAIR, method="kd", **settings)
+    groups = tables.group_runs(tables.read_runs(tmp_path)[0])
+    assert len(groups) == 5 and {len(group.rows["kd"]) for group in groups} == {1}
+    # The network alone is beside those whose student it is: of its data and recipe.
+    assert ["student alone (ce)" in g.rows for g in groups] == [True, False, True, False, True]
 
 
-def test_a_teacher_from_outside_and_further_differences_set_runs_apart(tmp_path):
-    record(tmp_path, 70.0, sha256="another", **PAIR, method="kd")
-    assert "teacher checkpoint t. Not" in mhkd.report(tmp_path, pictures=False)
-    record(tmp_path, 71.0, student="wrn_40_2", method="ce")
-    assert "teacher checkpoint" not in mhkd.report(tmp_path, pictures=False)
-    record(tmp_path, 72.0, sha256="s", **PAIR, method="mhkd", head_width=32)
-    assert "head_width 32. Not" in mhkd.report(tmp_path, pictures=False)
+def test_a_teachers_run_makes_no_group_and_a_network_alone_does(tmp_path, report):
+    record(tmp_path, 75.0, student="wrn_40_2", method="ce", weights=b"t")
+    record(tmp_path, 71.0, **PAIR, method="kd")
+    record(tmp_path, 60.0, student="vgg8", method="ce")
+    record(tmp_path, 61.0, student="vgg8", method="ce")  # the same seed
+    parts = report()
+    assert [p for p in parts if ":" in p and "Table" not in p] == [
+        "cifar100: wrn_40_2 → wrn_16_2", "cifar100: vgg8 alone"
+    ]  # fmt: skip
+    assert rows_of(parts["cifar100: vgg8 alone"])["student alone (ce)"] == ["60.00", "1"]
+    assert rows_of(parts["All runs"])["003"][-1] == "its seed is there twice"
 
 
-def test_a_teacher_of_another_recipe_sets_a_run_apart_and_replaces_no_other(tmp_path):
-    record(tmp_path, 75.5, student="wrn_40_2", method="ce", sha256="t")
-    record(tmp_path, 73.0, sha256="s", **PAIR, method="kd")
-    record(tmp_path, 9.0, student="wrn_40_2", method="ce", sha256="short", epochs=3)
-    record(tmp_path, 60.0, sha256="s", **PAIR, method="kd", teacher_sha256="short")
-    full, *others = [part for part in mhkd.report(tmp_path, pictures=False).split("\n### ") if "Table 1" in part]
-    assert "| **KD** | 73.00, n=1" in full and "60.00" not in full
-    assert any("teacher checkpoint short" in part and "60.00, n=1" in part for part in others)
+def test_the_papers_tables_have_its_figures_ours_the_difference_and_what_is_missing(
+    tmp_path, report
+):
+    record(tmp_path, 75.5, student="wrn_40_2", method="ce", weights=b"t")
+    for seed, accuracy in enumerate((74.0, 75.0, 75.6)):
+        record(tmp_path, accuracy, **PAIR, method="kd", seed=seed)
+    for options, accuracy in (({}, 75.38), ({"units": (2,)}, 75.01)):
+        record(tmp_path, accuracy, **PAIR, options=options)
+    record(tmp_path, 75.9, **PAIR, method="lsh")
+    parts = report()
+    one, two = (rows_of(parts[tables.TABLES[name].title]) for name in ("table1", "table2"))
+    assert one["kd"][0] == "74.87 (0.81), n=3"  # the deviation of a sample
+    assert (one["kd · paper"][0], one["kd · difference"][0]) == ("74.92", "-0.05")
+    assert (one["mhkd"][0], one["mhkd · paper"][0]) == ("75.38, n=1", "75.28 (0.26)")
+    assert (one["teacher"][0], one["teacher · difference"][0]) == ("75.50, n=1", "-0.11")
+    assert one["crd"] == ["missing"] * 5 and one["kd"][1:] == ["missing"] * 4
+    assert one["compression, counted"] == ["68.81", "83.97", "58.10", "91.41", "81.77"]
+    assert one["lsh"][0] == "75.90, n=1" and "lsh · difference" not in one
+    assert [two[row][0] for row in ("mhkd, head 2", "mhkd, head 1")] == ["75.01, n=1", "missing"]
+    assert not any("SVHN" in heading for heading in parts)
 
 
-def test_a_run_of_an_unknown_method_is_listed_and_stops_no_report(out):
-    path = out / "0" / "result.json"
-    result = json.loads(path.read_text())
-    result["config"]["method"], result["name"] = "nobodys", "theirs"
-    path.write_text(json.dumps(result))
-    pytest.importorskip("matplotlib")
-    assert "| theirs |" in mhkd.report(out)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 2}, {"subset": 1000}, {"image_size": 16}, {"precision": "bfloat16"},
+        {"options": {"tau": 2.0}}, {"dataset": "cifar10"}, {"dataset": "digits"},
+        {"dataset": "folder", "classes": list("abcde")}, {"classes": list("abcde")},
+        {"dataset": "folder"}, {"classes": [f"class {i}" for i in range(100)]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_recipes_and_other_images_are_in_no_table_of_the_paper(settings, tmp_path, report):
+    if "epochs" in settings:  # of the record, not of the configuration
+        settings = {**settings, "lr_steps": (1,)}
+    record(tmp_path, 70.0, **PAIR, method="kd", **settings)
+    parts = report()
+    assert not any("Table" in heading or "paper" in heading for heading in parts)
+    assert len(parts) == 3  # the runs themselves are there
+    record(tmp_path, 70.0, **PAIR, method="kd")
+    assert any("Table 1" in heading for heading in report())
 
 
-def test_further_methods_get_rows_of_their_own(out):
-    record(out, 75.9, sha256="s", **PAIR, method="lsh")
-    record(out, 75.8, sha256="s", **PAIR, method="crd+dhkd")
-    rows = rows_of(mhkd.report(out, pictures=False), "### Table 1")
-    assert rows["LSH"][0] == "75.90, n=1" and rows["crd+dhkd"][0] == "75.80, n=1"
+def test_what_is_damaged_or_not_of_its_record_is_named_and_stops_nothing(tmp_path, report):
+    damage = {
+        "result.json": [b"{", b"\xff\xfe", b"[]", b'{"name": "old"}'],
+        "log.jsonl": [b'{"epoch": 1', b"", b"7\n", b"\x00\xff"],
+        "student.pt": [b"of another run"],
+    }
+    folders = []
+    for name, contents in damage.items():
+        for seed, content in enumerate(contents):
+            folders.append((record(tmp_path, 70.0, **PAIR, method="kd", seed=seed), name))
+            (folders[-1][0] / name).write_bytes(content)
+    changed = record(tmp_path, 99.0, **PAIR, method="kd") / "result.json"
+    changed.write_text(changed.read_text().replace("99.0", "99.9"))  # not by write_json
+    folders.append((changed.parent, "result.json"))
+    (record(tmp_path, 70.0, **PAIR, method="kd", seed=8) / "student.pt").unlink()
+    parts = report()
+    for folder, name in folders:
+        if name != "student.pt":
+            assert str(folder / name) in parts["Not used"]
+    remarks = [cells[-1] for cells in rows_of(parts["All runs"]).values()]
+    assert remarks.count("student.pt is not there") == 1
+    assert sum("student.pt is not that of the record" in remark for remark in remarks) == 1
+    assert len(remarks) == 2 + 4 + 2 and "99.9" not in parts["All runs"]
 
 
-def test_the_report_is_written_as_markdown_csv_and_pictures(out):
-    pytest.importorskip("matplotlib")
-    text = mhkd.report(out)
-    assert (out / "report.md").read_text() == text + "\n"
-    with open(out / "report.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    full = [line for line in lines if not line["apart from the recipe"]]
-    assert len(full) == PAPERS_FIGURES["table1"] + PAPERS_FIGURES["table2"]
-    (kd,) = [x for x in full if (x["table"], x["row"], x["student"]) == ("table1", "kd", "wrn_16_2")]
-    assert (kd["seeds"], kd["n"], kd["paper_mean"]) == ("0 1 2", "3", "74.92")
-    assert float(kd["mean"]) == pytest.approx(74.8667, abs=1e-4) and float(kd["difference"]) == pytest.approx(-0.0533)
-    assert [x["n"] for x in full if x["row"] == "crd"] == ["0"] * 5
-    for name in ("curves.png", "table1.png", "table2.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert len(list(out.glob("*.png"))) == 1 + 6  # two tables for each of three recipes
+def test_a_report_of_nothing_or_into_a_folder_that_cannot_be_written_is_a_sentence(
+    tmp_path, capsys
+):
+    assert tables.main(["report", str(tmp_path)]) == 1
+    assert "there is no finished run" in capsys.readouterr().err
+    record(tmp_path, 70.0, **PAIR, method="kd")
+    (tmp_path / "report.md").mkdir()
+    assert tables.main(["report", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "report.md' could not be written" in error and error.count("\n") == 1
 
 
-def test_networks_alone_make_a_table_only_by_the_papers_recipe(tmp_path):
-    record(tmp_path, 98.0, student="resnet20", method="ce", dataset="digits")
-    assert "Table" not in mhkd.report(tmp_path, pictures=False)
-    record(tmp_path, 69.0, student="resnet20", method="ce")
-    assert "| 69.00, n=1 |" in mhkd.report(tmp_path, pictures=False)
-
-
-def test_svhn_runs_belong_to_table_3_alone(tmp_path):
-    record(tmp_path, 95.0, **PAIR, method="kd", dataset="svhn", sha256="t")
-    text = mhkd.report(tmp_path, pictures=False)
-    assert "Table 3" in text and "Table 1" not in text
+def test_each_group_has_a_picture_of_its_own_at_200_dpi(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    for method in ("ce", "kd", "mhkd"):
+        for seed in (0, 1):
+            record(tmp_path, 70.0 + seed, **PAIR, method=method, seed=seed)
+            record(tmp_path, 50.0, **PAIR, method=method, seed=seed, epochs=1, subset=64)
+    damaged = record(tmp_path, 40.0, student="vgg8", method="ce")
+    (damaged / "log.jsonl").write_text("{")
+    text = tables.report(tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert names == [
+        "cifar100-vgg8.png",
+        "cifar100-wrn_40_2-wrn_16_2-2.png",
+        "cifar100-wrn_40_2-wrn_16_2.png",
+    ]
+    assert all(f"({name})" in text for name in names)
+    assert {image.imread(tmp_path / name).shape[1] for name in names} == {700, 1400}
