@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import end_of, fork, start
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mhkd
@@ -151,7 +151,7 @@ def remove_scenes():
 
 
 @pytest.mark.parametrize("state", STATES)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None)
 @given(
     pick=st.floats(0, 1, exclude_max=True), kind=st.sampled_from(KINDS),
     place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7),
