@@ -1341,6 +1341,9 @@ def find_result(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
     student = folder / "student.pt"
     if not before or not student.is_file() or sha256_of(student) != before.get("student_sha256"):
         return None
+    log = folder / "log.jsonl"
+    if not log.is_file() or sha256_of(log) != before.get("log_sha256", sha256_of(log)):
+        raise UsageError(f"'{log}' is not that of the result beside it: move its folder away")
     say(f"finished before: '{folder}'")
     return before
 
@@ -1456,6 +1459,7 @@ def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
             "epochs": len(log),
             "seconds": round(sum(entry["seconds"] for entry in log), 3),
             "student_sha256": sha256_of(folder / "student.pt"),
+            "log_sha256": sha256_of(folder / "log.jsonl"),
         }
         write_json(folder / "result.json", result)
         if not config.keep_checkpoint:

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import end_of, fork, start
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mhkd
@@ -33,7 +33,8 @@ Image = pytest.importorskip("PIL.Image")
 SMALL = ["--method", "kd", "--teacher", "resnet8", "--student", "resnet8", "--device", "cpu"]
 SMALL += ["--batch-size", "20", "--epochs", "3", "--seed", "1", "--keep-checkpoint"]
 DIGITS = [*SMALL, "--dataset", "digits", "--subset", "40"]
-CLOCK = ("seconds", "images_per_second", "environments", "sha256")
+CLOCK = {"seconds", "images_per_second", "environments", "sha256", "log_sha256"}
+FILE = {"name", "differs", "teacher_sha256"}  # a bit that means nothing makes another file
 
 
 def run(*arguments):
@@ -48,12 +49,15 @@ def ends(out):
     """What the runs below a folder have come to: weights, logs, results, without the clock."""
     found = {}
     for path in sorted(out.glob("*/result.json")):
-        result = mhkd.read_json(path)
+        result, log = mhkd.read_json(path), []
+        for line in path.with_name("log.jsonl").read_text().splitlines():
+            log.append({k: v for k, v in json.loads(line).items() if k not in CLOCK})
         state = mhkd.load_file(path.with_name("student.pt"))["model"]
         weights = {name: tensor.numpy().tobytes() for name, tensor in state.items()}
-        kept = {name: value for name, value in result.items() if name not in CLOCK}
-        name = kept.pop("name").replace(kept["teacher_sha256"] or "-", "")
-        found[name.split("-teacher_weights")[0]] = weights, kept
+        kept = {name: value for name, value in result.items() if name not in CLOCK | FILE}
+        name = result["name"].split("-teacher_weights")[0]
+        assert name not in found
+        found[name] = weights, log, kept
     return found
 
 
@@ -61,8 +65,9 @@ class Scene:
     """A run in some state, on digits or a folder of images, to be damaged and started again."""
 
     def __init__(self, root, state):
-        self.root, self.state, self.rest = Path(root) / state, state, ()
-        out, self.options = self.root / "out", DIGITS
+        self.root, self.options = Path(root) / state, DIGITS
+        out, before = self.root / "out", self.root / "before"
+        self.root.mkdir()
         if state == "images":
             for i in range(60):
                 part = ("train", "val")[i % 3 == 2]
@@ -70,32 +75,34 @@ class Scene:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(path)
-            data = ["--data", "images", "--image-size", "16"]
+            data = ["--data", str(self.root / "images"), "--image-size", "16"]
             self.options = [*SMALL, "--dataset", "folder", *data, "--epochs", "1"]
-        with contextlib.chdir(self.root) if self.root.mkdir(exist_ok=True) is None else None:
-            if state == "weights":
-                assert run(*DIGITS, "--out", "teacher") == (0, "")
-                (teacher,) = Path("teacher").glob("*resnet8-ce*")
-                shutil.copy(teacher / "student.pt", "given.pt")
-                shutil.rmtree("teacher")
-                self.options = [*DIGITS, "--teacher-weights", "given.pt"]
-            assert run(*self.options, "--out", "wanted") == (0, "")
-            shutil.copytree("wanted", "out")
-            self.student = max(out.glob("*-kd-*"), key=lambda path: len(path.name))
-            if state == "interrupted":  # in the student's third epoch
-                shutil.move(self.student / "checkpoint-before.pt", self.student / "checkpoint.pt")
-                for name in ("result.json", "student.pt"):
-                    (self.student / name).unlink()
-            self.wanted = ends(self.root / "wanted")
-        self.files = sorted(p.relative_to(self.root) for p in out.rglob("*") if p.is_file())
         if state == "weights":
-            self.files = [Path("given.pt")]
-        self.kept = {path: (self.root / path).read_bytes() for path in self.files}
-        shutil.copytree(out, self.root / "before", symlinks=True)
+            assert run(*DIGITS, "--out", self.root / "teacher") == (0, "")
+            (teacher,) = (self.root / "teacher").glob("*resnet8-ce*")
+            shutil.copy(teacher / "student.pt", self.root / "given.pt")
+            self.options = [*DIGITS, "--teacher-weights", str(self.root / "given.pt")]
+        assert run(*self.options, "--out", out) == (0, "")
+        self.wanted = ends(out)
+        (self.student,) = out.glob("*-kd-*")
+        if state == "interrupted":  # in the student's third epoch
+            checkpoint, last = (self.student / name for name in mhkd.CHECKPOINTS)
+            last.rename(checkpoint)
+            shutil.copy(checkpoint, last)
+            for name in ("result.json", "student.pt"):
+                (self.student / name).unlink()
+        self.files = sorted(p.relative_to(self.root) for p in out.rglob("*") if p.is_file())
+        others = [Path("given.pt")] if state == "weights" else []
+        self.kept = {p: (self.root / p).read_bytes() for p in self.files + others}
+        if others:  # a whole student.pt in its place would be another teacher, not damage
+            self.kept = {p: c for p, c in self.kept.items() if p.name != "student.pt"}
+            self.files = others
+            shutil.rmtree(self.student)  # else there would be two runs: of this file, of that one
+        shutil.copytree(out, before)
 
     def try_damage(self, path, kind, place, bit):
         """Damage a file, start the run again: None, or what is wrong with the end."""
-        content, others = bytearray(self.kept[path]), self.files
+        content, others = bytearray(self.kept[path]), [*self.kept]
         at = int(place * len(content))
         if kind == "truncated":
             content = content[:at]
@@ -110,20 +117,17 @@ class Scene:
         shutil.rmtree(self.root / "out")
         shutil.copytree(self.root / "before", self.root / "out", copy_function=shutil.copy)
         (self.root / path).write_bytes(content)
-        with contextlib.chdir(self.root):
-            try:
-                status, said = run(*self.options, "--out", "out")
-                if status:
-                    wrong = None if said.count("\n") == 1 and len(said) > 20 else f"said {said!r}"
-                else:
-                    found = ends(self.root / "out")
-                    wrong = None if found == self.wanted else "another end with status 0"
-            except BaseException as error:
-                wrong = f"traceback of {error!r}"
-            finally:
-                if path.parts[0] != "out":
-                    (self.root / path).write_bytes(self.kept[path])
-        return wrong
+        try:
+            status, said = run(*self.options, "--out", self.root / "out")
+            if status:
+                return None if said.count("\n") == 1 and len(said) > 20 else f"said {said!r}"
+            found = ends(self.root / "out")
+            return None if found == self.wanted else "another end with status 0"
+        except BaseException as error:
+            return f"traceback of {error!r}"
+        finally:
+            if path.parts[0] != "out":
+                (self.root / path).write_bytes(self.kept[path])
 
 
 KINDS = ("truncated", "flipped bit", "zeroed block", "empty", "another file")
@@ -148,7 +152,7 @@ def remove_scenes():
 
 
 @pytest.mark.parametrize("state", STATES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None)
 @given(
     pick=st.floats(0, 1, exclude_max=True), kind=st.sampled_from(KINDS),
     place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7),
@@ -174,18 +178,19 @@ def test_a_scene_notices_other_weights_and_what_is_no_sentence(monkeypatch):
 
 
 def kills(trials, seed):
-    """Runs killed at random moments, each up to three times: how many ended as the undisturbed."""
+    """Runs killed at random moments, each up to twice: how many ended as the undisturbed."""
     moments, held = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as folder:
         root, options = Path(folder), [*DIGITS[:-2], "--subset", "60"]
-        began = time.monotonic()
-        assert end_of(start(*options, "--out", root / "wanted")) == 0
+        for out in ("first", "wanted"):  # the first one waits until PyTorch is imported
+            began = time.monotonic()
+            assert end_of(start(*options, "--out", root / out)) == 0
         whole, killed = time.monotonic() - began, 0
         for i in range(trials):
             out = root / str(i)
-            for _ in range(3):
+            for _ in range(2):
                 process = start(*options, "--out", out)
-                process.join(moments.uniform(0.3, 1) * whole)
+                process.join(moments.uniform(0.1, 0.8) * whole)
                 process.kill()
                 killed += end_of(process) == -signal.SIGKILL
             assert end_of(start(*options, "--out", out)) == 0
@@ -196,8 +201,8 @@ def kills(trials, seed):
 
 def test_runs_killed_at_random_moments_end_bit_for_bit_as_the_undisturbed_one():
     seed = random.randrange(10**6)
-    held, killed = kills(3, seed)
-    assert held == 3 and killed > 0, seed
+    held, killed = kills(2, seed)
+    assert held == 2 and killed > 0, seed
 
 
 # A soak
