@@ -391,17 +391,16 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
     note only what runs in this thread. An output is copied: the next layer may work in place.
     """
     seen: list[tuple] = []
-    compiling = torch.compiler.is_compiling()
-    thread = None if compiling else threading.get_ident()
+    thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     def note(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if thread is None or threading.get_ident() == thread:
+            if torch.compiler.is_compiling() or threading.get_ident() == thread:
                 seen.append((name, args, output.clone() if isinstance(output, Tensor) else output))
 
         return hook
 
-    if compiling:  # torch.compile follows assignments, but no registration of hooks
+    if thread is None:  # torch.compile follows assignments, but no registration of hooks
         before = {name: module._forward_hooks for name, module in modules.items()}
         for name, module in modules.items():
             module._forward_hooks = {**before[name], -1: note(name)}
@@ -414,6 +413,7 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
     try:
         return model(x), seen
     finally:
+        thread = 0  # hooks in a copy that somebody has made meanwhile note nothing more
         with _registering:
             for handle in handles:
                 handle.remove()
@@ -429,7 +429,8 @@ def layout_of(feature: Any, image: Any, name: str, layout: str | None) -> str:
         UsageError: it is no feature; or its shape could be read in two ways and no layout is given.
     """
     shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-    if isinstance(shape, list) and len(shape) == 3:
+    square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
+    if isinstance(shape, list) and len(shape) == 3 and square:
         for n in (0, 1, 2, 5):
             if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
                 return f"tokens+{n}"
@@ -446,6 +447,15 @@ def layout_of(feature: Any, image: Any, name: str, layout: str | None) -> str:
             'give layout="channels_first" or layout="channels_last"'
         )
     return "channels_last" if last and not first else "channels_first"
+
+
+def common_layout(seen: list[tuple], image: Tensor) -> str | None:
+    """ "channels_first" for a network in which no map has its channels last beyond doubt."""
+    layouts = set()
+    for name, _, out in seen:
+        with contextlib.suppress(UsageError):
+            layouts.add(layout_of(out, image, name, None))
+    return None if "channels_last" in layouts else "channels_first"
 
 
 def as_map(feature: Tensor, layout: str) -> Tensor:
@@ -484,7 +494,6 @@ class FeatureExtractor(nn.Module):
         self.model, self.num_classes, self.frozen = model, num_classes, frozen
         self.units = dict(units if isinstance(units, Mapping) else enumerate(units, 1))
         self.output, self.removed = output, False
-        layout = layout or ("channels_first" if type(model) in UNITS else None)
         modules = {name: module for name, module in model.named_modules() if name}
         for name in (*self.units.values(), *([classifier] if classifier else [])):
             check_name("submodule", name, modules)
@@ -497,8 +506,9 @@ class FeatureExtractor(nn.Module):
             got = list(logits.shape)
             raise UsageError(f"the network returns {got}, not logits [B, {num_classes}]")
         self.layouts, self.shapes = {}, {}
+        layout = layout or (common_layout(seen, example_input) if self.units else None)
         for unit, name in self.units.items():
-            feature = self._only(name, [out for other, _, out in seen if other == name])
+            feature = self._only(name, seen)
             self.layouts[unit] = layout_of(feature, example_input, name, layout)
             self.shapes[unit] = tuple(as_map(feature, self.layouts[unit]).shape[1:])
         linear = [name for name, _, _ in seen if isinstance(modules[name], nn.Linear)]
@@ -514,7 +524,8 @@ class FeatureExtractor(nn.Module):
             raise UsageError(f"the network returns {got}, not logits [B, K]: give output=...")
         return result
 
-    def _only(self, name: str, runs: list) -> Any:
+    def _only(self, name: str, seen: list[tuple]) -> Any:
+        runs = [out for other, _, out in seen if other == name]
         if len(runs) != 1:
             times = "did not run" if not runs else f"ran {len(runs)} times"
             raise UsageError(f"the submodule '{name}' {times} in this forward pass, not once")
@@ -539,16 +550,20 @@ class FeatureExtractor(nn.Module):
         names = [*self.units.values(), *([self.classifier] if self.classifier else [])]
         modules = {name: self.model.get_submodule(name) for name in names}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            logits, seen = watch(self.model, modules, x)
-        features = {}
+            result, seen = watch(self.model, modules, x)
+        logits, features = self._logits(result), {}
         for unit, name in self.units.items():
-            feature = self._only(name, [out for other, _, out in seen if other == name])
-            if not isinstance(feature, Tensor):
-                got = type(feature).__name__
-                raise UsageError(f"the submodule '{name}' returns {got}, not a feature")
-            features[unit] = as_map(feature, self.layouts[unit])
+            feature, layout = self._only(name, seen), self.layouts[unit]
+            got = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            dims = 3 if layout.startswith("tokens") else 4
+            if isinstance(got, str) or len(got) != dims or got[0] != logits.shape[0]:
+                raise UsageError(
+                    f"the submodule '{name}' returns {got} for {logits.shape[0]} images, not a "
+                    f"feature [B, C, H, W] or what it returned at first ({layout})"
+                )
+            features[unit] = as_map(feature, layout)
         inputs = [args for other, args, _ in seen if other == self.classifier]
-        return Outputs(self._logits(logits), features, inputs[-1][0] if inputs else None)
+        return Outputs(logits, features, inputs[-1][0] if inputs else None)
 
 
 class MultiHead(FeatureExtractor):
@@ -872,8 +887,8 @@ class Option:
     rule: tuple[Callable[[Any], bool], str] | None = None
 
 
-POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
-NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a number not below 0")
+POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0 that float32 can hold")
+NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0 that float32 can hold")
 SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
 COUNT = (lambda v: 1 <= v < 2**31, "at least 1 and below 2^31")
 
@@ -1145,6 +1160,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         record = record_of(config, data, teacher)
         folder = Path(config.out) / record["name"]
         with locked(folder, f"another run is at work on '{folder}'"):
+            wait_for_all()
             if finished := find_result(folder, record):
                 return finished
             distiller = Distiller(config, data, teacher.model)
@@ -1161,7 +1177,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 for method in distiller.methods:
                     torch.manual_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
-            bar = Progress(config.epochs * len(data.train), config.student, len(log))
+            board = tensorboard(folder, log) if config.tensorboard and is_main() else None
+            N = len(data.train)
+            bar = Progress(config.epochs * N, config.student, len(log) * N)
             for epoch in range(len(log) + 1, config.epochs + 1):
                 started = time.perf_counter()
                 torch.manual_seed(seed_of(config.seed, epoch, rank()))  # of dropout, CRD's draws
@@ -1191,6 +1209,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 entry["seconds"] = round(seconds, 3)
                 log.append(entry)
                 save(folder, record, distiller, optimizer, log)
+                board and board(entry)
                 bar.line(config, entry)
             return finish(folder, record, config, data, distiller, log)
 
@@ -1264,13 +1283,14 @@ def find_teacher(config: Config, data: Data) -> Teacher:
     """The teacher from its checkpoint, or trained with the same recipe, in a run of its own."""
     if not config.teacher:
         return Teacher()
+    model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     if config.teacher_weights:
         path, accuracy = Path(config.teacher_weights), None
     else:
+        Distiller(config, data, model)  # refuses at once what would fail after the teacher's run
         say(f"teacher {config.teacher}: without --teacher-weights its own run comes first")
         result = train(config.of_teacher(), data)
         path, accuracy = Path(config.out) / result["name"] / "student.pt", result["accuracy"]
-    model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     teacher = Teacher(load_weights(model, path).to(data.device), sha256_of(path), accuracy)
     if accuracy is None:
         teacher.accuracy = evaluate(model, data)["accuracy"]
@@ -1366,19 +1386,19 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
 
     Writes config.json, with every surroundings that the run has been in.
     """
-    path = next((folder / n for n in CHECKPOINTS if (folder / n).is_file()), None)
+    paths = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
     log: list[dict[str, Any]] = []
-    if path:
+    if paths:
         try:
-            state = load_file(path)
+            state = load_file(paths[0])
             before, log = json.loads(state["record"]), json.loads(state["log"])
             refuse_another(folder, before, record)
             distiller.load_state_dict(state["distiller"])
             optimizer.load_state_dict(state["optimizer"])
-        except UsageError:
-            raise
         except Exception as error:
-            raise UsageError(f"'{path}' cannot be used ({first_line(error)}): remove it") from error
+            rest = ", and the run goes on from the one before" if paths[1:] else ""
+            reason = first_line(error)
+            raise UsageError(f"'{paths[0]}' cannot be used ({reason}): remove it{rest}") from error
     config, device = distiller.config, next(distiller.student.parameters()).device
     here = environment(config, device)
     written = read_json(folder / "config.json") or {}
@@ -1394,6 +1414,23 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
     state = f"goes on after epoch {len(log)} of" if log else "begins:"
     say(f"'{folder}' {state} {config.epochs} epochs on {device}")
     return log
+
+
+def tensorboard(folder: Path, log: list[dict[str, Any]]) -> Callable[[dict], None]:
+    """A function that shows an entry of the log there; what is in the log is shown anew."""
+    tool = import_optional("torch.utils.tensorboard", "tensorboard", "--tensorboard")
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    writer = tool.SummaryWriter(folder)
+
+    def show(entry: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            writer.add_scalar(name, value, entry["epoch"])
+        writer.flush()
+
+    for entry in log:
+        show(entry)
+    return show
 
 
 def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
@@ -1553,11 +1590,17 @@ def library_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ..
     return None
 
 
+def parents(name: str) -> list[str]:
+    """Of "a.b.c", "a" and "a.b"."""
+    return [name[:i] for i, character in enumerate(name) if character == "."]
+
+
 def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tuple[str, ...]:
     """The names of the first units of a network: its own UNITS, timm's, or found by one run.
 
-    Found: the last submodule that runs at each size of the map, without the stem, the first three
-    (section 3.2). Where no map shrinks, as in a transformer, blocks at quarters of the depth.
+    Found: the last submodule that runs at each size of the map, but not inside of one that changes
+    the size; of five sizes or more without the first, the stem's; the first three (section 3.2).
+    Where no map shrinks, as in a transformer, blocks at quarters of the depth.
 
     Raises:
         UsageError: there are fewer than three (the message tells what was seen).
@@ -1567,31 +1610,34 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
     if type(model) in UNITS:
         return UNITS[type(model)]
     modules = {name: module for name, module in model.named_modules() if name}
-    _, seen = run_once(model, modules, image)
+    _, seen = run_once(model, modules, image.repeat(2, 1, 1, 1))
     runs = [name for name, _, _ in seen]
-    info = getattr(model, "feature_info", None)
-    info = [f for f in (info or []) if isinstance(f, dict) and runs.count(f.get("module")) == 1]
-    if len(info) >= 3 and len({f["reduction"] for f in info}) > 2:
-        found = [f["module"] for f in info][-4:-1] if len(info) > 3 else [f["module"] for f in info]
+    layout = common_layout(seen, image)
+    maps: dict[str, int] = {}  # submodules that run once and give maps: how often that is halved
+    inside: dict[str, set[int]] = {}  # the same of those inside
+    for name, _, out in seen:
+        with contextlib.suppress(UsageError):
+            B, _, side, other = as_map(out, layout_of(out, image, name, layout)).shape
+            if runs.count(name) == 1 and B == 2 and side == other > 1:
+                maps[name] = round(math.log2(image.shape[-1] / side))
+                for parent in parents(name):
+                    inside.setdefault(parent, set()).add(maps[name])
+    info = getattr(model, "feature_info", None) or []
+    found = [f["module"] for f in info if isinstance(f, dict) and f.get("module") in maps]
+    if len(found) >= 3 and len({maps[name] for name in found}) > 2:
+        found = found[-4:-1] if len(found) > 3 else found
     else:
-        last: dict[tuple, str] = {}  # by the size of the map, in the order of the network
-        tokens: dict[str, list[str]] = {}  # blocks of one parent that give the same tokens
-        for name, _, out in seen:
-            if not isinstance(out, Tensor) or out.dim() not in (3, 4) or runs.count(name) > 1:
-                continue
-            with contextlib.suppress(UsageError):
-                size = as_map(out, layout_of(out, image, name, None)).shape[2:]
-                if min(size) > 1:
-                    last[tuple(size)] = name
-                    if name.rpartition(".")[2].isdigit() or out.dim() == 3:
-                        key = f"{name.rpartition('.')[0]} {type(modules[name]).__name__} {size}"
-                        tokens.setdefault(key, []).append(name)
-        found = list(last.values())
-        found = found[1:4] if len(found) > 3 else found
+        last: dict[int, str] = {}  # by size, in the order of the network
+        blocks: dict[tuple, list[str]] = {}  # those of one parent, kind and size
+        for name, size in maps.items():
+            if not any(parent in maps and len(inside[parent]) < 3 for parent in parents(name)):
+                last[size] = name
+            key = (name.rpartition(".")[0], type(modules[name]), size)
+            blocks.setdefault(key, []).append(name)
+        found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
         if len(found) < 3:
-            blocks = max(tokens.values(), key=len, default=[])
-            quarters = [len(blocks) * i // 4 - 1 for i in (1, 2, 3)]
-            found = [blocks[i] for i in quarters] if len(blocks) >= 4 else found
+            most = max(blocks.values(), key=len, default=[])
+            found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
     if len(found) < 3:
         raise UsageError(
             f"the units of the {role} could not be found (seen: {', '.join(found) or 'no map'}): "
@@ -1908,7 +1954,8 @@ def list_images(root: Path) -> tuple[list[list[tuple[Path, int]]], list[str]]:
         files.append([])
         for label, name in enumerate(names[0]):
             found = []
-            for folder, _, entries in os.walk(part / name, onerror=refuse):
+            for folder, below, entries in os.walk(part / name, onerror=refuse):
+                entries += [d for d in below if os.path.islink(os.path.join(folder, d))]
                 for entry in entries:
                     kind = Path(entry).suffix.lower()
                     if kind in IMAGE_FILES:
@@ -1979,17 +2026,25 @@ def decode(files: list[Path], side: int, cache: Path) -> Tensor:
         else:
             sums = []
         os.truncate(images, min(len(sums) * CHUNK, len(files)) * size) if sums else None
-        bar = Progress(len(files), "decoding", 0)
-        with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor() as pool:
-            for start in range(len(sums) * CHUNK, len(files), CHUNK):
-                chunk = files[start : start + CHUNK]
-                content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunk))
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-                sums.append(hashlib.sha256(content).hexdigest())
-                write_json(index, {"chunks": sums})
-                bar.update(len(chunk))
+        todo = range(len(sums) * CHUNK, len(files), CHUNK)
+        if todo:
+            say(f"decodes {len(files) - todo[0]} images into '{folder}'; old ones beside it may go")
+        bar = Progress(len(files), "decoding", len(sums) * CHUNK)
+        try:
+            with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor() as pool:
+                for start in todo:
+                    chunk = files[start : start + CHUNK]
+                    content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunk))
+                    out.write(content)
+                    out.flush()
+                    os.fsync(out.fileno())
+                    sums.append(hashlib.sha256(content).hexdigest())
+                    write_json(index, {"chunks": sums})
+                    bar.update(len(chunk))
+        except OSError as error:
+            raise UsageError(
+                f"'{images}' could not be written ({error}); with that mended, the decoding goes on"
+            ) from error
     store = torch.from_file(str(images), shared=False, size=len(files) * size, dtype=torch.uint8)
     return store.view(len(files), side, side, 3)
 
@@ -2079,6 +2134,11 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
     if config.teacher_weights:
         content = load_file(Path(config.teacher_weights))
         if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
+            try:
+                mean, std = torch.tensor([content["mean"], content["std"]]).view(2, 3).tolist()
+            except (TypeError, ValueError, RuntimeError) as error:
+                path = config.teacher_weights
+                raise UsageError(f"'{path}' has a damaged mean or std ({error})") from error
             return tuple(content["mean"]), tuple(content["std"])
     first = "teacher" if config.teacher else "student"
     known = None
@@ -2119,29 +2179,33 @@ LOW_LR, LOW_LR_MODELS = 0.01, ("mobilenetv2", "shufflenetv2")
 
 SEED = (lambda v: 0 <= v < 2**62, "between 0 and 2^62")
 NAMES = (lambda v: len(v) > 0, "at least one name")
+SIZE = (lambda v: 16 <= v <= 4096, "between 16 and 4096")
+PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
+TWO = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
+BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
+ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
+INITS = "random, pretrained or file:PATH"
+INIT = (lambda v: v in ("random", "pretrained") or v.startswith("file:"), INITS)
+PRECISION = "float32, tf32 or bfloat16 (autocast), faster on GPUs, AVX512_BF16 and AMX; " \
+    "auto: float32, with tf32 in CUDA's convolutions"  # fmt: skip
 
 
 def one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda v: v in values, f"one of {', '.join(values)}")
 
 
-INIT = (
-    lambda v: v in ("random", "pretrained") or v.startswith("file:"),
-    "random, pretrained or file:PATH",
-)
-PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
-ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
+def field(group: str) -> Callable[..., Any]:
+    """Makes fields of Config. Those of the group "machine" may differ where a run goes on."""
+
+    def make(default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
+        facts = {"group": group, "option": Option(default, help, parse, rule)}
+        return dataclasses.field(default=default, metadata=facts)
+
+    return make
 
 
-def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
-    """A field of Config. Those of the group "machine" may differ where a run goes on."""
-    facts = {"group": group, "option": Option(default, help, parse, rule)}
-    return dataclasses.field(default=default, metadata=facts)
-
-
-of_networks, of_data = functools.partial(field, "networks"), functools.partial(field, "data")
-of_training = functools.partial(field, "training")
-of_machine = functools.partial(field, "machine")
+net, images, fit, machine = (field(group) for group in ("networks", "data", "training", "machine"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2154,96 +2218,61 @@ class Config:
         UsageError: a name that does not exist, a value that makes no sense.
     """
 
-    teacher: str | None = of_networks(
-        None, "network that teaches: of ours, torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
+    teacher: str = net(None, "one of ours, torchvision:NAME, timm:NAME or FILE.py:FUNCTION")
+    student: str = net(None, "the network that learns, likewise")
+    teacher_init: str = net("random", f"weights that the teacher begins with: {INITS}", str, INIT)
+    student_init: str = net("random", f"weights that the student begins with: {INITS}", str, INIT)
+    teacher_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
+    student_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
+    method: str = field("method")(
+        "mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, or crd+mhkd"
     )
-    student: str | None = of_networks(None, "network that learns")
-    teacher_init: str = of_networks(
-        "random", "weights that a teacher trained here begins with: random, pretrained (the "
-        "library's) or file:PATH", rule=INIT,
-    )  # fmt: skip
-    student_init: str = of_networks("random", "and the student", rule=INIT)
-    teacher_units: tuple[str, ...] | None = of_networks(
-        None, "submodules that heads go after, layer1,layer2: the first three units", words, NAMES
-    )
-    student_units: tuple[str, ...] | None = of_networks(None, "and of the student", words, NAMES)
-    method: str = field(
-        "method", "mhkd",
-        "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, or some joined by +: crd+mhkd",
-    )  # fmt: skip
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dataset: str = of_data(
-        "cifar100", "cifar100, cifar10, svhn, folder (your images) or digits (no download)"
+    dataset: str = images(
+        "cifar100", "cifar100, cifar10, svhn, folder (yours), digits (no download)"
     )
-    image_size: int | None = of_data(
-        None, "side of the images in pixels: 32; digits 16", int,
-        (lambda v: 16 <= v <= 4096, "between 16 and 4096"),
+    image_size: int = images(None, "side of the images in pixels: 32; digits 16", int, SIZE)
+    subset: int = images(None, "at most so many images to train on, and to test: all", int, TWO)
+    val_fraction: float = images(0.0, "share held out, to choose the best epoch", float, BELOW_1)
+    crop_padding: int = images(None, "padding for the crop: 4; digits 2", int, PADDING)
+    crop_scale: float = images(0.08, "least area of the crop from 64 pixels up", float, FACTOR)
+    flip: bool = images(None, "do not flip images at random", bool)  # --no-flip
+    epochs: int = fit(None, "epochs: 240; svhn 150; digits 30", int, COUNT)
+    batch_size: int = fit(None, "images a step (batch norm needs two): 64; svhn 200", int, TWO)
+    lr: float = fit(None, "0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001", float, POSITIVE)
+    lr_steps: Sequence[int] = fit(
+        None, "epochs after which the learning rate falls: 150,180,210; svhn 80,110,135; scaled "
+        "with --epochs", integers, ASCENDING,
     )  # fmt: skip
-    subset: int | None = of_data(
-        None, "train on and test with at most so many images, always the same: all", int,
-        (lambda v: v >= 2, "at least 2"),
-    )  # fmt: skip
-    val_fraction: float = of_data(
-        0.0, "share of the training images held out, on which the best epoch is chosen", float,
-        (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    )  # fmt: skip
-    crop_padding: int | None = of_data(
-        None, "padding for the random crop, below 64 pixels: 4; digits 2", int, PADDING
+    lr_decay: float = fit(0.1, "factor by which it falls", float, FACTOR)
+    momentum: float = fit(0.9, "of SGD", float, BELOW_1)
+    weight_decay: float = fit(5e-4, "of SGD", float, NOT_NEGATIVE)
+    seed: int = fit(0, "of initial weights, batch order and augmentation", int, SEED)
+    teacher_seed: int = fit(0, "of the teacher, where it is trained here", int, SEED)
+    precision: str = fit("auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
+    teacher_weights: str = machine(
+        None, "checkpoint of the teacher: it is trained first", str, (len, "a file")
     )
-    crop_scale: float = of_data(
-        0.08, "least area of the random crop, from 64 pixels up", float,
-        (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    )  # fmt: skip
-    flip: bool | None = of_data(None, "do not flip images at random", bool)  # --no-flip
-    epochs: int | None = of_training(None, "epochs: 240; svhn 150; digits 30", int, COUNT)
-    batch_size: int | None = of_training(
-        None, "images a step: 64; svhn 200", int,
-        (lambda v: 2 <= v < 2**31, "at least 2 (batch norm needs two images)"),
-    )  # fmt: skip
-    lr: float | None = of_training(
-        None, "learning rate: 0.05, mobilenetv2 and shufflenetv2 0.01; svhn 0.001", float, POSITIVE
-    )
-    lr_steps: tuple[int, ...] | None = of_training(
-        None, "epochs after which it falls: 150,180,210; svhn 80,110,135; scaled with --epochs",
-        integers, ASCENDING,
-    )  # fmt: skip
-    lr_decay: float = of_training(
-        0.1, "factor by which it falls", float, (lambda v: 0 < v <= 1, "above 0 and at most 1")
-    )
-    momentum: float = of_training(
-        0.9, "of SGD", float, (lambda v: 0 <= v < 1, "at least 0 and below 1")
-    )
-    weight_decay: float = of_training(5e-4, "of SGD", float, NOT_NEGATIVE)
-    seed: int = of_training(0, "of initial weights, batch order and augmentation", int, SEED)
-    teacher_seed: int = of_training(0, "of the teacher, where it is trained here", int, SEED)
-    precision: str = of_training(
-        "auto", "of networks and heads: float32; tf32; bfloat16 (autocast), 1.4 times as fast on a "
-        "processor with AVX512_BF16 or AMX; auto: float32, on CUDA with tf32 in convolutions",
-        rule=one_of("auto", "float32", "tf32", "bfloat16"),
-    )  # fmt: skip
-    teacher_weights: str | None = of_machine(None, "checkpoint of the teacher: it is trained first")
-    data: str = of_machine("data", "folder of the data; downloads go there")
-    out: str = of_machine("runs", "where run folders go")
-    device: str | None = of_machine(None, "cpu, cuda, cuda:1, mps: the best there is")
-    backend: str = of_machine("auto", "of the loss: auto, reference, fused", rule=one_of(*BACKENDS))
-    compile: bool = of_machine(False, "torch.compile the networks: slow to begin", bool)
-    keep_checkpoint: bool = of_machine(False, "keep checkpoint.pt of a finished run", bool)
-    tensorboard: bool = of_machine(False, "write the log's figures for TensorBoard, too", bool)
+    data: str = machine("data", "folder of the data; downloads go there")
+    out: str = machine("runs", "where run folders go")
+    device: str = machine(None, "cpu, cuda, cuda:1, mps: the best there is")
+    backend: str = machine("auto", "of the loss: auto, reference, fused", str, one_of(*BACKENDS))
+    compile: bool = machine(False, "torch.compile the networks: slow to begin", bool)
+    keep_checkpoint: bool = machine(False, "keep checkpoint.pt of a finished run", bool)
+    tensorboard: bool = machine(False, "write the log's figures for TensorBoard, too", bool)
 
     def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        given = {
-            f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default
-        }
-        self.__dict__["given"] = given | {"options": dict(self.options)}
+        fields = [f for f in dataclasses.fields(self) if f.name != "options"]
+        values = {f.name: getattr(self, f.name) for f in fields}
+        given = {f.name: values[f.name] for f in fields if values[f.name] != f.default}
+        self.__dict__["given"] = {**given, "options": dict(self.options)}
         check_name("data set", self.dataset, SOURCES)
         methods = find_methods(self.method)
         fill = {"method": "+".join(methods)}
         if not self.student:
             raise UsageError("--student is missing: python mhkd.py --teacher vgg13 --student vgg8")
         if not any(method.needs_teacher for method in methods.values()):
-            fields = (f for f in dataclasses.fields(self) if f.name.startswith("teacher"))
-            fill |= {f.name: f.default for f in fields}
+            fill |= {f.name: f.default for f in fields if f.name.startswith("teacher")}
         elif not self.teacher:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
         elif self.teacher_weights is not None:
@@ -2256,10 +2285,8 @@ class Config:
             recipe["lr"] = LOW_LR
         epochs = self.epochs or recipe["epochs"]
         recipe["lr_steps"] = tuple(round(s * epochs / recipe["epochs"]) for s in recipe["lr_steps"])
-        fields = [f for f in dataclasses.fields(self) if f.name != "options"]
-        for f in fields:
-            value = fill.get(f.name, getattr(self, f.name))
-            self.__dict__[f.name] = recipe.get(f.name) if value is None else value
+        for name, value in {**values, **fill}.items():
+            self.__dict__[name] = recipe.get(name) if value is None else value
         units = self.student_units or self.teacher_units or (1, 2, 3)
         recipe["units"] = tuple(range(1, len(units) + 1))
         declared = method_options(methods)
@@ -2286,7 +2313,7 @@ class Config:
 
     def of_teacher(self) -> Config:
         """The run that trains the teacher: the same recipe, without the teacher's own teacher."""
-        units, own = self.teacher_units, {"student_units": None, "options": {}, "method": "ce"}
+        own = {"student_units": None, "options": {}, "method": "ce"}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
         return self.replace(**own, seed=self.teacher_seed, teacher_seed=0, teacher_units=None)
 
@@ -2378,7 +2405,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
             raise ValueError(f"it must have {', '.join(keys)}")
         if content.get("sha256") != seal(content):
             raise ValueError("its checksum is not that of its content")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"'{path}' is damaged ({error}): move its folder away") from error
     return content
 
@@ -2417,7 +2444,6 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
             except BlockingIOError:
                 say(f"{waiting}: waiting for it")
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        wait_for_all()
         yield
     finally:
         if handle is not None:
@@ -2433,7 +2459,9 @@ def load_file(path: Path) -> Any:
             with zipfile.ZipFile(path) as file:
                 if bad := file.testzip():
                     raise ValueError(f"the checksum of its part {bad} is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the benchmark's options
+        safe = [argparse.Namespace]  # the benchmark's options
+        with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
@@ -2452,8 +2480,12 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = content.get("model", content.get("state_dict", content))
     dense = isinstance(content, dict) and all(
-        isinstance(t, Tensor) and t.layout == torch.strided and not t.is_complex() and not t.is_meta
-        for t in content.values()
+        isinstance(name, str)
+        and isinstance(t, Tensor)
+        and t.layout == torch.strided
+        and not t.is_complex()
+        and not t.is_meta
+        for name, t in content.items()
     )
     if not dense:
         raise UsageError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
@@ -2545,13 +2577,13 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
 class Progress:
     """A bar with rate and time left on a terminal, where tqdm is installed; elsewhere lines."""
 
-    def __init__(self, total: int, title: str, epochs: int):
+    def __init__(self, total: int, title: str, done: int):
         self.bar = None
         if is_main() and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
 
-                self.bar = tqdm(total=total, desc=title, unit=" images", unit_scale=True)
+                self.bar = tqdm(None, title, total, unit=" images", unit_scale=True, initial=done)
 
     def update(self, images: int) -> None:
         if self.bar:
@@ -2636,6 +2668,8 @@ def surroundings(config: Config) -> Iterator[torch.device]:
     device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)) if several else None)
     if config.precision == "tf32" and device.type != "cuda":
         raise UsageError(f"--precision tf32 is for CUDA, and this is {device}: use auto or float32")
+    if config.backend == "fused" and not loss_backend().startswith("fused"):
+        raise UsageError("--backend fused: the fused kernel is not installed: use auto")
     start = several and not dist.is_initialized()
     if start:  # others wait while the first one waits for another run's teacher, or downloads
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -2759,7 +2793,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line("mhkd.py", run)
 
 
-class Terminated(Exception):
+class Terminated(BaseException):
     """SIGTERM."""
 
 

@@ -1,6 +1,11 @@
 """The repository root on the path, few threads, and what several test files share."""
 
+import contextlib
+import functools
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPT = ROOT / "mhkd.py"
 
-# The networks here are tiny, and several processes share the cores: threads would only wait for each other.
+# The networks here are tiny, and several processes share the cores: threads would only wait for
+# each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 # A run of a few seconds on the CPU: 200 digits of 16 pixels, small heads.
-TINY = ["--dataset", "digits", "--subset", "200", "--epochs", "2", "--batch-size", "40", "--head-width", "8"]
+TINY = ["--dataset", "digits", "--subset", "200", "--epochs", "2", "--batch-size", "40"]
 TINY += ["--device", "cpu"]
+HEADS = ["--head-width", "8"]
 PAIR = ["--teacher", "resnet14", "--student", "resnet8"]
+ALONE = ["--student", "resnet8", "--method", "ce", *TINY]
 
 
 @pytest.fixture(params=DEVICES)
@@ -32,12 +40,94 @@ def device(request):
 def script(*arguments, **keywords):
     """Run mhkd.py as a user does; its output as text."""
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **keywords)
+    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **keywords}
+    return subprocess.run(command, text=True, timeout=300, **keywords)
 
 
 def listing(folder):
     """What a folder holds: for each path below it the bytes and the time of its last change."""
-    paths = sorted(Path(folder).rglob("*"))
     return {
-        p.relative_to(folder).as_posix(): (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None for p in paths
+        p.relative_to(folder).as_posix(): (
+            (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None
+        )
+        for p in sorted(Path(folder).rglob("*"))
     }
+
+
+# Processes that can be killed, at a fraction of the start of Python and PyTorch
+
+
+def _child(arguments, output, die, environment):
+    """mhkd.py in this process. die: (a function of os, its count), at which it kills itself."""
+    import mhkd
+
+    os.environ.update(environment)
+    if output is not None:
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+    if die:
+        name, left = die[0], [die[1]]
+        real = getattr(os, name)
+
+        @functools.wraps(real)
+        def dying(*args, **keywords):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **keywords)
+
+        setattr(os, name, dying)
+    torch.set_num_threads(1)
+    sys.exit(mhkd.main(arguments))
+
+
+def fork(target, *arguments):
+    """A process that is forked from one that has imported PyTorch and has not used it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mhkd", "sklearn.datasets", "pytest", "torch._dynamo"])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def start(*arguments, output=os.devnull, die=None, environment=()):
+    """mhkd.py as a forked process, its output in a file."""
+    return fork(_child, [*map(str, arguments)], str(output), die, dict(environment))
+
+
+def environments(processes):
+    """What torchrun tells each of its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+
+
+def end_of(process, timeout=120):
+    """Its exit status, negative for a signal."""
+    process.join(timeout)
+    status = process.exitcode
+    if status is None:
+        process.kill()
+        process.join()
+    return status
+
+
+@contextlib.contextmanager
+def no_access(monkeypatch, path):
+    """A path that the system refuses to open or list: root, who runs tests in containers, may."""
+
+    def refusing(real):
+        def function(name, *args, **keywords):
+            if isinstance(name, (str, os.PathLike)) and os.fspath(name) == os.fspath(path):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return real(name, *args, **keywords)
+
+        return function
+
+    with monkeypatch.context() as patch:
+        for name in ("scandir", "listdir"):
+            patch.setattr(os, name, refusing(getattr(os, name)))
+        yield

@@ -1,39 +1,39 @@
-"""Bad input ends with one clear sentence on stderr and a non-zero exit; no traceback, nothing overwritten."""
+"""Bad input ends with one clear sentence on stderr and a non-zero exit; nothing is overwritten."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, TINY, listing, script
+from conftest import ALONE, HEADS, PAIR, SCRIPT, TINY, listing, no_access, script
 
 import mhkd
 
 pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
-ALONE = ["--student", "resnet8", "--method", "ce", *TINY]
-MHKD = ["--teacher", "resnet14", "--student", "resnet8", *TINY]
+MHKD = [*PAIR, *TINY, *HEADS]
 
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """Runs the command line on what makes no sense: asserts how it ends, and gives the sentence."""
+    """Runs what makes no sense: asserts how it ends, and gives the sentence."""
 
     def check(*arguments):
-        out = tmp_path / "out"
         before = contents(tmp_path)
         capsys.readouterr()
-        assert mhkd.main([*map(str, arguments), "--out", str(out)]) not in (0, None)
+        assert mhkd.main([*map(str, arguments), "--out", str(tmp_path / "out")]) == 1
         error = capsys.readouterr().err
-        assert error.endswith("\n")
+        assert error.startswith("mhkd.py: ") and error.endswith("\n")
         assert error.count("\n") == 1, error
-        assert "Traceback" not in error
+        assert len(error) < 700
         after = contents(tmp_path)
-        assert {path: after.get(path) for path in before} == before  # nothing overwritten, nothing gone
+        assert {p: after.get(p) for p in before} == before  # nothing overwritten, nothing gone
         check.made = sorted(set(after) - set(before))
         return error
 
@@ -48,7 +48,7 @@ def assert_says(sentence, *parts):
     assert all(part in sentence for part in parts), sentence
 
 
-# Names
+# Names and the command line
 
 
 @pytest.mark.parametrize("option", ["--teacher", "--student"])
@@ -67,19 +67,99 @@ def test_an_unknown_method_is_named_with_those_that_exist(refused):
     assert refused.made == []
 
 
-@pytest.mark.parametrize("arguments, part", [
-    (["--teacher", "resnet14", *TINY], "--student"),
-    (["--student", "resnet8", *TINY], "--teacher"),
-    ([*ALONE, "--epoch", "3"], "--epoch"),
-    ([*ALONE, "stray"], "stray"),
-    ([*ALONE, "--epochs", "many"], "many"),
-    ([*ALONE, "--lr"], "--lr"),
+@pytest.mark.parametrize("arguments, parts", [
+    (["--teacher", "resnet14", *TINY], ["--student"]),
+    (["--student", "resnet8", *TINY], ["--teacher"]),
+    ([*ALONE, "--epoch", "3"], ["--epoch:", "did you mean --epochs"]),
+    ([*ALONE, "stray"], ["stray"]),
+    ([*ALONE, "--epochs", "many"], ["--epochs", "many"]),
+    ([*ALONE, "--lr"], ["--lr"]),
+    ([*ALONE, "--tau", "2"], ["--tau is an option of --method", "kd", "mhkd", "not of ce"]),
+    ([*ALONE, "--negatives", "2"], ["--negatives is an option of --method crd, not of ce"]),
+    ([*MHKD, "--nagatives", "2"], ["there is no option --nagatives"]),
+], ids=lambda value: str(value[-1]))  # fmt: skip
+def test_a_command_line_that_cannot_be_understood_names_the_option(arguments, parts, refused):
+    assert_says(refused(*arguments), *parts)
+    assert refused.made == []
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--tau", "0"), ("--tau", "-1"), ("--tau", "nan"), ("--tau", "inf"), ("--tau", "1e300"),
+    ("--alpha", "nan"), ("--alpha", "1.5"), ("--alpha", "-0.1"), ("--beta", "nan"),
+    ("--beta", "-1"), ("--beta", "inf"), ("--batch-size", "0"), ("--batch-size", "1"),
+    ("--batch-size", "-4"), ("--epochs", "0"), ("--epochs", "99999999999"), ("--lr", "0"),
+    ("--lr", "nan"), ("--lr", "inf"), ("--lr", "1e300"), ("--lr-steps", "3,2"),
+    ("--lr-steps", "-1"), ("--lr-decay", "0"), ("--momentum", "1"), ("--momentum", "nan"),
+    ("--weight-decay", "-1"), ("--weight-decay", "nan"), ("--weight-decay", "1e300"),
+    ("--head-width", "0"), ("--head-width", "99999999999"), ("--head-stride", "0"),
+    ("--crop-padding", "-1"), ("--crop-scale", "0"), ("--image-size", "15"),
+    ("--image-size", "100000"), ("--subset", "0"), ("--val-fraction", "1"), ("--seed", "-1"),
+    ("--seed", "9" * 30), ("--teacher-seed", "-1"), ("--units", "4"), ("--units", "0"),
+    ("--units", "1,1"), ("--units", ""), ("--backend", "quick"), ("--precision", "half"),
+    ("--teacher-weights", ""), ("--student-init", "imagenet"),
 ])  # fmt: skip
-def test_a_command_line_that_cannot_be_understood_names_the_option(arguments, part, refused):
-    assert_says(refused(*arguments), part)
+def test_a_value_that_makes_no_sense_is_named_with_what_it_must_be(option, value, refused):
+    sentence = refused(*MHKD, option, value)
+    if option == "--units" and value == "4":
+        assert_says(sentence, "has no unit 4")
+    else:
+        words, _, shown = sentence.removesuffix("\n").rpartition(", not ")
+        assert f"{option} must be " in words
+        assert shown == value or float(shown) == float(value)
+    assert refused.made == []
 
 
-# Data
+def test_the_sentence_for_a_seed_that_is_too_large_says_so(refused):
+    assert_says(refused(*ALONE, "--seed", 2**62), "between 0 and 2^62")
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(device, refused):
+    assert_says(refused(*ALONE, "--device", device), "--device", device)
+    assert refused.made == []
+
+
+def test_a_precision_that_the_device_has_not_is_refused(refused):
+    assert_says(refused(*ALONE, "--precision", "tf32"), "--precision tf32 is for CUDA", "cpu")
+    assert refused.made == []
+
+
+def test_the_fused_backend_is_refused_where_it_is_not_installed(refused, monkeypatch):
+    monkeypatch.setattr(mhkd, "loss_backend", lambda: "reference (fused kernel not installed)")
+    assert_says(refused(*MHKD, "--backend", "fused"), "--backend fused", "not installed")
+    assert refused.made == []
+
+
+def test_what_asks_for_more_memory_than_there_is_says_how_much(refused):
+    sentence = refused(*MHKD, "--head-width", "2000000000")
+    assert_says(sentence, "not enough memory", "1152000000000 bytes")
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_both_sizes(refused):
+    sentence = refused(*ALONE, "--subset", "30", "--batch-size", "31")
+    assert_says(sentence, "31", "30", "--batch-size")
+    assert refused.made == []
+
+
+@pytest.mark.parametrize("role, units", [("teacher", "layer1,layer9"), ("student", "layer9,fc")])
+def test_a_unit_that_does_not_exist_is_named_with_those_that_do(role, units, refused):
+    other = {"teacher": "--student-units", "student": "--teacher-units"}[role]
+    sentence = refused(*MHKD, f"--{role}-units", units, other, "layer1,layer2")
+    assert_says(sentence, "'layer9'", "layer1", "layer2", "layer3")
+    assert refused.made == []  # before a teacher is trained for hours
+
+
+def test_a_unit_that_gives_no_feature_is_named_before_anything_is_trained(refused):
+    assert_says(refused(*MHKD, "--teacher-units", "layer1", "--student-units", "fc"), "'fc'")
+    assert refused.made == []
+
+
+def test_lists_of_units_that_differ_in_length_are_refused(refused):
+    sentence = refused(*MHKD, "--teacher-units", "layer1,layer2", "--student-units", "layer1")
+    assert_says(sentence, "--teacher-units", "--student-units")
+
+
+# A folder of images
 
 
 def make_folder(root, classes=(("a", "b"), ("a", "b")), parts=("train", "test")):
@@ -93,106 +173,69 @@ def make_folder(root, classes=(("a", "b"), ("a", "b")), parts=("train", "test"))
     return root
 
 
-def folder_arguments(root):
-    options = ["--dataset", "folder", "--data", root, "--image-size", "16", "--batch-size", "4", "--epochs", "1"]
-    return ["--student", "resnet8", "--method", "ce", *options, "--device", "cpu"]
+def of_folder(root):
+    options = ["--dataset", "folder", "--data", root, "--image-size", "16", "--batch-size", "4"]
+    return ["--student", "resnet8", "--method", "ce", *options, "--epochs", "1", "--device", "cpu"]
 
 
-def test_a_good_folder_of_images_is_not_refused(tmp_path):
-    root = make_folder(tmp_path / "images")
-    assert mhkd.main([*map(str, folder_arguments(root)), "--out", str(tmp_path / "out")]) == 0
+@pytest.fixture
+def images(tmp_path):
+    return make_folder(tmp_path / "images")
+
+
+def test_a_good_folder_of_images_is_not_refused(images, tmp_path):
+    assert mhkd.main([*map(str, of_folder(images)), "--out", str(tmp_path / "out")]) == 0
 
 
 def test_a_missing_data_folder_is_named(refused, tmp_path):
-    assert_says(refused(*folder_arguments(tmp_path / "nowhere")), str(tmp_path / "nowhere"), "--data", "train")
+    nowhere = tmp_path / "nowhere"
+    assert_says(refused(*of_folder(nowhere)), str(nowhere), "--data", "train")
 
 
 @pytest.mark.parametrize("missing", ["train", "test"])
-def test_a_data_folder_without_one_of_its_parts_names_it(missing, refused, tmp_path):
-    root = make_folder(tmp_path / "images")
-    shutil.rmtree(root / missing)
-    assert_says(refused(*folder_arguments(root)), str(root / missing), "train/", "test/", "val/")
+def test_a_data_folder_without_one_of_its_parts_names_it(missing, refused, images):
+    shutil.rmtree(images / missing)
+    assert_says(refused(*of_folder(images)), str(images / missing), "train/", "test/")
 
 
-def test_a_data_folder_without_classes_is_named(refused, tmp_path):
-    root = make_folder(tmp_path / "images", classes=((), ()))
-    assert_says(refused(*folder_arguments(root)), str(root / "train"), "no classes", "one folder of images")
-
-
-def test_unequal_class_sets_are_named(refused, tmp_path):
-    root = make_folder(tmp_path / "images", classes=(("a", "b", "extra"), ("a", "b", "other")), parts=("train", "val"))
-    assert_says(refused(*folder_arguments(root)), "extra", "other", "differ")
-
-
-def test_a_class_without_images_is_named(refused, tmp_path):
-    root = make_folder(tmp_path / "images")
-    for path in (root / "test" / "b").iterdir():
-        path.unlink()
-    assert_says(refused(*folder_arguments(root)), str(root / "test" / "b"), "no images")
-
-
-def test_an_image_that_cannot_be_decoded_is_named(refused, tmp_path):
-    root = make_folder(tmp_path / "images")
-    (root / "train" / "a" / "broken.png").write_bytes(b"this is no picture\nat all")
-    assert_says(refused(*folder_arguments(root)), "broken.png", "remove")
-
-
-def test_a_batch_larger_than_the_data_is_refused_with_both_sizes(refused):
-    assert_says(refused(*ALONE, "--subset", "30", "--batch-size", "31"), "31", "30", "--batch-size")
-    assert refused.made == []
-
-
-# Hyperparameters
-
-
-@pytest.mark.parametrize("option, value", [
-    ("--tau", "0"), ("--tau", "-1"), ("--tau", "nan"), ("--tau", "inf"), ("--alpha", "nan"), ("--alpha", "1.5"),
-    ("--alpha", "-0.1"), ("--beta", "nan"), ("--beta", "-1"), ("--beta", "inf"), ("--batch-size", "0"),
-    ("--batch-size", "1"), ("--batch-size", "-4"), ("--epochs", "0"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"),
-    ("--lr-steps", "3,2"), ("--lr-steps", "-1"), ("--lr-decay", "0"), ("--momentum", "1"), ("--momentum", "nan"),
-    ("--weight-decay", "-1"), ("--weight-decay", "nan"), ("--head-width", "0"), ("--head-stride", "0"),
-    ("--crop-padding", "-1"), ("--image-size", "15"), ("--subset", "0"), ("--seed", "-1"), ("--teacher-seed", "-1"),
-    ("--units", "4"), ("--units", "0"), ("--units", "1,1"), ("--units", ""), ("--backend", "quick"),
+@pytest.mark.parametrize("classes, parts", [
+    (((), ()), ["'{}/train'", "no classes", "a folder for each class"]),
+    ((("a", "b", "extra"), ("a", "b", "other")), ["extra", "other", "differ"]),
+    ((("a",), ("a",)), ["one class, 'a'", "needs two"]),
 ])  # fmt: skip
-def test_a_hyperparameter_that_makes_no_sense_is_named_with_its_value(option, value, refused):
-    assert_says(refused(*MHKD, option, value), option, value)
-    assert refused.made == []
+def test_folders_that_make_no_classes_are_named(classes, parts, refused, tmp_path):
+    root = make_folder(tmp_path / "images", classes=classes)
+    assert_says(refused(*of_folder(root)), *(part.format(root) for part in parts))
 
 
-def test_the_fused_backend_is_refused_where_it_is_not_installed(refused):
-    if mhkd.loss_backend().startswith("fused"):
-        pytest.skip("it is installed")
-    assert_says(refused(*MHKD, "--epochs", "1", "--subset", "80", "--backend", "fused"), "fused", "not installed")
+def test_a_class_without_images_is_named(refused, images):
+    for path in (images / "test" / "b").iterdir():
+        path.unlink()
+    assert_says(refused(*of_folder(images)), str(images / "test" / "b"), "no images")
 
 
-@pytest.mark.parametrize("device", ["tpu9", "cuda:99"])
-def test_a_device_that_is_not_there_is_named(device, refused):
-    assert_says(refused(*ALONE, "--device", device), "--device", device)
-    assert refused.made == []
+def broken(path):
+    path.write_bytes(b"this is no picture\nat all")
 
 
-# Units
+@pytest.mark.parametrize("make", [
+    broken, lambda path: path.symlink_to("nothing"), lambda path: path.symlink_to(path.name),
+    lambda path: os.mkfifo(path),
+], ids=["no picture", "dangling link", "link to itself", "fifo"])  # fmt: skip
+def test_an_image_that_cannot_be_read_is_named(make, refused, images):
+    make(images / "train" / "a" / "bad.png")
+    sentence = refused(*of_folder(images))
+    assert_says(sentence, str(images / "train" / "a" / "bad.png"), "remove it")
 
 
-@pytest.mark.parametrize("role, units", [("teacher", "layer1,layer9"), ("student", "layer1,layer9")])
-def test_a_unit_that_does_not_exist_is_named_with_those_that_do(role, units, refused):
-    other = {"teacher": "--student-units", "student": "--teacher-units"}[role]
-    sentence = refused(*MHKD, f"--{role}-units", units, other, "layer1,layer2")
-    assert_says(sentence, "'layer9'", "layer1", "layer2", "layer3")
-
-
-def test_a_unit_that_does_not_exist_is_refused_before_anything_is_trained(refused):
-    refused(*MHKD, "--teacher-units", "layer1", "--student-units", "layer9")
-    assert refused.made == []
-
-
-def test_a_unit_that_gives_no_feature_is_named(refused):
-    assert_says(refused(*MHKD, "--teacher-units", "layer1", "--student-units", "fc"), "'fc'")
-
-
-def test_lists_of_units_that_differ_in_length_are_refused(refused):
-    sentence = refused(*MHKD, "--teacher-units", "layer1,layer2", "--student-units", "layer1")
-    assert_says(sentence, "--teacher-units", "--student-units")
+@pytest.mark.parametrize("place", ["train", "train/a", "train/a/deeper"])
+def test_a_folder_that_cannot_be_read_is_named_and_nothing_left_out(
+    place, refused, images, monkeypatch
+):
+    (images / place).mkdir(exist_ok=True)
+    shutil.copy(images / "test" / "a" / "0.png", images / place)
+    with no_access(monkeypatch, images / place):
+        assert_says(refused(*of_folder(images)), str(images / place), "ermission denied")
 
 
 # Checkpoints
@@ -209,6 +252,7 @@ def with_weights(refused, tmp_path):
         sentence = refused(*MHKD, "--teacher-weights", path)
         assert_says(sentence, str(path))
         assert refused.made == []
+        assert "weights_only" not in sentence
         return sentence
 
     return check
@@ -219,17 +263,30 @@ def state(name, classes=10):
 
 
 def test_a_missing_checkpoint_is_named(with_weights):
-    assert_says(with_weights(None), "there is no")
+    assert_says(with_weights(None), "there is no checkpoint")
 
 
 def test_a_truncated_checkpoint_is_named(with_weights, tmp_path):
     torch.save(state("resnet14"), tmp_path / "whole.pt")
-    assert_says(with_weights((tmp_path / "whole.pt").read_bytes()[:5000]), "truncated")
+    assert_says(with_weights((tmp_path / "whole.pt").read_bytes()[:5000]), "damaged")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint\nat all\n", b"\x80\x02}q\x00."])
 def test_a_file_that_is_no_checkpoint_is_named(content, with_weights):
     with_weights(content)
+
+
+def test_a_flipped_bit_in_the_weights_is_seen(with_weights, tmp_path):
+    torch.save(state("resnet14"), tmp_path / "whole.pt")
+    content = bytearray((tmp_path / "whole.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "whole.pt") as file:  # in the middle of the largest tensor
+        largest = max(file.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    assert_says(with_weights(bytes(content)), "damaged", "checksum")
+
+
+def test_the_state_of_a_run_is_told_from_its_student(with_weights):
+    assert_says(with_weights({"epoch": 3, "distiller": {}}), "student.pt")
 
 
 def test_a_checkpoint_of_another_network_says_which(with_weights):
@@ -244,12 +301,28 @@ def test_a_checkpoint_of_another_number_of_classes_says_both_numbers(with_weight
     assert_says(with_weights(state("resnet14", 100)), "100", "10", "classes")
 
 
-def test_a_checkpoint_that_wants_to_run_code_is_refused(with_weights, tmp_path):
+@pytest.mark.parametrize("change", [
+    lambda t: t.to("meta"), lambda t: t.to_sparse(), lambda t: t.to(torch.complex64),
+    lambda t: "a word", lambda t: [t],
+], ids=["meta", "sparse", "complex", "no tensor", "list"])  # fmt: skip
+def test_a_checkpoint_of_odd_tensors_is_refused(change, with_weights):
+    content = state("resnet14")
+    content["model"]["fc.weight"] = change(content["model"]["fc.weight"])
+    assert_says(with_weights(content), "no state dict")
+
+
+def test_a_checkpoint_with_odd_names_or_an_odd_normalisation_is_refused(with_weights):
+    with_weights({"model": {3: torch.zeros(3)}})
+    odd = {"mean": "abc", "std": [0.0], "classes": ["a"], "name": "resnet14", "image_size": 16}
+    assert_says(with_weights(state("resnet14") | odd), "mean")
+
+
+def test_a_checkpoint_that_wants_to_run_code_is_refused_in_one_sentence(with_weights, tmp_path):
     class Harm:
         def __reduce__(self):
             return (exec, (f"open({str(tmp_path / 'harm')!r}, 'w')",))
 
-    with_weights(state("resnet14") | {"harm": Harm()})
+    assert_says(with_weights(state("resnet14") | {"harm": Harm()}), "could run code")
     assert not (tmp_path / "harm").exists()
 
 
@@ -259,35 +332,60 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused(with_weights, tmp_path):
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch):
     """A run folder with a checkpoint after the first of two epochs."""
+    forward, steps = mhkd.CrossEntropy.final_terms, []
+
+    def stop(self, *arguments):
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return forward(self, *arguments)
+
     with monkeypatch.context() as patch:
-        forward, steps = mhkd.CrossEntropy.final_terms, []
-
-        def stop(self, *arguments):
-            steps.append(1)
-            if len(steps) == 6:
-                raise KeyboardInterrupt
-            return forward(self, *arguments)
-
         patch.setattr(mhkd.CrossEntropy, "final_terms", stop)
         assert mhkd.main([*ALONE, "--out", str(tmp_path / "out")]) == 130
     (folder,) = (tmp_path / "out").glob("digits*")
     return folder
 
 
+def rewrite(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    mhkd.write_json(path, content)
+
+
 def test_a_run_folder_of_another_configuration_says_which_values_differ(interrupted, refused):
-    config = json.loads((interrupted / "config.json").read_text())
-    config["config"] |= {"momentum": 0.123, "lr": 0.077}
-    (interrupted / "config.json").write_text(json.dumps(config))
+    other = {"momentum": 0.123, "lr": 0.077}
+    rewrite(interrupted / "config.json", lambda content: content["config"].update(other))
     sentence = refused(*ALONE)
-    assert_says(sentence, str(interrupted), "momentum", "0.123", "0.9", "lr", "0.077", "0.05")
+    assert_says(sentence, str(interrupted), "momentum 0.123 there, 0.9 now", "lr 0.077 there, 0.05")
     assert "weight_decay" not in sentence
 
 
 def test_a_run_folder_of_other_data_is_refused(interrupted, refused):
-    config = json.loads((interrupted / "config.json").read_text())
-    config["data_sha256"] = "0" * 64
-    (interrupted / "config.json").write_text(json.dumps(config))
-    assert_says(refused(*ALONE), str(interrupted), "data")
+    rewrite(interrupted / "config.json", lambda content: content.update(data_sha256="0" * 64))
+    assert_says(refused(*ALONE), str(interrupted), "data_sha256")
+
+
+def test_a_finished_run_of_another_configuration_is_refused_though_its_config_json_is_gone(
+    interrupted, refused
+):
+    shutil.copy(interrupted / "config.json", interrupted / "result.json")
+    (interrupted / "config.json").unlink()
+    rewrite(interrupted / "result.json", lambda content: content["config"].update(lr=0.123))
+    assert_says(refused(*ALONE), "lr 0.123 there")
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1]", "[]", "{", "", "\x00", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_record_is_named_and_left_alone(name, content, interrupted, refused):
+    (interrupted / name).write_text(content)
+    assert_says(refused(*ALONE), name, "is damaged")
+
+
+def test_a_record_edited_by_hand_is_not_believed(interrupted, refused):
+    path = interrupted / "config.json"
+    path.write_text(path.read_text().replace('"teacher_accuracy": null', '"teacher_accuracy": 99'))
+    assert_says(refused(*ALONE), str(path), "its checksum is not that of its content")
 
 
 @pytest.mark.parametrize("keep", [0, 0.3, 0.9])
@@ -295,17 +393,12 @@ def test_a_truncated_checkpoint_in_a_run_folder_is_named(keep, interrupted, refu
     checkpoint = interrupted / "checkpoint.pt"
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[: int(keep * len(whole))])
-    assert_says(refused(*ALONE), "checkpoint.pt", "move")
+    assert_says(refused(*ALONE), str(checkpoint), "damaged", "remove it")
 
 
 def test_a_checkpoint_of_another_run_in_a_run_folder_is_refused(interrupted, refused):
     torch.save({"model": {}}, interrupted / "checkpoint.pt")
-    assert_says(refused(*ALONE), "checkpoint.pt")
-
-
-def test_a_damaged_config_json_is_named(interrupted, refused):
-    (interrupted / "config.json").write_text('{"config": ')
-    assert_says(refused(*ALONE), "config.json")
+    assert_says(refused(*ALONE), "checkpoint.pt", "remove it")
 
 
 def test_out_that_is_a_file_is_named(refused, tmp_path):
@@ -313,36 +406,47 @@ def test_out_that_is_a_file_is_named(refused, tmp_path):
     assert_says(refused(*ALONE), str(tmp_path / "out"))
 
 
-def test_a_report_of_a_folder_without_runs_is_refused(refused, tmp_path):
-    assert_says(refused("--report", tmp_path / "none"), str(tmp_path / "none"))
-    assert refused.made == []
-
-
 # The same from outside, by a real process
 
 
 def test_the_script_exits_with_an_error_status_and_one_line(tmp_path):
     done = script(*ALONE, "--student", "resnet9", "--out", tmp_path)
-    assert done.returncode != 0
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "resnet8" in done.stderr
 
 
-def test_an_interrupt_from_the_keyboard_ends_without_a_traceback(tmp_path):
+@pytest.mark.parametrize("number, status, word", [
+    (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"),
+])  # fmt: skip
+def test_a_signal_ends_with_a_sentence_and_its_status(number, status, word, tmp_path):
     command = [sys.executable, str(SCRIPT), *ALONE, "--epochs", "200", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in the foreground
+    )  # fmt: skip
     for line in process.stdout:
         if " epoch 1/" in line:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.count("\n") == 1
-    assert "Traceback" not in error
+    assert process.returncode == status
+    assert error.count("\n") == 1 and word in error and "goes on" in error
+
+
+def test_a_signal_is_no_error_that_somebody_catches(monkeypatch, with_weights, tmp_path, capsys):
+    monkeypatch.setattr(zipfile, "is_zipfile", lambda path: os.kill(os.getpid(), signal.SIGTERM))
+    torch.save(state("resnet14"), tmp_path / "a.pt")
+    options = [*MHKD, "--teacher-weights", str(tmp_path / "a.pt"), "--out", str(tmp_path)]
+    assert mhkd.main(options) == 143
+
+
+@pytest.mark.parametrize("arguments", [ALONE, ["--version"]], ids=lambda a: a[0])
+def test_output_that_nobody_takes_ends_without_a_traceback(arguments, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = script(*arguments, "--out", tmp_path, stdout=full)
+    assert done.returncode != 0 and done.stderr.count("\n") == 1, done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = script(*arguments, "--out", tmp_path, stdout=writer)
+    os.close(writer)
+    assert done.returncode != 0 and done.stderr.count("\n") == 1, done.stderr

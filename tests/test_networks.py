@@ -16,17 +16,11 @@ NAMES = list(BENCHMARK)
 
 
 def features(model, x):
-    """What the network's units return for x."""
-    found, modules = {}, dict(model.named_modules())
-    hooks = [
-        modules[unit].register_forward_hook(lambda module, args, out, unit=unit: found.update({unit: out}))
-        for unit in mhkd.UNITS[model.name]
-    ]
+    """What the network's units return for x, and the logits."""
+    network = mhkd.FeatureExtractor(model, mhkd.UNITS[type(model)], 100).eval()
     with torch.no_grad():
-        logits = model.eval()(x)
-    for hook in hooks:
-        hook.remove()
-    return [found[unit] for unit in mhkd.UNITS[model.name]], logits
+        outputs = network(x)
+    return list(outputs.features.values()), outputs.logits
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -38,19 +32,23 @@ def network(request):
 
 
 def test_every_network_of_the_issue_exists_and_has_its_figures_here():
-    wanted = "resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 resnet8x4 resnet32x4 wrn_16_1 wrn_16_2 "
+    wanted = "resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 resnet8x4 resnet32x4 "
+    wanted += "wrn_16_1 wrn_16_2 "
     wanted += "wrn_40_1 wrn_40_2 vgg8 vgg11 vgg13 vgg16 vgg19 mobilenetv2 shufflenetv2"
     assert set(wanted.split()) <= set(mhkd.MODELS)
     assert set(mhkd.MODELS) == set(NAMES)
 
 
 def test_every_network_has_three_units():
-    assert set(mhkd.UNITS) == set(mhkd.MODELS)
+    assert set(mhkd.UNITS) == {kind for kind, _ in mhkd.MODELS.values()}
     assert all(len(units) == 3 for units in mhkd.UNITS.values())
 
 
 def test_state_dict_has_the_names_shapes_and_order_of_the_published_checkpoints(network):
-    lines = [f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in network.state_dict().items()]
+    lines = [
+        f"{name} {'x'.join(map(str, tensor.shape))}"
+        for name, tensor in network.state_dict().items()
+    ]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert digest == BENCHMARK[network.name]["state_dict"]
 
@@ -118,7 +116,9 @@ def test_vgg_pools_a_fourth_time_for_64_pixels_only(size, side_of_the_last_block
 
 def test_number_of_classes_changes_the_classifier_alone(network):
     other = mhkd.build_model(network.name, 7)
-    differing = [n for n, t in network.state_dict().items() if t.shape != other.state_dict()[n].shape]
+    differing = [
+        n for n, t in network.state_dict().items() if t.shape != other.state_dict()[n].shape
+    ]
     assert differing == list(network.state_dict())[-2:]
     assert other.eval()(torch.zeros(1, 3, 16, 16)).shape == (1, 7)
 

@@ -17,15 +17,18 @@ import time
 
 import pytest
 import torch
-from conftest import PAIR, ROOT, SCRIPT, TINY, listing, script
+from conftest import (
+    ALONE, HEADS, PAIR, ROOT, SCRIPT, TINY, end_of, environments, fork, listing, script, start,
+)  # fmt: skip
 
 import mhkd
 
 pytest.importorskip("sklearn")
-FILES = {"config.json", "log.jsonl", "checkpoint.pt", "student.pt", "result.json"}
+FILES = {"config.json", "log.jsonl", "student.pt", "result.json"}
+CHECKPOINTS = {"checkpoint.pt", "checkpoint-before.pt"}
 EPOCHS = 4
-DISTIL = [*PAIR, *TINY, "--epochs", str(EPOCHS)]
-ALONE = ["--student", "resnet8", "--method", "ce", *TINY]
+DISTIL = [*PAIR, *TINY, *HEADS, "--epochs", str(EPOCHS)]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def run(out, *arguments):
@@ -54,7 +57,8 @@ def read(path):
 def log_of(folder):
     """The epochs of a run, without what depends on the clock."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if k not in ("seconds", "images_per_second")} for entry in entries]
+    clock = ("seconds", "images_per_second")
+    return [{k: v for k, v in entry.items() if k not in clock} for entry in entries]
 
 
 def weights_of(folder):
@@ -68,9 +72,13 @@ def assert_same_run(found, wanted):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def epochs_said(text, network):
+    return [line for line in text.splitlines() if line.startswith(f"{network} epoch ")]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A teacher and a student that nobody disturbed, made by the script; do not change it. (--out, its output)"""
+    """A teacher and a student that nobody disturbed, made by the script: (--out, its output)."""
     out = tmp_path_factory.mktemp("finished")
     done = script(*DISTIL, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -82,56 +90,62 @@ def half(tmp_path, monkeypatch):
     """Makes runs that ended when the disk was full at the checkpoint of their second epoch."""
 
     def make(*arguments, out=tmp_path):
+        save, seen = torch.save, []
+
+        def full(state, file):
+            seen.append("epoch" in state)
+            if sum(seen) == 2:
+                file.write(b"half of a checkpoint")
+                raise OSError(28, "No space left on device")
+            save(state, file)
+
         with monkeypatch.context() as patch:
-            fill_disk_at(patch, 2)
-            assert run(out, *arguments) != 0
+            patch.setattr(torch, "save", full)
+            assert run(out, *arguments) == 1
         return out
 
     return make
 
 
-def fill_disk_at(patch, count):
-    """The `count`-th checkpoint stops half written, as on a full disk."""
-    save, seen = torch.save, []
-
-    def full(state, file):
-        if "epoch" in state:
-            seen.append(state)
-            if len(seen) == count:
-                file.write(b"half of a checkpoint")
-                raise OSError(28, "No space left on device")
-        save(state, file)
-
-    patch.setattr(torch, "save", full)
-
-
 # What a finished run leaves
 
 
-def test_a_run_leaves_its_five_files_and_nothing_else(finished):
+def test_a_run_leaves_its_four_files_and_nothing_else(finished):
     assert {path.name for path in student_folder(finished[0]).iterdir()} == FILES
+    assert len([*finished[0].iterdir()]) == 2  # the teacher's run and the student's
 
 
-def test_teacher_is_trained_first_and_kept_with_its_own_five_files(finished):
+def test_a_teacher_is_trained_first_and_kept_with_its_own_four_files(finished):
     out, done = finished
     (teacher,) = teacher_folders(out)
     assert {path.name for path in teacher.iterdir()} == FILES
     said = done.stdout.splitlines()
-    assert "teacher resnet14" in said[0]
-    assert "trained" in said[0]
+    assert "teacher resnet14" in said[0] and "its own run comes first" in said[0]
     assert any(str(teacher) in line for line in said)
 
 
-def test_log_has_a_line_for_each_epoch(finished):
+def test_keep_checkpoint_keeps_the_last_two(tmp_path):
+    assert run(tmp_path, *ALONE, "--keep-checkpoint") == 0
+    folder = folder_of(tmp_path)
+    assert {path.name for path in folder.iterdir()} == FILES | CHECKPOINTS
+    epochs = [mhkd.load_file(folder / name)["epoch"] for name in mhkd.CHECKPOINTS]
+    assert epochs == [2, 1]
+
+
+def test_the_log_has_a_line_for_each_epoch_with_the_figures_of_each_head(finished):
     log = log_of(student_folder(finished[0]))
     assert [entry["epoch"] for entry in log] == list(range(1, EPOCHS + 1))
-    assert all(entry.keys() >= {"lr", "loss", "train_accuracy", "test_accuracy"} for entry in log)
+    wanted = {"lr", "loss", "mhkd", "train_accuracy", "test_accuracy"}
+    wanted |= {f"{term}_{unit}" for term in ("kl", "ce") for unit in range(4)}
+    assert all(entry.keys() >= wanted for entry in log)
+    for entry in log:  # equation 2 with alpha 0.9 and beta 0.5, and what the teacher's heads learn
+        parts = [0.9 * entry[f"kl_{unit}"] + 0.1 * entry[f"ce_{unit}"] for unit in range(4)]
+        assert entry["loss"] > parts[0] + 0.5 * sum(parts[1:]) > 0
 
 
 def test_output_that_is_no_terminal_has_one_line_for_each_epoch(finished):
     for network in ("resnet14 ce", "resnet8 mhkd"):
-        lines = [line for line in finished[1].stdout.splitlines() if line.startswith(f"{network} epoch ")]
-        assert len(lines) == EPOCHS
+        assert len(epochs_said(finished[1].stdout, network)) == EPOCHS
     assert finished[1].stderr == ""
 
 
@@ -142,19 +156,47 @@ def test_the_training_learns(finished):
 
 
 def test_config_json_holds_every_value_the_run_really_used(finished):
-    config = read(student_folder(finished[0]) / "config.json")["config"]
-    wanted = {"teacher": "resnet14", "student": "resnet8", "method": "mhkd", "dataset": "digits", "epochs": EPOCHS}
-    wanted |= {"batch_size": 40, "lr": 0.05, "lr_steps": [3, 3, 3], "tau": 4.0, "alpha": 0.9, "beta": 0.5, "seed": 0}
-    wanted |= {"teacher_seed": 0, "subset": 200, "image_size": 16, "momentum": 0.9, "weight_decay": 5e-4}
-    assert config.items() >= wanted.items()
+    record = read(student_folder(finished[0]) / "config.json")
+    wanted = {"teacher": "resnet14", "student": "resnet8", "method": "mhkd", "dataset": "digits"}
+    wanted |= {"epochs": EPOCHS, "batch_size": 40, "lr": 0.05, "lr_steps": [3, 3, 3], "seed": 0}
+    wanted |= {"teacher_seed": 0, "subset": 200, "image_size": 16, "momentum": 0.9, "processes": 1}
+    wanted |= {"weight_decay": 5e-4, "precision": "auto", "flip": False, "val_fraction": 0.0}
+    assert record["config"].items() >= wanted.items()
+    options = {"tau": 4.0, "alpha": 0.9, "beta": 0.5, "units": [1, 2, 3], "head_width": 8}
+    assert record["config"]["options"] == options | {"head_stride": 2}
+    assert record["differs"] == {"subset": 200, "epochs": 4, "batch_size": 40, "head_width": 8}
+    assert record["units"]["student"] == {"1": "layer1", "2": "layer2", "3": "layer3"}
 
 
 def test_config_json_holds_device_library_versions_and_commit(finished):
-    content = (student_folder(finished[0]) / "config.json").read_text()
-    assert torch.__version__ in content
-    assert '"device": "cpu"' in content
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert (commit.stdout.strip() if commit.returncode == 0 else '"commit": null') in content
+    (here,) = read(student_folder(finished[0]) / "config.json")["environments"]
+    assert (here["torch"], here["device"], here["threads"]) == (torch.__version__, "cpu", 1)
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert (here["commit"] or "").startswith(commit.stdout.strip())
+
+
+def test_the_commit_is_none_for_a_copy_in_another_repository_and_marked_where_csrc_changed(
+    tmp_path, monkeypatch
+):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.cpp").write_text("int a;")
+    shutil.copy(SCRIPT, tmp_path)
+    for command in (["init", "-q"], ["add", "csrc"], ["commit", "-qm", "another repository"]):
+        subprocess.run([*git, *command], check=True)
+    config = mhkd.Config(student="resnet8", method="ce")
+    monkeypatch.setattr(mhkd, "__file__", str(tmp_path / "mhkd.py"))
+
+    def commit():
+        return mhkd.environment(config, torch.device("cpu"))["commit"]
+
+    assert commit() is None
+    subprocess.run([*git, "add", "mhkd.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "ours"], check=True)
+    assert len(commit()) == 40
+    (tmp_path / "csrc" / "a.cpp").write_text("int b;")
+    assert commit().endswith(" with changes")
 
 
 def test_config_json_holds_the_checksum_of_the_teachers_file(finished):
@@ -168,45 +210,61 @@ def test_the_result_is_the_last_epoch_and_the_best_one_is_labelled(finished):
         result, log = read(folder / "result.json"), log_of(folder)
         best = max(log, key=lambda entry: entry["test_accuracy"])
         assert result["accuracy"] == log[-1]["test_accuracy"]
-        assert (result["best_accuracy"], result["best_epoch"]) == (best["test_accuracy"], best["epoch"])
+        assert (result["best_epoch"], result["best_is_by"]) == (best["epoch"], "test_accuracy")
+        assert result["best_accuracy"] == best["test_accuracy"]
 
 
-def test_the_saved_student_in_the_plain_network_gives_the_reported_accuracy(finished):
+def test_the_saved_student_in_the_plain_network_gives_the_reported_accuracies(finished):
     folder = student_folder(finished[0])
-    data = mhkd.load_data(mhkd.resolve(mhkd.Config(student="resnet8", method="ce", dataset="digits", subset=200)))
+    data = mhkd.load_data(mhkd.Config(student="resnet8", method="ce", dataset="digits", subset=200))
     student = mhkd.load_weights(mhkd.build_model("resnet8", 10), folder / "student.pt").eval()
+    labels, result = data.labels[data.test], read(folder / "result.json")
     with torch.no_grad():
-        correct = student(data.normalise(data.test_images)).argmax(dim=1) == data.test_labels
-    assert 100 * correct.double().mean().item() == pytest.approx(read(folder / "result.json")["accuracy"], abs=1e-9)
+        order = student(data.middle(data.test)).argsort(dim=1, descending=True)
+    correct = order[:, 0] == labels
+    of_class = {name: 100 * correct[labels == i].double().mean().item() for i, name in
+                enumerate(data.classes)}  # fmt: skip
+    top5 = (order[:, :5] == labels[:, None]).any(dim=1)
+    assert result["accuracy"] == pytest.approx(100 * correct.double().mean().item())
+    assert result["top5_accuracy"] == pytest.approx(100 * top5.double().mean().item())
+    assert result["class_accuracy"] == pytest.approx(of_class)
+    assert result["mean_class_accuracy"] == pytest.approx(sum(of_class.values()) / 10)
 
 
 def test_the_saved_student_has_no_head_entries(finished):
-    assert list(weights_of(student_folder(finished[0]))) == list(mhkd.build_model("resnet8", 10).state_dict())
+    plain = mhkd.build_model("resnet8", 10).state_dict()
+    assert list(weights_of(student_folder(finished[0]))) == list(plain)
 
 
 def test_a_finished_run_is_not_repeated_and_its_files_stay_untouched(finished, capsys):
     before = listing(finished[0])
     assert run(finished[0], *DISTIL) == 0
     assert listing(finished[0]) == before
-    assert " epoch " not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert " epoch " not in said and "trained" not in said
+    assert said.count("finished before") == 2
 
 
-def test_report_writes_a_table_and_a_picture_of_the_curves(finished, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    shutil.copytree(finished[0], tmp_path / "runs")
-    assert mhkd.main(["--report", str(tmp_path / "runs")]) == 0
-    table = (tmp_path / "runs" / "report.md").read_text()
-    result = read(student_folder(finished[0]) / "result.json")
-    for name in ("resnet14", "resnet8", "mhkd", f"{result['accuracy']:.2f}", f"{result['best_accuracy']:.2f}"):
-        assert name in table
-    assert len(table.splitlines()) == 4  # two of head, two of runs
-    assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_the_best_epoch_is_chosen_on_held_out_images_where_there_are_some(tmp_path, monkeypatch):
+    accuracies, evaluate = iter((90.0, 10.0, 30.0, 20.0, 20.0, 10.0)), mhkd.evaluate
+
+    def told(model, data, part=None):  # test and validation, epoch after epoch; then the result
+        found = evaluate(model, data, part)
+        return found | {"accuracy": next(accuracies, found["accuracy"])}
+
+    monkeypatch.setattr(mhkd, "evaluate", told)
+    assert run(tmp_path, *ALONE, "--epochs", "3", "--val-fraction", "0.2") == 0
+    folder = folder_of(tmp_path)
+    result = read(folder / "result.json")
+    assert [entry["val_accuracy"] for entry in log_of(folder)] == [10.0, 20.0, 10.0]
+    assert (result["best_epoch"], result["best_accuracy"]) == (2, 30.0)
+    assert result["best_is_by"] == "val_accuracy"
 
 
 def test_on_a_terminal_a_bar_shows_rate_and_time_left(tmp_path):
     pytest.importorskip("tqdm")
     leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows and columns
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, str(SCRIPT), *ALONE, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower)
     os.close(follower)
@@ -218,23 +276,62 @@ def test_on_a_terminal_a_bar_shows_rate_and_time_left(tmp_path):
         pass
     os.close(leader)
     assert process.wait(60) == 0
-    assert b"images/s" in shown
-    assert b"%|" in shown
+    assert b"images/s" in shown and b"%|" in shown
 
 
-def test_train_returns_the_content_of_result_json_and_leaves_the_global_generator_alone(tmp_path):
+def test_train_returns_the_content_of_result_json_and_leaves_the_generator_alone(tmp_path):
     before = torch.get_rng_state()
-    config = mhkd.Config(student="resnet8", method="ce", dataset="digits", subset=60, epochs=1, batch_size=30,
-                         out=str(tmp_path), device="cpu")  # fmt: skip
+    settings = {"dataset": "digits", "subset": 60, "epochs": 1, "batch_size": 30, "device": "cpu"}
+    config = mhkd.Config(student="resnet8", method="ce", out=str(tmp_path), **settings)
     result = mhkd.train(config)
     assert result == read(folder_of(tmp_path) / "result.json")
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_ce_trains_the_network_alone(tmp_path):
+def test_ce_trains_the_network_alone_and_says_that_a_teacher_has_no_effect(tmp_path, capsys):
     assert run(tmp_path, *ALONE, "--teacher", "resnet14") == 0
-    assert [*tmp_path.glob("digits*")] == [folder_of(tmp_path, method="ce")]
+    assert [*tmp_path.iterdir()] == [folder_of(tmp_path, method="ce")]
     assert "resnet14" not in folder_of(tmp_path).name
+    assert "no effect" in capsys.readouterr().out
+
+
+def test_in_bfloat16_the_record_says_so_and_the_student_is_saved_in_float32(tmp_path):
+    assert run(tmp_path, *PAIR, *TINY, *HEADS, "--epochs", "1", "--precision", "bfloat16") == 0
+    for folder in (student_folder(tmp_path), *teacher_folders(tmp_path)):
+        result = read(folder / "result.json")
+        assert result["config"]["precision"] == result["differs"]["precision"] == "bfloat16"
+        assert "precision=bfloat16" in result["name"]
+        dtypes = {tensor.dtype for tensor in weights_of(folder).values()}
+        assert dtypes == {torch.float32, torch.int64}
+
+
+def test_pytorchs_switch_for_tf32_is_set_in_a_run_and_put_back(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with mhkd.surroundings(mhkd.Config(student="vgg8", method="ce", precision="float32")):
+        assert torch.backends.cudnn.allow_tf32 is False
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
+def test_tensorboard_shows_the_log_once_also_after_an_interruption(half, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = [*ALONE, "--epochs", "3", "--tensorboard"]
+    assert run(half(*options), *options) == 0
+    folder = folder_of(tmp_path)
+    assert len([*folder.glob("events.out.tfevents.*")]) == 1
+    events = EventAccumulator(str(folder)).Reload()
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "lr", "train_accuracy", "test_accuracy"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(entry["epoch"], pytest.approx(entry[name])) for entry in log]
+
+
+def test_where_tensorboard_is_missing_one_sentence_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(tmp_path, *ALONE, "--tensorboard") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install tensorboard" in error
 
 
 # Interruption
@@ -244,93 +341,62 @@ def line_count(out):
     return sum(path.read_text().count("\n") for path in out.glob("*/log.jsonl"))
 
 
-def test_a_run_killed_at_several_moments_ends_bit_for_bit_as_the_undisturbed_one(finished, tmp_path):
+def test_a_run_killed_at_several_moments_ends_bit_for_bit_as_the_undisturbed_one(
+    finished, tmp_path
+):
     seed = random.randrange(10**6)
     moments = random.Random(seed)
-    command = [sys.executable, str(SCRIPT), *DISTIL, "--out", str(tmp_path)]
-    for lines in (1, EPOCHS, 2 * EPOCHS - 2):  # in the teacher's training, about its end, in the student's
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while line_count(tmp_path) < lines and process.poll() is None:
+    for lines in (1, EPOCHS, 2 * EPOCHS - 2):  # in the teacher's epochs, after, in the student's
+        process = start(*DISTIL, "--out", tmp_path)
+        while line_count(tmp_path) < lines and process.is_alive():
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        end_of(process)
     done = script(*DISTIL, "--out", tmp_path)
     assert done.returncode == 0, (seed, done.stderr)
     assert_same_run(teacher_folders(tmp_path)[0], teacher_folders(finished[0])[0])
     assert_same_run(student_folder(tmp_path), student_folder(finished[0]))
 
 
-DIE = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import mhkd
-real, left = os.{function}, [{count}]
-def dying(*arguments):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments)
-os.{function} = dying
-mhkd.main({arguments!r})
-"""
-
-
-@pytest.fixture(scope="module")
-def killed_while_writing(tmp_path_factory):
-    """A finished run that was killed twice in the middle of writing a file. (--out, the ends of the two)"""
-    out = tmp_path_factory.mktemp("killed")
-    ends = []
-    for function, count in (("fsync", 4), ("replace", 15)):  # within the teacher's epochs, within the student's
-        code = DIE.format(root=str(ROOT), function=function, count=count, arguments=[*DISTIL, "--out", str(out)])
-        ends.append(subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode)
-    done = script(*DISTIL, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, ends
-
-
-def test_a_run_killed_while_it_writes_ends_bit_for_bit_as_the_undisturbed_one(finished, killed_while_writing):
-    out, ends = killed_while_writing
-    assert ends == [-signal.SIGKILL] * 2
-    assert_same_run(teacher_folders(out)[0], teacher_folders(finished[0])[0])
-    assert_same_run(student_folder(out), student_folder(finished[0]))
-
-
-def test_nothing_half_written_stays_after_a_kill_and_a_finish(killed_while_writing):
-    out, _ = killed_while_writing
-    for folder in (student_folder(out), *teacher_folders(out)):
+def test_a_run_killed_while_it_writes_ends_as_the_undisturbed_one_and_leaves_no_half_file(
+    finished, tmp_path
+):
+    for die in (("fsync", 4), ("replace", 4), ("replace", 3), ("fsync", 12)):
+        assert end_of(start(*DISTIL, "--out", tmp_path, die=die)) == -signal.SIGKILL, die
+    assert end_of(start(*DISTIL, "--out", tmp_path)) == 0
+    assert_same_run(teacher_folders(tmp_path)[0], teacher_folders(finished[0])[0])
+    assert_same_run(student_folder(tmp_path), student_folder(finished[0]))
+    for folder in (student_folder(tmp_path), *teacher_folders(tmp_path)):
         assert {path.name for path in folder.iterdir()} == FILES
 
 
 @pytest.mark.parametrize("where", ["torch.save", "fsync"])
-def test_a_full_disk_keeps_the_previous_checkpoint(where, half, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_goes_on_from_it(
+    where, half, tmp_path, monkeypatch, capsys
+):
     if where == "torch.save":
         half(*ALONE)
     else:
         writes, fsync = [], os.fsync
 
         def full(handle):
-            name = os.readlink(f"/proc/self/fd/{handle}")
-            writes.append(name)
-            if sum("checkpoint.pt" in name for name in writes) == 2 and "checkpoint.pt" in name:
+            writes.append("checkpoint.pt" in os.readlink(f"/proc/self/fd/{handle}"))
+            if writes[-1] and sum(writes) == 2:
                 raise OSError(28, "No space left on device")
             fsync(handle)
 
-        monkeypatch.setattr(os, "fsync", full)
-        assert run(tmp_path, *ALONE) != 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            assert run(tmp_path, *ALONE) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "checkpoint.pt" in error
+    assert error.count("\n") == 1 and "checkpoint.pt" in error
     folder = folder_of(tmp_path)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert mhkd.load_file(folder / "checkpoint.pt")["epoch"] == 1
     assert {path.name for path in folder.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pt"}
-
-
-def test_a_run_goes_on_after_the_full_disk_as_if_there_had_been_none(half, tmp_path):
-    out = half(*ALONE, out=tmp_path / "a")
-    assert run(out, *ALONE) == 0
-    assert run(tmp_path / "b", *ALONE) == 0
-    assert_same_run(folder_of(out), folder_of(tmp_path / "b"))
+    assert run(tmp_path, *ALONE) == 0
+    assert run(tmp_path / "undisturbed", *ALONE) == 0
+    assert_same_run(folder, folder_of(tmp_path / "undisturbed"))
 
 
 def test_a_run_goes_on_in_a_folder_that_was_moved_and_notes_it(half, tmp_path, capsys):
@@ -338,30 +404,31 @@ def test_a_run_goes_on_in_a_folder_that_was_moved_and_notes_it(half, tmp_path, c
     capsys.readouterr()
     assert run(tmp_path / "there", *ALONE, "--data", tmp_path / "elsewhere") == 0
     shown = capsys.readouterr().out
-    assert "note: " in shown
-    assert str(tmp_path / "there") in shown
-    assert "after epoch 1" in shown
+    assert "note: " in shown and str(tmp_path / "there") in shown and "after epoch 1" in shown
+    environments = read(folder_of(tmp_path / "there") / "result.json")["environments"]
+    assert [here["out"] for here in environments] == [str(tmp_path / n) for n in ("here", "there")]
 
 
-def test_a_non_finite_loss_from_a_huge_rate_stops_the_run_with_epoch_and_step(tmp_path, capsys):
-    assert run(tmp_path, *ALONE, "--lr", "1e30") != 0
+def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(tmp_path, capsys):
+    assert run(tmp_path, *ALONE, "--lr", "1e30") == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "not finite in epoch 1, step " in error
+    assert error.count("\n") == 1 and "not finite in epoch 1, step " in error
 
 
-def test_the_last_good_checkpoint_stays_when_the_loss_becomes_nan_later(tmp_path, monkeypatch, capsys):
+def test_the_last_good_checkpoint_stays_when_the_loss_becomes_nan_later(
+    tmp_path, monkeypatch, capsys
+):
     steps, forward = [], mhkd.CrossEntropy.final_terms
 
     def poisoned(self, *arguments):
         steps.append(1)
-        terms = forward(self, *arguments)
-        return {name: term * float("nan") if len(steps) == 8 else term for name, term in terms.items()}
+        factor = float("nan") if len(steps) == 8 else 1
+        return {name: term * factor for name, term in forward(self, *arguments).items()}
 
     monkeypatch.setattr(mhkd.CrossEntropy, "final_terms", poisoned)
-    assert run(tmp_path, *ALONE) != 0  # 200 images, 40 a step: the third step of the second epoch
+    assert run(tmp_path, *ALONE) == 1  # 200 images, 40 a step: the third step of the second epoch
     assert "epoch 2, step 3" in capsys.readouterr().err
-    state = torch.load(folder_of(tmp_path) / "checkpoint.pt", weights_only=True)
+    state = mhkd.load_file(folder_of(tmp_path) / "checkpoint.pt")
     assert state["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in state["distiller"].values())
     assert not (folder_of(tmp_path) / "student.pt").exists()
@@ -370,13 +437,12 @@ def test_the_last_good_checkpoint_stays_when_the_loss_becomes_nan_later(tmp_path
 # Teachers that were trained here
 
 
-def test_a_half_trained_teacher_is_taken_up_again_not_taken_as_finished(half, tmp_path, finished, capsys):
+def test_a_half_trained_teacher_is_taken_up_again_not_taken_as_finished(half, finished, capsys):
     out = half("--student", "resnet14", "--method", "ce", *TINY, "--epochs", EPOCHS)
     assert not (folder_of(out, "resnet14") / "result.json").exists()
     capsys.readouterr()
-    assert run(out, *DISTIL, "--method", "kd") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resnet14 ce epoch")]
-    assert len(lines) == EPOCHS - 1
+    assert run(out, *DISTIL[:-4], "--epochs", EPOCHS, "--method", "kd") == 0
+    assert len(epochs_said(capsys.readouterr().out, "resnet14 ce")) == EPOCHS - 1
     assert_same_run(teacher_folders(out)[0], teacher_folders(finished[0])[0])
 
 
@@ -389,7 +455,7 @@ def test_a_teacher_that_is_not_whole_is_made_whole_first(damage, finished, tmp_p
         (mine / "student.pt").write_bytes((mine / "student.pt").read_bytes()[:-100])
     else:
         (mine / "result.json").unlink()
-    assert run(tmp_path, *DISTIL, "--method", "kd") == 0
+    assert run(tmp_path, *PAIR, *TINY, "--epochs", EPOCHS, "--method", "kd") == 0
     assert_same_run(mine, teacher)
     assert read(mine / "result.json")["accuracy"] == read(teacher / "result.json")["accuracy"]
 
@@ -408,9 +474,10 @@ def kept_teacher(tmp_path_factory, tmp_path):
 
 
 @pytest.mark.parametrize("other", [
-    ["--epochs", "2"], ["--lr", "0.01"], ["--lr-steps", "0"], ["--subset", "90"], ["--batch-size", "20"],
-    ["--image-size", "20"], ["--teacher-seed", "1"], ["--weight-decay", "0"], ["--momentum", "0.5"],
-    ["--crop-padding", "1"], ["--lr-decay", "0.5"],
+    ["--epochs", "2"], ["--lr", "0.01"], ["--lr-steps", "0"], ["--subset", "90"],
+    ["--batch-size", "20"], ["--image-size", "20"], ["--teacher-seed", "1"],
+    ["--weight-decay", "0"], ["--momentum", "0.5"], ["--crop-padding", "1"], ["--lr-decay", "0.5"],
+    ["--val-fraction", "0.2"], ["--precision", "float32"],
 ], ids=lambda option: option[0])  # fmt: skip
 def test_a_differently_trained_teacher_is_not_taken(other, kept_teacher, tmp_path):
     before = listing(kept_teacher)
@@ -420,9 +487,12 @@ def test_a_differently_trained_teacher_is_not_taken(other, kept_teacher, tmp_pat
 
 
 @pytest.mark.parametrize("other", [
-    ["--method", "kd"], ["--seed", "3"], ["--student", "wrn_16_1"], ["--tau", "2", "--beta", "1", "--units", "2"],
+    ["--method", "kd"], ["--seed", "3"], ["--student", "wrn_16_1"],
+    ["--tau", "2", "--beta", "1", "--units", "2"],
 ], ids=lambda option: option[0])  # fmt: skip
-def test_a_finished_teacher_is_used_again_by_other_students_of_the_same_data_and_recipe(other, kept_teacher, tmp_path):
+def test_a_finished_teacher_is_used_again_by_students_of_the_same_data_and_recipe(
+    other, kept_teacher, tmp_path
+):
     before = listing(kept_teacher)
     assert run(tmp_path, *BRIEF, *other) == 0
     assert teacher_folders(tmp_path) == [kept_teacher]
@@ -430,32 +500,27 @@ def test_a_finished_teacher_is_used_again_by_other_students_of_the_same_data_and
 
 
 def test_two_runs_that_want_the_same_teacher_at_once_train_it_once(tmp_path):
-    command = [sys.executable, str(SCRIPT), *DISTIL, "--out", str(tmp_path), "--method", "kd"]
-    both = [
-        subprocess.Popen([*command, "--seed", seed], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for seed in "12"
-    ]
-    shown = [process.communicate(timeout=240) for process in both]
-    assert [process.returncode for process in both] == [0, 0], shown
-    trained = [sum(line.startswith("resnet14 ce epoch") for line in out.splitlines()) for out, _ in shown]
-    assert sorted(trained) == [0, EPOCHS]
+    options = [*PAIR, *TINY, "--epochs", EPOCHS, "--method", "kd", "--out", tmp_path]
+    texts = [tmp_path / f"output{seed}" for seed in "12"]
+    both = [start(*options, "--seed", text.name[-1], output=text) for text in texts]
+    assert [end_of(process) for process in both] == [0, 0]
+    said = [text.read_text() for text in texts]
+    assert sorted(len(epochs_said(text, "resnet14 ce")) for text in said) == [0, EPOCHS]
+    assert sum("waiting for it" in text for text in said) == 1
     assert len(teacher_folders(tmp_path)) == 1
     results = [read(path) for path in tmp_path.glob("*-kd-*/result.json")]
-    assert len({result["teacher_sha256"] for result in results}) == 1
-    assert len(results) == 2
+    assert len(results) == 2 and len({result["teacher_sha256"] for result in results}) == 1
 
 
-def test_given_teacher_weights_are_used_and_named_by_their_checksum(finished, tmp_path):
+def test_a_student_of_the_same_teacher_from_a_file_is_the_same_student_named_by_its_checksum(
+    finished, tmp_path
+):
     weights = teacher_folders(finished[0])[0] / "student.pt"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert run(tmp_path, *DISTIL, "--teacher-weights", weights) == 0
     assert teacher_folders(tmp_path) == []
     assert digest[:8] in student_folder(tmp_path).name
     assert read(student_folder(tmp_path) / "result.json")["teacher_sha256"] == digest
-
-
-def test_a_student_of_the_same_teacher_from_a_file_is_the_same_student(finished, tmp_path):
-    assert run(tmp_path, *DISTIL, "--teacher-weights", teacher_folders(finished[0])[0] / "student.pt") == 0
     assert_same_run(student_folder(tmp_path), student_folder(finished[0]))
 
 
@@ -464,48 +529,112 @@ def test_a_student_of_the_same_teacher_from_a_file_is_the_same_student(finished,
 
 @pytest.fixture
 def steps_of(tmp_path, monkeypatch):
-    """Runs the script and gives the student's initial weights and the images and labels of every step."""
+    """Runs, and gives the student's initial weights and the images and labels of every step."""
 
     def steps(*arguments):
         initial, batches, forward = [], [], mhkd.Distiller.forward
 
         def spy(self, images, labels, indices):
             if not initial:
-                initial.extend(tensor.clone() for tensor in self.student.model.state_dict().values())
+                initial.extend(t.clone() for t in self.student.model.state_dict().values())
             batches.append((images.clone(), labels.clone()))
             return forward(self, images, labels, indices)
 
-        out = tmp_path / str(time.monotonic_ns())
         with monkeypatch.context() as patch:
             patch.setattr(mhkd.Distiller, "forward", spy)
+            out = tmp_path / str(time.monotonic_ns())
             assert run(out, "--student", "resnet8", *TINY, *arguments) == 0
         return initial, batches
 
     return steps
 
 
-@pytest.fixture
-def teacher_weights(finished, tmp_path):
-    torch.manual_seed(5)
+def test_initial_weights_batches_and_augmentation_depend_on_neither_method_nor_teacher(
+    steps_of, finished, tmp_path
+):
     torch.save(mhkd.build_model("vgg8", 10).state_dict(), tmp_path / "vgg8.pt")
     resnet14 = teacher_folders(finished[0])[0] / "student.pt"
-    return {"resnet14": resnet14, "vgg8": tmp_path / "vgg8.pt"}
-
-
-def test_initial_weights_batches_and_augmentation_depend_on_neither_method_nor_teacher(steps_of, teacher_weights):
     initial, batches = steps_of("--method", "ce")
     assert len(batches) == 10
-    for method, teacher in (("kd", "resnet14"), ("mhkd", "resnet14"), ("mhkd", "vgg8")):
-        weights = ("--teacher-weights", teacher_weights[teacher])
-        other_initial, other_batches = steps_of("--method", method, "--teacher", teacher, *weights)
+    for method, teacher, weights in (
+        (["kd"], "resnet14", resnet14), (["mhkd", *HEADS], "resnet14", resnet14),
+        (["mhkd", *HEADS], "vgg8", tmp_path / "vgg8.pt"), (["crd+mhkd", *HEADS], "resnet14", resnet14),
+    ):  # fmt: skip
+        options = ["--method", *method, "--teacher", teacher, "--teacher-weights", weights]
+        other_initial, other_batches = steps_of(*options)
         assert all(torch.equal(a, b) for a, b in zip(initial, other_initial))
-        assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(batches, other_batches))
+        pairs = zip(batches, other_batches, strict=True)
+        assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in pairs)
 
 
 def test_another_seed_gives_other_initial_weights_and_batches(steps_of):
-    (initial, batches), (other, other_batches) = (steps_of("--method", "ce", "--seed", seed) for seed in (0, 1))
-    assert not torch.equal(initial[0], other[0])
-    assert not torch.equal(batches[0][0], other_batches[0][0])
+    (one, batches), (other, others) = (steps_of("--method", "ce", "--seed", s) for s in (0, 1))
+    assert not torch.equal(one[0], other[0])
+    assert not torch.equal(batches[0][0], others[0][0])
+
+
+# Several processes
+
+
+def test_two_processes_of_torchrun_killed_and_started_again_train_one_and_the_same_student(
+    tmp_path,
+):
+    options = [*PAIR, *TINY, *HEADS, "--method", "crd+mhkd", "--beta", "0", "--negatives", "50"]
+    options = [*options, "--out", str(tmp_path / "killed")]
+    for die in (("replace", 5), ("replace", 8)):  # the teacher's epochs, the student's
+        environment = environments(2)
+        first, second = (start(*options, die=d, environment=e) for d, e in
+                         zip((die, None), environment))  # fmt: skip
+        assert end_of(first) == -signal.SIGKILL
+        second.kill()
+        end_of(second)
+    both = [start(*options, environment=environment) for environment in environments(2)]
+    assert [end_of(process) for process in both] == [0, 0]
+    command = [*TORCHRUN, str(SCRIPT), *options[:-1], str(tmp_path / "torchrun")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(epochs_said(done.stdout, "resnet8 crd+mhkd")) == 2
+    (killed,), (wanted,) = (tmp_path.glob(f"{n}/*crd+mhkd*processes=2*") for n in
+                            ("killed", "torchrun"))  # fmt: skip
+    assert read(wanted / "result.json")["config"]["processes"] == 2
+    assert_same_run(killed, wanted)
+
+
+def _spied(environment, folder):
+    """A run of one epoch as one of two processes, which saves what each step saw and drew."""
+    os.environ.update(environment)
+    forward, seen = mhkd.Distiller.forward, []
+
+    def spy(self, images, labels, indices):
+        seen.append((images, labels, indices, torch.get_rng_state()))
+        return forward(self, images, labels, indices)
+
+    mhkd.Distiller.forward = spy
+    assert mhkd.main([*ALONE, "--epochs", "1", "--out", str(folder)]) == 0
+    torch.save(seen, folder / f"seen{environment['RANK']}.pt")
+
+
+def test_each_of_two_processes_has_its_share_of_every_batch_and_draws_of_its_own(tmp_path):
+    processes = [fork(_spied, environment, tmp_path) for environment in environments(2)]
+    assert [end_of(process) for process in processes] == [0, 0]
+    settings = {"dataset": "digits", "subset": 200, "epochs": 1, "batch_size": 40}
+    config = mhkd.Config(student="resnet8", method="ce", **settings)
+    whole = mhkd.epoch_batches(mhkd.load_data(config), config, 1)
+    seen = zip(*(torch.load(tmp_path / f"seen{i}.pt") for i in range(2)), strict=True)
+    for (images, labels, indices), both in zip(whole, seen, strict=True):
+        assert [len(part[2]) for part in both] == [20, 20]
+        assert not torch.equal(both[0][3], both[1][3])  # dropout masks, CRD's draws
+        found = (torch.cat([part[i] for part in both]) for i in range(3))
+        order = torch.cat([part[2] for part in both]).argsort()
+        for a, b in zip(found, (images, labels, indices)):
+            assert torch.equal(a[order], b[indices.argsort()])
+
+
+def test_world_size_alone_makes_no_run_one_of_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(tmp_path, *ALONE, "--epochs", "1") == 0
+    result = read(folder_of(tmp_path) / "result.json")
+    assert result["config"]["processes"] == 1 and "processes" not in result["name"]
 
 
 # Recipes and names
@@ -513,21 +642,33 @@ def test_another_seed_gives_other_initial_weights_and_batches(steps_of):
 
 @pytest.mark.parametrize("values, wanted", [
     ({"dataset": "cifar100"}, (240, 64, 0.05, (150, 180, 210), 0.5, 32, True)),
-    ({"dataset": "cifar10"}, (240, 64, 0.05, (150, 180, 210), 0.5, 32, True)),
     ({"dataset": "svhn"}, (150, 200, 0.001, (80, 110, 135), 5.0, 32, True)),
-    ({"dataset": "cifar100", "student": "mobilenetv2"}, (240, 64, 0.01, (150, 180, 210), 0.5, 32, True)),
-    ({"dataset": "cifar100", "student": "shufflenetv2"}, (240, 64, 0.01, (150, 180, 210), 0.5, 32, True)),
+    ({"student": "mobilenetv2"}, (240, 64, 0.01, (150, 180, 210), 0.5, 32, True)),
+    ({"student": "shufflenetv2", "dataset": "cifar10"}, (240, 64, 0.01, (150, 180, 210), 0.5, 32, True)),
     ({"dataset": "svhn", "student": "shufflenetv2"}, (150, 200, 0.001, (80, 110, 135), 5.0, 32, True)),
+    ({"dataset": "digits"}, (30, 64, 0.05, (19, 23, 26), 0.5, 16, False)),
     ({"epochs": 24}, (24, 64, 0.05, (15, 18, 21), 0.5, 32, True)),
     ({"epochs": 24, "lr_steps": (20,)}, (24, 64, 0.05, (20,), 0.5, 32, True)),
     ({"dataset": "svhn", "epochs": 30}, (30, 200, 0.001, (16, 22, 27), 5.0, 32, True)),
     ({"student": "mobilenetv2", "lr": 0.05}, (240, 64, 0.05, (150, 180, 210), 0.5, 32, True)),
-    ({"beta": 0.0, "flip": False}, (240, 64, 0.05, (150, 180, 210), 0.0, 32, False)),
+    ({"options": {"beta": 0.0}, "flip": False}, (240, 64, 0.05, (150, 180, 210), 0.0, 32, False)),
 ], ids=str)  # fmt: skip
 def test_defaults_are_the_papers_recipes_with_milestones_that_scale(values, wanted):
-    c = mhkd.resolve(mhkd.Config(**({"teacher": "resnet32x4", "student": "vgg8"} | values)))
-    assert (c.epochs, c.batch_size, c.lr, c.lr_steps, c.beta, c.image_size, c.flip) == wanted
-    assert (c.tau, c.alpha, c.momentum, c.weight_decay, c.crop_padding) == (4.0, 0.9, 0.9, 5e-4, 4)
+    c = mhkd.Config(**({"teacher": "resnet32x4", "student": "vgg8"} | values))
+    assert (c.epochs, c.batch_size, c.lr, c.lr_steps) == wanted[:4]
+    assert (c.options["beta"], c.image_size, c.flip) == wanted[4:]
+    assert (c.options["tau"], c.options["alpha"], c.momentum, c.weight_decay) == (4, 0.9, 0.9, 5e-4)
+    heads = (64, 2) if c.dataset == "digits" else (256, 1)
+    assert (c.options["head_width"], c.options["head_stride"]) == heads
+
+
+def test_a_changed_configuration_is_filled_anew_from_the_recipe():
+    config = mhkd.Config("resnet32x4", "vgg8", lr_decay=0.2).replace(student="mobilenetv2")
+    assert (config.lr, config.lr_decay) == (0.01, 0.2)
+    assert config.replace(dataset="svhn", epochs=30).lr_steps == (16, 22, 27)
+    teacher = config.of_teacher()
+    assert (teacher.student, teacher.teacher, teacher.method) == ("resnet32x4", None, "ce")
+    assert (teacher.lr, teacher.lr_decay) == (0.05, 0.2)
 
 
 def test_the_rate_falls_after_the_milestone_epochs(tmp_path):
@@ -537,70 +678,63 @@ def test_the_rate_falls_after_the_milestone_epochs(tmp_path):
 
 
 OTHERS = {
-    "teacher": "vgg13", "student": "vgg11", "method": "kd", "dataset": "cifar10", "units": (1, 2),
-    "teacher_units": ("layer1", "layer2"), "student_units": ("block1", "block0"), "epochs": 241, "batch_size": 65,
-    "lr": 0.051, "lr_steps": (150, 180), "lr_decay": 0.2, "momentum": 0.8, "weight_decay": 1e-4, "tau": 3.0,
-    "alpha": 0.5, "beta": 1.0, "head_width": 128, "head_stride": 1, "crop_padding": 3, "flip": False,
-    "image_size": 33, "subset": 100, "seed": 1, "teacher_seed": 1, "precision": "bfloat16",
+    "teacher": "vgg13", "student": "vgg11", "method": "kd", "dataset": "cifar10",
+    "teacher_units": ("layer1", "layer2"), "student_units": ("block1", "block0"), "epochs": 241,
+    "batch_size": 65, "lr": 0.051, "lr_steps": (150, 180), "lr_decay": 0.2, "momentum": 0.8,
+    "weight_decay": 1e-4, "crop_padding": 3, "crop_scale": 0.2, "flip": False, "image_size": 33,
+    "subset": 100, "seed": 1, "teacher_seed": 1, "precision": "bfloat16", "val_fraction": 0.1,
+    "teacher_init": "file:a.pt", "student_init": "file:a.pt",
 }  # fmt: skip
-OTHERS_OF_METHODS = {
+OPTIONS = {
+    "mhkd": {"tau": 3.0, "alpha": 0.5, "beta": 1.0, "units": (1, 2), "head_width": 128,
+             "head_stride": 2},
     "fitnet": {"gamma": 0.5, "kd_weight": 0.5, "fitnet_weight": 99.0},
     "cc": {"cc_weight": 0.5, "embed_dim": 64},
     "rkd": {"rkd_weight": 0.5},
     "crd": {"crd_weight": 0.5, "crd_tau": 0.1, "negatives": 100},
     "lsh": {"lsh_weight": 5.0, "lsh_bits": 16, "lsh_samples": "all"},
     "dhkd": {"dhkd_weight": 0.5, "dhkd_tau": 1.0, "dhkd_head": "linear", "dhkd_align": False},
-}
+}  # fmt: skip
 
 
-def name_of(teacher_sha256="0" * 64, **values):
-    nothing = torch.zeros(0)
-    data = mhkd.Data(nothing, nothing, nothing, nothing, [], (), (), "f" * 64)
-    base = {"teacher": "resnet32x4", "student": "vgg8"}
+def name_of(sha256="0" * 64, **values):
+    nothing = torch.zeros(0, dtype=torch.int64)
+    parts = [nothing] * 5
+    data = mhkd.Data(*parts, [], 32, (), (), "f" * 64)
     if "student_units" in values or "teacher_units" in values:  # both sides need as many
-        base["units"] = (1, 2)
-    return mhkd.run_name(mhkd.resolve(mhkd.Config(**(base | values))), data, teacher_sha256)
+        values = {"student_units": ("a", "b"), "teacher_units": ("a", "b")} | values
+    config = mhkd.Config(**({"teacher": "resnet32x4", "student": "vgg8"} | values))
+    return mhkd.record_of(config, data, mhkd.Teacher(None, sha256))["name"]
 
 
-def test_every_hyperparameter_that_differs_gives_another_run_name():
-    how = {"data", "out", "device", "backend", "channels_last", "compile"}
-    fields = {field.name for field in dataclasses.fields(mhkd.Config)} - how
-    of_methods = [(method, *item) for method, options in OTHERS_OF_METHODS.items() for item in options.items()]
-    assert fields - set(OTHERS) - {field for _, field, _ in of_methods} == {"teacher_weights"}
-    names = [name_of()] + [name_of(**{field: value}) for field, value in OTHERS.items()]
-    names += [name_of(method=method) for method in (*OTHERS_OF_METHODS, "crd+mhkd")]
-    names += [name_of(method=method, **{field: value}) for method, field, value in of_methods]
-    names += [name_of(teacher_weights="t.pt", teacher_sha256=digit * 64) for digit in "12"]
+def test_every_value_that_differs_gives_another_run_name():
+    fields = {f.name for f in dataclasses.fields(mhkd.Config) if f.metadata.get("group") != "machine"}
+    assert fields == {*OTHERS, "options"}
+    names = [name_of(), name_of(student_units=("a", "b")), name_of(method="crd+mhkd")]
+    names += [name_of(**{field: value}) for field, value in OTHERS.items()]
+    for method, options in OPTIONS.items():
+        assert options.keys() <= mhkd.method_options(mhkd.find_methods(method)).keys()
+        names += [name_of(method=method)] if method != "mhkd" else []
+        names += [name_of(method=method, options={o: value}) for o, value in options.items()]
+    names += [name_of(teacher_weights="t.pt", sha256=digit * 64) for digit in "12"]
     assert len({*names}) == len(names)
 
 
-def test_a_run_name_tells_data_set_teacher_student_method_seed_and_what_is_not_the_default():
-    name = name_of(seed=3, tau=2.0)
-    assert all(part in name for part in ("cifar100", "resnet32x4", "vgg8", "mhkd", "seed3", "tau=2.0"))
-    assert not any(part in name for part in ("alpha", "batch", "epochs", "lr"))
-
-
-def test_naming_a_default_gives_the_same_run_as_leaving_it_out():
-    assert name_of(tau=4.0, epochs=240, lr=0.05, lr_steps=(150, 180, 210), beta=0.5, units=(1, 2, 3)) == name_of()
+def test_a_run_name_tells_who_and_what_is_not_the_default():
+    name = name_of(seed=3, options={"tau": 2.0})
+    assert name == "cifar100-resnet32x4-vgg8-mhkd-seed3-tau=2.0"
+    same = {"epochs": 240, "lr": 0.05, "lr_steps": (150, 180, 210), "options": {"beta": 0.5}}
+    assert name_of(**same) == name_of()
 
 
 def test_a_long_list_of_options_gives_names_that_a_file_system_takes_and_that_still_differ():
-    many = {name: value for name, value in OTHERS.items() if name not in ("method", "units", "lr")}
-    long = [name_of(**many, lr=lr, units=(1, 2)) for lr in (0.1234, 0.4321)]
+    many = {name: value for name, value in OTHERS.items() if name not in ("method", "lr")}
+    long = [name_of(**many, lr=lr) for lr in (0.1234, 0.4321)]
     assert all(len(name.encode()) <= 255 for name in long)
     assert long[0] != long[1]
 
 
-# Other ways to start it
-
-
-def test_two_processes_of_torchrun_train_one_student(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    done = subprocess.run([*command, *PAIR, *TINY, "--out", str(tmp_path)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert read(student_folder(tmp_path) / "result.json")["epochs"] == 2
-    lines = [line for line in done.stdout.splitlines() if line.startswith("resnet8 mhkd epoch")]
-    assert len(lines) == 2
+# Other ways to use it
 
 
 def test_import_prints_nothing_and_needs_torch_alone_even_copied_elsewhere(tmp_path):
@@ -610,88 +744,27 @@ def test_import_prints_nothing_and_needs_torch_alone_even_copied_elsewhere(tmp_p
         "new = {name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names;"
         "assert new == {'mhkd'}, new"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_version_is_shown_with_that_of_pytorch(capsys):
     assert mhkd.main(["--version"]) == 0
     shown = capsys.readouterr().out
-    assert mhkd.__version__ in shown
-    assert torch.__version__ in shown
+    assert mhkd.__version__ in shown and torch.__version__ in shown
 
 
-def test_a_class_added_to_methods_is_a_method(tmp_path, monkeypatch):
-    class Half(mhkd.CrossEntropy):
-        def final_terms(self, step):
-            return {"half": 0.5 * super().final_terms(step)["ce"]}
+def test_a_class_added_to_methods_is_a_method_with_its_options(tmp_path, monkeypatch):
+    class Share(mhkd.CrossEntropy):
+        final_options = {"share": mhkd.Option(0.5, "of the cross-entropy")}
 
-    monkeypatch.setitem(mhkd.METHODS, "half", Half)
-    assert run(tmp_path, *ALONE, "--method", "half") == 0
-    assert all("half" in entry for entry in log_of(folder_of(tmp_path, method="half")))
+        def final_terms(self, batch):
+            return {"part": self.options.share * super().final_terms(batch)["ce"]}
 
-
-def test_a_finished_run_of_another_configuration_is_refused_though_its_config_json_is_gone(finished, tmp_path, capsys):
-    out = tmp_path / "runs"
-    shutil.copytree(finished[0], out)
-    folder = teacher_folders(out)[0]
-    (folder / "config.json").unlink()
-    result = read(folder / "result.json")
-    result["config"]["lr"] = 0.123
-    (folder / "result.json").write_text(json.dumps(result))
-    assert run(out, *DISTIL) != 0
-    assert "lr 0.123 there" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", ['{"a": 1}', "[1]", "[]", "{", ""])
-def test_a_damaged_config_json_is_named_and_left_alone(content, finished, tmp_path, capsys):
-    out = tmp_path / "runs"
-    shutil.copytree(finished[0], out)
-    path = student_folder(out) / "config.json"
-    path.write_text(content)
-    assert run(out, *DISTIL) != 0
-    assert "is damaged" in capsys.readouterr().err
-    assert path.read_text() == content
-
-
-def test_two_processes_are_told_from_one_and_heads_may_weigh_nothing(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    arguments = ["--teacher", "resnet8", "--student", "resnet8", *TINY, "--epochs", "1", "--beta", "0"]
-    done = subprocess.run([*command, *arguments, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (folder,) = tmp_path.glob("*-mhkd-*processes=2*")
-    assert read(folder / "result.json")["config"]["processes"] == 2
-
-
-@pytest.mark.parametrize(
-    "dtype, settings", [(torch.float64, {}), (torch.float32, {"lr": 0.003, "lr_steps": ()})], ids=["float64", "float32"]
-)
-def test_either_backend_of_the_loss_trains_alike(dtype, settings, tmp_path, monkeypatch):
-    """The first 20 steps agree to 1e-4, and the ends lie within two points of each other.
-
-    In float32 at a low learning rate: at the recipe's, a difference in the last bit grows tenfold a step here, whatever
-    it comes from.
-    """
-    if not mhkd.loss_backend().startswith("fused"):
-        pytest.skip(mhkd.loss_backend())
-    step, losses, accuracies = mhkd.train_step, {}, {}
-    settings = {"dataset": "digits", "subset": 640, "epochs": 4, "head_width": 16, "device": "cpu", **settings}
-    torch.set_default_dtype(dtype)
-    try:
-        for backend in ("fused", "reference"):
-            losses[backend] = []
-
-            def recorded(*arguments, kept=losses[backend], **keywords):
-                figures = step(*arguments, **keywords)
-                kept.append(figures["loss"].item())
-                return figures
-
-            monkeypatch.setattr(mhkd, "train_step", recorded)
-            pair = {"teacher": "resnet8", "student": "resnet8", "out": str(tmp_path / backend)}
-            accuracies[backend] = mhkd.train(mhkd.Config(**pair, backend=backend, **settings))["accuracy"]
-            losses[backend] = losses[backend][-4 * 10 :]  # the student's steps, without the teacher's
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert losses["fused"][:20] == pytest.approx(losses["reference"][:20], rel=1e-4)
-    assert losses["fused"] != losses["reference"]  # they are two computations
-    assert abs(accuracies["fused"] - accuracies["reference"]) <= 2
+    monkeypatch.setitem(mhkd.METHODS, "share", Share)
+    for out, options, share in (("half", [], 0.5), ("all", ["--share", "1"], 1)):
+        assert run(tmp_path / out, *ALONE, "--method", "share", *options) == 0
+        folder = folder_of(tmp_path / out, method="share")
+        assert read(folder / "config.json")["config"]["options"] == {"share": share}
+    losses = [log_of(folder_of(tmp_path / out, method="share"))[0]["part"] for out in ("half", "all")]
+    assert losses[1] > 1.5 * losses[0]
