@@ -276,7 +276,7 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
             if [entry["epoch"] for entry in entries] != list(range(1, run["epochs"] + 1)):
                 raise ValueError(f"it does not have the {run['epochs']} epochs of the record")
             run["curve"] = [float(entry["test_accuracy"]) for entry in entries]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             unusable.append(f"'{log}' is damaged ({mhkd.first_line(error)}): its curve is left out")
     return runs, unusable
 
