@@ -29,7 +29,6 @@ import shlex
 import statistics
 import sys
 import textwrap
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,8 +117,8 @@ FIELDS = [f.name for f in dataclasses.fields(Config) if f.name != "options"]
 
 
 def plan(
-    tables: Sequence[str], settings: Mapping[str, Any] = types.MappingProxyType({}),
-    seeds: Sequence[int] = (), pairs: Sequence[str] = (), rows: Sequence[str] = (),
+    tables: Sequence[str], settings: Mapping[str, Any], seeds: Sequence[int] = (),
+    pairs: Sequence[str] = (), rows: Sequence[str] = (),
 ) -> tuple[list[Config], list[Config]]:  # fmt: skip
     """The runs that tables need, each once: the teachers, and the others.
 
@@ -269,12 +268,15 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
         except (UsageError, OSError) as error:
             unusable.append(str(error))
             continue
+        except (KeyError, TypeError, AttributeError) as error:
+            unusable.append(f"'{path}' is no record of this version ({error!r})")
+            continue
         try:
             entries = [json.loads(line) for line in log.read_text().splitlines()]
             if [entry["epoch"] for entry in entries] != list(range(1, run["epochs"] + 1)):
                 raise ValueError(f"it does not have the {run['epochs']} epochs of the record")
             run["curve"] = [float(entry["test_accuracy"]) for entry in entries]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             unusable.append(f"'{log}' is damaged ({mhkd.first_line(error)}): its curve is left out")
     return runs, unusable
 
@@ -641,6 +643,7 @@ def draw_differences(axis: Any, group: Group) -> None:
     labels = [f"{textwrap.fill(row, 30)}  {group.figures(row).accuracy()}" for row in group.rows]
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set_title("accuracy, % (std)", loc="left", x=0, ha="right")
     title = f"difference to {base}, points" if base else "test accuracy, %"
     axis.set(xlabel=f"{title}\n(95 % intervals)")
 

@@ -271,12 +271,26 @@ def test_a_failed_installation_ends_run_all(part, tmp_path):
     assert done.returncode != 0 and log.splitlines()[-1].startswith("-m pip install"), log
 
 
+def test_a_failed_build_of_the_kernel_does_not_mark_the_old_one_fresh(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n[ $1 != setup.py ] || exit $BUILD\necho loss: fused\n")
+    python.chmod(0o755)
+    (tmp_path / "csrc").mkdir()
+    for name in ("mhkd_fused.so", "setup.py", "csrc/new.cpp"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "mhkd_fused.so", (1, 1))
+    failed = run_all(tmp_path, "setup", PYTHON=str(python), BUILD="1")
+    assert failed.returncode == 0 and "could not be built" in failed.stderr
+    assert (tmp_path / "mhkd_fused.so").stat().st_mtime == 1
+    run_all(tmp_path, "setup", PYTHON=str(python), BUILD="0")
+    assert (tmp_path / "mhkd_fused.so").stat().st_mtime > 1
+    assert "build_ext" not in run_all(tmp_path, "setup", PYTHON=str(python), BUILD="1").stdout
+
+
 # How it is reported
 
 
-def record(
-    out, accuracy, taught_by=b"t", weights=b"s", classes=CIFAR, data="d", epochs=3, **settings
-):
+def record(out, accuracy, taught_by=b"t", weights=b"s", classes=CIFAR, data="d", **settings):
     """What a run leaves, without the training; its folder."""
     config = mhkd.Config(**settings)
     folder = out / f"{len(list(out.glob('*'))):03}"
@@ -289,11 +303,12 @@ def record(
         "teacher_sha256": mhkd.sha256_of(folder / "teacher.pt") if config.teacher else None,
         "teacher_accuracy": 75.0 if config.teacher else None, "accuracy": accuracy,
         "class_accuracy": dict.fromkeys(classes, accuracy), "best_accuracy": accuracy + 1,
-        "best_epoch": 2, "epochs": epochs, "seconds": 60.0, "environments": [{"data": "some/photos"}],
+        "best_epoch": 2, "epochs": config.epochs, "seconds": 60.0,
+        "environments": [{"data": "some/photos"}],
         "student_sha256": mhkd.sha256_of(folder / "student.pt"),
     }  # fmt: skip
     mhkd.write_json(folder / "result.json", content)
-    log = [{"epoch": i, "test_accuracy": accuracy + (i == 2)} for i in range(1, epochs + 1)]
+    log = [{"epoch": i, "test_accuracy": accuracy + (i == 2)} for i in range(1, config.epochs + 1)]
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in log))
     return folder
 
@@ -322,7 +337,7 @@ def rows_of(part):
 
 
 def test_differences_are_paired_over_common_seeds_with_errors_and_intervals(tmp_path, report):
-    accuracies = {"ce": (35.70, 36.14, 35.68), "kd": (38.17, 38.55, 39.24, 50.0)}
+    accuracies = {"ce": (35.70, 36.14, 35.68), "kd": (38.17, 38.55, 39.24, 50.0), "cc": (38, 39)}
     for method, values in accuracies.items():
         for seed, accuracy in enumerate(values):
             record(tmp_path, accuracy, **PAIR, method=method, seed=seed)
@@ -333,6 +348,8 @@ def test_differences_are_paired_over_common_seeds_with_errors_and_intervals(tmp_
     # Differences 2.47, 2.41, 3.56: mean 2.8133, deviation 0.6473, by sqrt(3) 0.3737, t 4.3027.
     assert rows["kd"][1:3] == ["4", "+2.81 ± 0.37 [+1.21, +4.42], n=3"]
     assert rows["student alone (ce)"][3] == "-2.81 ± 0.37 [-4.42, -1.21], n=3"
+    # Differences -0.17, 0.45: mean 0.14, error 0.31, t 12.7062.
+    assert rows["cc"][3] == "+0.14 ± 0.31 [-3.80, +4.08], n=2"
     assert rows["mhkd"] == ["39.00", "1", "", ""]  # no seed in common: no difference
     with open(tmp_path / "report.csv", newline="") as file:
         kd = {line["row"]: line for line in csv.DictReader(file)}["kd"]
@@ -423,8 +440,6 @@ def test_the_papers_tables_have_its_figures_ours_the_difference_and_what_is_miss
     ids=str,
 )  # fmt: skip
 def test_other_recipes_and_other_images_are_in_no_table_of_the_paper(settings, tmp_path, report):
-    if "epochs" in settings:  # of the record, not of the configuration
-        settings = {**settings, "lr_steps": (1,)}
     record(tmp_path, 70.0, **PAIR, method="kd", **settings)
     parts = report()
     assert not any("Table" in heading or "paper" in heading for heading in parts)
@@ -444,6 +459,11 @@ def test_what_is_damaged_or_not_of_its_record_is_named_and_stops_nothing(tmp_pat
         for seed, content in enumerate(contents):
             folders.append((record(tmp_path, 70.0, **PAIR, method="kd", seed=seed), name))
             (folders[-1][0] / name).write_bytes(content)
+    old = record(tmp_path, 98.0, **PAIR, method="kd") / "result.json"
+    content = json.loads(old.read_text())
+    del content["config"]["options"]
+    mhkd.write_json(old, content)  # whole, of another version
+    folders.append((old.parent, "result.json"))
     changed = record(tmp_path, 99.0, **PAIR, method="kd") / "result.json"
     changed.write_text(changed.read_text().replace("99.0", "99.9"))  # not by write_json
     folders.append((changed.parent, "result.json"))
