@@ -646,77 +646,6 @@ def check_name(what: str, name: str, names: Iterable[str]) -> str:
 # 3. The loss: equations 1 and 2
 # --------------------------------------------------------------------------------------------------
 
-BACKENDS = ("auto", "reference", "fused")
-MAX_FUSED_HEADS = 16  # kMaxHeads in csrc/mhkd_loss.h
-
-
-_fused_is_there: bool | None = None  # not looked for yet
-_fused_loss = None  # the operator: looking it up in torch.ops would take longer than a short batch
-
-
-def _load_fused() -> bool:
-    """Whether the compiled kernel is installed. The first call loads it, which registers torch.ops.mhkd."""
-    global _fused_is_there, _fused_loss
-    if _fused_is_there is None:
-        _fused_is_there = hasattr(
-            torch.ops.mhkd, "loss"
-        )  # another copy of this file may have loaded it
-        spec = importlib.util.find_spec(
-            "mhkd_fused"
-        )  # finds the library; it is no Python module and never imported
-        if not _fused_is_there and spec is not None and spec.origin is not None:
-            try:
-                torch.ops.load_library(spec.origin)
-                _fused_is_there = True
-            except OSError as error:  # built for another PyTorch
-                warnings.warn(
-                    f"the fused kernel cannot be loaded, plain PyTorch is used: {error}",
-                    stacklevel=2,
-                )
-        if _fused_is_there:
-            _fused_loss = torch.ops.mhkd.loss.default
-    return _fused_is_there
-
-
-# torch.compile calls it and takes the answer for a constant. This is what torch.compiler.assume_constant_result sets,
-# which would import the whole compiler here.
-_load_fused._dynamo_marked_constant = True
-
-
-def loss_backend() -> str:
-    """The backend that mhkd_loss(backend="auto") takes, for example "fused (CPU avx2, CUDA sm_90)"."""
-    if not _load_fused():
-        return "reference (fused kernel not installed)"
-    parts = [torch.ops.mhkd.cpu_capability()]
-    if hasattr(torch.ops.mhkd, "cuda_architectures"):
-        parts.append(torch.ops.mhkd.cuda_architectures())
-    return f"fused ({', '.join(parts)})"
-
-
-def _use_fused(backend: str, heads: int, labels: Tensor) -> bool:
-    """Whether the kernel computes this call: where it can for "auto", or an error that says why not for "fused"."""
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"mhkd_loss: backend must be one of {', '.join(BACKENDS)}, not {backend!r}"
-        )
-    if backend == "reference" or (backend == "auto" and heads > MAX_FUSED_HEADS):
-        return False
-    device = labels.device.type
-    if not _load_fused():
-        missing = "the fused kernel is not installed"
-    elif device == "cpu" or device == "meta":
-        return True
-    elif device != "cuda":
-        missing = f"there is no fused kernel for {device} tensors"
-    elif not hasattr(torch.ops.mhkd, "cuda_architectures"):
-        missing = "the fused kernel was built without CUDA"
-    else:
-        # The CUDA kernel has been compiled and emulated but has never run on a GPU: only who insists tries it.
-        return backend == "fused"
-    if backend == "fused":
-        raise RuntimeError(f'mhkd_loss: {missing}: use backend="auto" or backend="reference"')
-    return False
-
 
 def mhkd_loss(
     student_logits: Sequence[Tensor],
@@ -734,142 +663,313 @@ def mhkd_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head knowledge distillation loss (Wang et al. 2020, section 3, equations 1 and 2).
 
-    Over the heads h = 0 (the final outputs), 1, ..., D with weights w_h, plus the cross-entropy from which the
-    teacher's own heads learn (section 3.1):
+    Over the heads h = 0 (the final outputs), 1, ..., D with weights w_h, plus the cross-entropy
+    from which the teacher's own heads learn (section 3.1):
 
-        sum_h w_h * (alpha * tau^2 * KL(p_T || p_S) + (1 - alpha) * CE(y, z_S))  +  sum_{h marked} CE(y, z_T)
+        sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S)) + sum_{h marked} CE(y, z_T)
 
-    p_T and p_S are the softmax of the teacher's and the student's logits divided by tau. All terms are means over the
-    rows whose label is not `ignore_index`; with no such row they are NaN, as PyTorch's own means are. A class of
-    teacher probability 0 contributes 0 to the divergence, also where the student's probability is 0 (masked classes,
-    whose logits are -inf).
+    p_T and p_S are the softmax of the teacher's and the student's logits divided by tau. All terms
+    are means over the rows whose label is not `ignore_index`; with no such row they are NaN, as
+    PyTorch's own means are. A class of teacher probability 0 contributes 0 to the divergence, also
+    where the student's probability is 0 (masked classes, whose logits are -inf). A term whose
+    coefficient is 0 is left out, with its gradients, were it infinite or NaN.
 
     Args:
-        student_logits: a tensor [B, K] for each head, the final output first.
-        teacher_logits: as many tensors of the same shapes. The divergence sends them no gradient.
-        labels: class indices [B], int64.
-        tau: temperature, > 0.
+        student_logits: a list with a tensor [..., K] for each head, the final output first: [B, K]
+            for images, [B, T, K] for a language model. They are read where they lie if view(-1, K)
+            is possible (and the classes are adjacent), otherwise copied.
+        teacher_logits: as many tensors of the same shape. The divergence sends them no gradient.
+        labels: class indices [...], int64.
+        tau: temperature, > 0. This, alpha and the weights are numbers, which get no gradient.
         alpha: weight of the divergence against the student's cross-entropy, 0 to 1.
         beta: weight of every auxiliary head, used where `head_weights` is None.
         head_weights: a weight for each head; None means [1, beta, beta, ...].
-        teacher_ce: for each head, whether the teacher's own cross-entropy is added, with weight 1; None marks the
-            teacher logits that require a gradient.
+        teacher_ce: for each head, whether the teacher's own cross-entropy is added, with weight 1;
+            None marks the teacher logits that require a gradient.
         ignore_index: rows with this label count nowhere.
         return_terms: return the terms too.
-        backend: "reference" is plain PyTorch; "auto" takes the fused kernel on the CPU where it is installed; "fused"
-            insists, also on CUDA.
+        backend: "reference" is plain PyTorch; "auto" takes the fused kernel where it is installed,
+            on CUDA once it has agreed with plain PyTorch in this process; "fused" insists.
 
     Returns:
-        The loss, a scalar: float64 if any logits are, otherwise float32 (the arithmetic, too, of half types). With
-        `return_terms` also a detached tensor [H, 3]: KL * tau^2, the student's cross-entropy and the teacher's, which
-        is 0 where it is not marked.
+        The loss, a scalar: float64 if any logits are, otherwise float32 (the arithmetic, too, of
+        half types). With `return_terms` also a detached tensor [H, 3]: KL * tau^2, the student's
+        cross-entropy and the teacher's, which is 0 where it is not marked.
 
     Raises:
-        ValueError: lists or shapes that do not agree; tau, alpha or a weight out of range; an unknown backend.
-        TypeError: logits that are not floating point, labels that are not int64.
+        ValueError: lists or shapes that do not agree; tau, alpha or a weight out of range; an
+            unknown backend.
+        TypeError: logits that are no list or not floating point, labels that are not int64, a
+            number that asks for a gradient.
         IndexError: a label that is no class (on CUDA a device assertion).
-        RuntimeError: tensors on different devices; backend "fused", and the kernel is not installed.
+        RuntimeError: tensors on different devices; backend "fused", and there is no kernel.
+        KernelCrash: the kernel failed on CUDA when it was first tried.
     """
     H = len(student_logits)
-    head_weights = [1.0] + [beta] * (H - 1) if head_weights is None else list(head_weights)
-    teacher_ce = (
-        [z.requires_grad for z in teacher_logits] if teacher_ce is None else list(teacher_ce)
-    )
-    if _use_fused(backend, H, labels):
-        settings = (tau, alpha, head_weights, teacher_ce, ignore_index)
-        loss, terms, _ = _fused_loss(
-            student_logits, teacher_logits, labels, *settings
-        )  # makes the same checks
-        return (loss, terms) if return_terms else loss
-    _check_loss_arguments(
-        student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce
-    )
+    head_weights = [1.0] + [beta] * (H - 1) if head_weights is None else head_weights
+    teacher_ce = [z.requires_grad for z in teacher_logits] if teacher_ce is None else teacher_ce
+    _check_settings(student_logits, teacher_logits, tau, alpha, head_weights, teacher_ce)
+    fused = _use_fused(backend, labels.device, H)
+    # The operator refuses what does not fit, faster; then the check here says it as it always does.
+    if not fused or labels.dim() != 1 or torch.compiler.is_compiling():
+        _check_tensors(student_logits, teacher_logits, labels)
+    if labels.dim() != 1:
+        labels = labels.reshape(-1)  # [B]
+        student_logits = [z.reshape(-1, z.shape[-1]) for z in student_logits]  # [B, K] each
+        teacher_logits = [z.reshape(-1, z.shape[-1]) for z in teacher_logits]
+    settings = labels, tau, alpha, list(head_weights), list(teacher_ce), ignore_index
+    try:
+        out = (_fused_loss if fused else _reference_loss)(student_logits, teacher_logits, *settings)
+    except Exception:
+        _check_tensors(student_logits, teacher_logits, labels)
+        raise
+    return out[:2] if return_terms else out[0]
 
-    dtypes = [z.dtype for z in (*student_logits, *teacher_logits)]
+
+def _reference_loss(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index):
+    """The equations in plain PyTorch: what the fused kernel has to compute. Logits are [B, K]."""
+    dtypes = [z.dtype for z in (*student, *teacher)]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     counted = labels != ignore_index  # [B]
     loss = torch.zeros((), dtype=dtype, device=labels.device)
     terms = []
-    for z_s, z_t, weight, marked in zip(student_logits, teacher_logits, head_weights, teacher_ce):
+    for z_s, z_t, weight, marked in zip(student, teacher, head_weights, teacher_ce):
         # A NaN in a row that does not count must reach neither the loss nor the gradients.
         z_s = torch.where(counted[:, None], z_s.to(dtype), 0)  # [B, K]
         z_t = torch.where(counted[:, None], z_t.to(dtype), 0)  # [B, K]
         log_p_s = F.log_softmax(z_s / tau, dim=1)
         log_p_t = F.log_softmax(z_t.detach() / tau, dim=1)
         p_t = log_p_t.exp()
-        kl = torch.where(
-            p_t == 0, 0, p_t * (log_p_t - log_p_s)
-        ).sum()  # F.kl_div would give inf - inf = NaN
+        kl = torch.where(p_t == 0, 0, p_t * (log_p_t - log_p_s)).sum()  # F.kl_div has inf - inf
         kl = kl / counted.sum() * tau**2
         ce = F.cross_entropy(z_s, labels, ignore_index=ignore_index)
-        ce_t = (
-            F.cross_entropy(z_t, labels, ignore_index=ignore_index)
-            if marked
-            else torch.zeros_like(kl)
-        )
-        # Equation 1 for each head, equation 2 over them. A coefficient of 0 leaves its term out, were it infinite.
-        for coefficient, term in (
-            (weight * alpha, kl),
-            (weight * (1 - alpha), ce),
-            (float(marked), ce_t),
-        ):
+        ce_t = torch.zeros_like(kl)
+        if marked:
+            ce_t = F.cross_entropy(z_t, labels, ignore_index=ignore_index)
+        # Equation 1 for each head, equation 2 over them.
+        coefficients = (weight * alpha, weight * (1 - alpha), float(marked))
+        for coefficient, term in zip(coefficients, (kl, ce, ce_t)):
             if coefficient != 0:
                 loss = loss + coefficient * term
         terms.append(torch.stack((kl, ce, ce_t)).detach())
-    return (loss, torch.stack(terms)) if return_terms else loss
+    return loss, torch.stack(terms)
 
 
-def _check_loss_arguments(
-    student_logits, teacher_logits, labels, tau, alpha, head_weights, teacher_ce
-) -> None:
-    H = len(student_logits)
-    if H == 0 or not H == len(teacher_logits) == len(head_weights) == len(teacher_ce):
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tau: float = 4.0,
+    backend: str = "auto",
+    *,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """tau^2 * KL(teacher || student) of logits [..., K], the mean (Hinton et al. 2015, section 2).
+
+    Rows whose label is `ignore_index` do not count; without `labels` all do. No gradient goes to
+    the teacher. For the arithmetic and the errors raised see mhkd_loss, whose first term it is.
+    """
+    if labels is None:  # any class: the cross-entropy weighs nothing
+        labels = torch.zeros(student_logits.shape[:-1], dtype=torch.int64)
+        labels, ignore_index = labels.to(student_logits.device), -100
+    settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False], "ignore_index": ignore_index}
+    return mhkd_loss([student_logits], [teacher_logits], labels, backend=backend, **settings)
+
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_settings(student, teacher, tau, alpha, head_weights, teacher_ce) -> None:
+    if isinstance(student, Tensor) or isinstance(teacher, Tensor):
+        raise TypeError("mhkd_loss: logits must be a list, a tensor for each head, not one tensor")
+    if not len(student) == len(teacher) == len(head_weights) == len(teacher_ce) != 0:
         raise ValueError(
-            f"mhkd_loss: the lists differ in length: {H} student logits, {len(teacher_logits)} teacher logits, "
-            f"{len(head_weights)} head weights, {len(teacher_ce)} marks in teacher_ce"
+            f"mhkd_loss: the lists differ in length or are empty: {len(student)} student logits, "
+            f"{len(teacher)} teacher logits, {len(head_weights)} head weights, "
+            f"{len(teacher_ce)} marks in teacher_ce"
         )
-    for z in (*student_logits, *teacher_logits):
-        if not z.is_floating_point():
-            raise TypeError(f"mhkd_loss: logits must be floating point, not {z.dtype}")
-        if z.dim() != 2 or z.shape[1] == 0 or z.shape != student_logits[0].shape:
-            raise ValueError(
-                "mhkd_loss: all logits must be [B, K] and of one shape: "
-                f"{list(z.shape)}, {list(student_logits[0].shape)}"
+    for value in (tau, alpha, *head_weights):
+        if type(value) is not float and isinstance(value, Tensor):
+            raise TypeError(
+                "mhkd_loss: tau, alpha and the weights must be numbers, which get no gradient, "
+                "not tensors (use item())"
             )
-        if z.device != labels.device:
-            raise RuntimeError(
-                f"mhkd_loss: logits and labels must be on one device: {z.device}, {labels.device}"
-            )
-    if labels.dtype != torch.int64:
-        raise TypeError(
-            f"mhkd_loss: labels must be class indices of dtype int64, not {labels.dtype}"
-        )
-    if labels.shape != student_logits[0].shape[:1]:
-        raise ValueError(
-            f"mhkd_loss: labels must be [B]: {list(labels.shape)} for logits {list(student_logits[0].shape)}"
-        )
     if not (math.isfinite(tau) and tau > 0):
         raise ValueError(f"mhkd_loss: tau must be a finite number above 0, not {tau}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"mhkd_loss: alpha must be between 0 and 1, not {alpha}")
-    if not all(math.isfinite(w) and w >= 0 for w in head_weights):
+    for weight in head_weights:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f"mhkd_loss: head weights must be finite and not negative, not {weight}"
+            )
+
+
+def _check_tensors(student, teacher, labels) -> None:
+    shape, device = student[0].shape, labels.device
+    for z in (*student, *teacher):
+        if z.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"mhkd_loss: logits must be floating point, not {z.dtype}")
+        if z.shape != shape or not shape or shape[-1] == 0:
+            raise ValueError(
+                "mhkd_loss: all logits must be [..., K] and of one shape: "
+                f"{list(z.shape)}, {list(shape)}"
+            )
+        if z.device != device:
+            raise RuntimeError(
+                f"mhkd_loss: logits and labels must be on one device: {z.device}, {device}"
+            )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"mhkd_loss: labels must be class indices, int64, not {labels.dtype}")
+    if labels.shape != shape[:-1]:
         raise ValueError(
-            f"mhkd_loss: the head weights must be finite and not negative, not {list(head_weights)}"
+            "mhkd_loss: labels must be [...] for logits [..., K], a label for each row: "
+            f"{list(labels.shape)} for {list(shape)}"
         )
 
 
-def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, tau: float = 4.0, *, backend: str = "auto"
-) -> Tensor:
-    """tau^2 * KL(teacher || student) of logits [B, K], the mean over the batch (Hinton et al. 2015, section 2).
+# The fused kernel of csrc/, if it is installed, and whether to believe it.
 
-    No gradient goes to the teacher. For the arithmetic and the errors raised see mhkd_loss, whose first term it is.
+BACKENDS = ("auto", "reference", "fused")
+MAX_FUSED_HEADS = 16  # kMaxHeads in csrc/mhkd_loss.h
+INTERFACE = 2  # kInterface in csrc/mhkd_loss.cpp
+TO_BE_CHECKED = ("cuda",)  # devices on which "auto" compares before it trusts
+
+_fused_is_there: bool | None = None  # not looked for yet
+_fused_loss: Any = None  # the operator: a look into torch.ops takes longer than a short batch
+_found_wrong: dict[torch.device, str] = {}  # what check_kernel has found, "" if nothing
+
+
+class KernelCrash(RuntimeError):
+    """The fused kernel failed on CUDA; after that this process cannot use the GPU any more."""
+
+
+def _load_fused() -> bool:
+    """Whether the kernel is installed. The first call loads it, which registers torch.ops.mhkd."""
+    global _fused_is_there, _fused_loss
+    if _fused_is_there is not None:
+        return _fused_is_there
+    _fused_is_there = hasattr(torch.ops.mhkd, "loss")  # another copy of this file has loaded it
+    spec = importlib.util.find_spec("mhkd_fused")  # a library, no Python module: never imported
+    if not _fused_is_there and spec is not None and spec.origin is not None:
+        try:
+            torch.ops.load_library(spec.origin)
+            _fused_is_there = True
+        except OSError as error:  # built for another PyTorch
+            text = "the fused kernel cannot be loaded, plain PyTorch is used"
+            warnings.warn(f"{text}: {error}", stacklevel=2)
+    if _fused_is_there:
+        there = torch.ops.mhkd.interface() if hasattr(torch.ops.mhkd, "interface") else 1
+        if there == INTERFACE:
+            _fused_loss = torch.ops.mhkd.loss.default
+        else:
+            _fused_is_there = False
+            text = f"the fused kernel has interface {there}, mhkd.py needs {INTERFACE}"
+            warnings.warn(f"{text}: plain PyTorch is used; install both anew", stacklevel=2)
+    return _fused_is_there
+
+
+def loss_backend() -> str:
+    """What mhkd_loss(backend="auto") takes, for example "fused (CPU avx2, CUDA sm_90)"."""
+    if not _load_fused():
+        return "reference (fused kernel not installed)"
+    parts = [torch.ops.mhkd.cpu_capability()]
+    if hasattr(torch.ops.mhkd, "cuda_architectures"):
+        parts.append(torch.ops.mhkd.cuda_architectures())
+    parts += [f"not on {device}: {wrong}" for device, wrong in _found_wrong.items() if wrong]
+    return f"fused ({', '.join(parts)})"
+
+
+def check_kernel(device: torch.device | str) -> str:
+    """What a comparison of the fused kernel with plain PyTorch finds wrong, "" if nothing.
+
+    It takes some milliseconds: small random logits of each dtype, loss, terms and gradients.
+    Raises KernelCrash after a CUDA error.
     """
-    labels = torch.zeros(
-        len(student_logits), dtype=torch.int64, device=student_logits.device
-    )  # they weigh nothing
-    settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False], "backend": backend}
-    return mhkd_loss([student_logits], [teacher_logits], labels, **settings)
+    device = torch.device(device)
+    if missing := _missing_kernel(device.type):
+        return missing
+    generator = torch.Generator().manual_seed(0)
+    # Rows of odd stride, one ignored and NaN; a class masked on both sides; one head marked of two.
+    shapes = [(torch.float32, 40, 4.0), (torch.bfloat16, 40, 4.0), (torch.float16, 2050, 4.0)]
+    shapes += [(torch.float32, 2051, 2.5), (torch.bfloat16, 9000, 1.0), (torch.float64, 1100, 4.0)]
+    plain = torch.autocast(device.type, enabled=False), torch.inference_mode(False)
+    with plain[0], plain[1], torch.enable_grad():
+        for dtype, K, tau in shapes:
+            z = 3 * torch.randn(4, 6, K + 1, generator=generator)
+            z[:, 0], z[:, 1, 1] = math.nan, -math.inf
+            z = z.to(device, dtype)[..., :K]
+            labels = torch.tensor([-100, 0, K - 1, 2, 3, K // 2], device=device)
+
+            def outputs(loss_of, dtype, z=z, labels=labels, tau=tau):
+                leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in z]
+                settings = labels, tau, 0.9, [1.0, 0.5], [False, True], -100
+                loss, terms, *_ = loss_of(leaves[:2], leaves[2:], *settings)
+                gradients = torch.autograd.grad(loss, leaves[:2] + leaves[3:])
+                return [x.detach().double().cpu() for x in (loss, terms, *gradients)]
+
+            try:
+                found = outputs(_fused_loss, dtype)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                if "CUDA error" not in reason or "no kernel image" in reason:  # it can go on
+                    return reason
+                raise KernelCrash(
+                    f"the fused kernel failed on {device} ({reason}), which ends the use of the "
+                    "GPU in this process: try again with --backend reference"
+                ) from error
+            allowed = 2 * torch.finfo(dtype).eps + 1e-5  # of the largest number
+            for x, y in zip(found, outputs(_reference_loss, torch.float64)):
+                if not (x - y).abs().max() <= allowed * y.abs().max():
+                    return f"the fused kernel differs from plain PyTorch on {dtype} [6, {K}]"
+    return ""
+
+
+def _missing_kernel(device_type: str) -> str:
+    if not _load_fused():
+        return "the fused kernel is not installed"
+    if device_type not in ("cpu", "cuda", "meta"):
+        return f"there is no fused kernel for {device_type} tensors"
+    if device_type == "cuda" and not hasattr(torch.ops.mhkd, "cuda_architectures"):
+        return "the fused kernel was built without CUDA"
+    return ""
+
+
+def _trusted(device: torch.device) -> bool:
+    """Whether the kernel has agreed with plain PyTorch on this device; the first call compares."""
+    if device not in _found_wrong:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # a graph cannot record a comparison: this time plain PyTorch, unchecked
+        _found_wrong[device] = check_kernel(device)
+        if wrong := _found_wrong[device]:
+            warnings.warn(f"mhkd_loss: {wrong}: plain PyTorch is used", stacklevel=4)
+    return not _found_wrong[device]
+
+
+# torch.compile calls these and takes their answers for constants. This is what
+# torch.compiler.assume_constant_result sets, which would import the whole compiler here.
+for _function in (_load_fused, _missing_kernel, _trusted):
+    _function._dynamo_marked_constant = True
+
+
+def _use_fused(backend: str, device: torch.device, heads: int) -> bool:
+    """Whether the kernel computes this call; for "fused" an error that says why it does not."""
+    if backend not in BACKENDS:
+        backends = ", ".join(BACKENDS)
+        raise ValueError(f"mhkd_loss: backend must be one of {backends}, not {backend!r}")
+    if backend == "reference" or (backend == "auto" and heads > MAX_FUSED_HEADS):
+        return False
+    if missing := _missing_kernel(device.type):
+        if backend == "auto":
+            return False
+        raise RuntimeError(f'mhkd_loss: {missing}: use backend="auto" or backend="reference"')
+    if heads > MAX_FUSED_HEADS:
+        raise ValueError(
+            f"mhkd_loss: the fused kernel takes 1 to {MAX_FUSED_HEADS} heads, not {heads}"
+        )
+    return backend == "fused" or device.type not in TO_BE_CHECKED or _trusted(device)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
     pip install --no-build-isolation .
 
-builds against the PyTorch of this environment: the CPU part always, the CUDA part if this PyTorch has CUDA and a
-toolkit of the same major version is found (no GPU is needed). Without a compiler or a matching toolkit one line says
-so and the rest is installed. TORCH_CUDA_ARCH_LIST chooses the architectures, as in PyTorch's own extensions.
+builds against the PyTorch of this environment: the CPU part always, the CUDA part if this PyTorch
+has CUDA and a toolkit of the same major version is found (no GPU is needed). Without a compiler or
+a matching toolkit one line says so and the rest is installed. TORCH_CUDA_ARCH_LIST chooses the
+architectures, as in PyTorch's own extensions.
 """
 
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from setuptools import setup
 
+MODULES = ("mhkd", "mhkd_baselines", "mhkd_tables")
 OLDEST_ARCHITECTURE = 75  # Turing; older ones only where TORCH_CUDA_ARCH_LIST asks for them
 
 
@@ -33,81 +35,90 @@ def output_of(*command: str | Path) -> str:
 
 
 def find_toolkit() -> Path | None:
-    """The CUDA toolkit's folder. nvcc on the PATH may be a wrapper, so nvcc is asked where its toolkit is."""
+    """The CUDA toolkit's folder. nvcc on the PATH may be a wrapper, so it is asked where it is."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             return Path(os.environ[variable])
     for nvcc in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
-        top = nvcc and re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "any.cu"), re.MULTILINE)
+        said = output_of(nvcc, "--dryrun", "any.cu") if nvcc else ""
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
         if top:
             return Path(top[1].strip()).resolve()
     return None
 
 
 def architectures(torch, toolkit: Path) -> str:
-    """The visible GPUs', else all that PyTorch and the toolkit both support from Turing up, PTX for the newest."""
+    """The visible GPUs', else all that PyTorch and the toolkit support from Turing up, and PTX."""
     if torch.cuda.is_available():
-        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        gpus = range(torch.cuda.device_count())
+        capabilities = {torch.cuda.get_device_capability(i) for i in gpus}
         return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
-    of_toolkit = re.findall(r"compute_(\d+)", output_of(toolkit / "bin" / "nvcc", "--list-gpu-arch"))
-    of_torch = re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "")  # get_arch_list() is empty without a GPU
-    both = sorted(int(name) for name in set(of_toolkit) & set(of_torch) if int(name) >= OLDEST_ARCHITECTURE)
+    listed = output_of(toolkit / "bin" / "nvcc", "--list-gpu-arch")
+    of_toolkit = re.findall(r"compute_(\d+)", listed)
+    # get_arch_list() is empty without a GPU
+    of_torch = re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "")
+    both = sorted(set(map(int, of_toolkit)) & set(map(int, of_torch)))
+    both = [name for name in both if name >= OLDEST_ARCHITECTURE]
     return ";".join(f"{name // 10}.{name % 10}" for name in both or [90]) + "+PTX"
 
 
 def fused_extension():
-    """The extension and the command that builds it; none of the two, and a line that says why, where it cannot be."""
+    """The extension and the command that builds it, or neither, and a line that says why."""
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        say("the fused loss is left out: no PyTorch is visible to this build (use --no-build-isolation)")
+        say("the fused loss is left out: this build sees no PyTorch (use --no-build-isolation)")
         return None, None
     compiler = cpp_extension.get_cxx_compiler().split()
     if shutil.which(compiler[0]) is None:
         say(f"the fused loss is left out: there is no C++ compiler ({compiler[0]})")
         return None, None
 
-    # The vector code wants products and sums contracted to one instruction; nothing looks at errno or floating-point
-    # traps. -fopenmp compiles with OpenMP but, as it is missing from the link flags, links to none: the functions come
-    # from the library that PyTorch has loaded. A second one would bring a second pool of threads. It is GCC's library,
-    # which does not have the functions that Clang calls.
-    cxx = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    # The vector code wants products and sums contracted to one instruction; nothing looks at errno
+    # or floating-point traps. -fopenmp compiles with OpenMP but, as it is missing from the link
+    # flags, links to none: the functions come from the library that PyTorch has loaded. A second
+    # one would bring a second pool of threads. It is GCC's library, without the functions that
+    # Clang calls.
+    cxx = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    cxx.append("-Wno-psabi")
     if sys.platform == "linux" and "clang" not in output_of(*compiler, "--version"):
         cxx.append("-fopenmp")
     else:
-        say("the fused loss will use one thread on the CPU: only GCC on Linux compiles for PyTorch's pool of threads")
+        say("the fused loss will use one thread on the CPU: PyTorch's pool needs GCC on Linux")
     sources = ["csrc/mhkd_loss.cpp", "csrc/mhkd_loss_cpu.cpp"]
     depends = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
 
     def make(kind, sources, **settings):
         extension = kind("mhkd_fused", sources, depends=depends, **settings)
-        extension.libraries = [name for name in extension.libraries if name != "torch_python"]  # it needs no Python
+        extension.libraries.remove("torch_python")  # it needs no Python
         return extension
 
     extension = cpu = make(cpp_extension.CppExtension, sources, extra_compile_args={"cxx": cxx})
     if torch.version.cuda:
         toolkit = find_toolkit()
-        release = toolkit and re.search(r"release (\d+)\.\d+", output_of(toolkit / "bin" / "nvcc", "--version"))
+        version = output_of(toolkit / "bin" / "nvcc", "--version") if toolkit else ""
+        release = re.search(r"release (\d+)\.\d+", version)
         if release and release[1] == torch.version.cuda.split(".")[0]:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(torch, toolkit))
             cpp_extension.CUDA_HOME = str(toolkit)
-            # --ftz: without denormal numbers an exponential is one instruction.
-            nvcc = ["-O3", "--ftz=true", f"--threads={min(4, os.cpu_count() or 1)}"]
+            nvcc = ["-O3", f"--threads={min(4, os.cpu_count() or 1)}"]
             extension = make(
                 cpp_extension.CUDAExtension,
                 [*sources, "csrc/mhkd_loss_cuda.cu"],
-                define_macros=[("MHKD_CUDA_KEY", "CUDA")],
                 extra_compile_args={"cxx": cxx, "nvcc": nvcc},
             )
-            say(f"the fused loss for CPU and for CUDA {os.environ['TORCH_CUDA_ARCH_LIST']}, toolkit {toolkit}")
+            names = os.environ["TORCH_CUDA_ARCH_LIST"]
+            say(f"the fused loss for CPU and for CUDA {names}, toolkit {toolkit}")
         else:
-            found = f"the toolkit at {toolkit} does not match" if toolkit else "no toolkit (nvcc) is found"
-            say(f"the fused loss for the CPU alone: this PyTorch has CUDA {torch.version.cuda}, {found}")
+            found = f"that at {toolkit} is another" if toolkit else "there is none"
+            needed = f"PyTorch needs the toolkit (nvcc) of CUDA {torch.version.cuda}"
+            say(f"the fused loss for the CPU alone: {needed}, {found}")
 
     class Build(cpp_extension.BuildExtension):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, no_python_abi_suffix=True, **kwargs)  # a plain library: mhkd_fused.so
+            # a plain library: mhkd_fused.so
+            super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
         def build_extensions(self):
             try:
@@ -115,8 +126,8 @@ def fused_extension():
             except Exception as error:  # whatever it is, mhkd.py works without
                 reason = str(error).splitlines()[0]
             if extension is not cpu:
-                say(f"the fused loss for the CPU alone: the CUDA part does not compile ({reason})")
-                for name in ("sources", "define_macros", "extra_compile_args", "include_dirs", "libraries"):
+                say(f"the fused loss for the CPU alone: the CUDA part fails to compile ({reason})")
+                for name in ("sources", "extra_compile_args", "include_dirs", "libraries"):
                     setattr(self.extensions[0], name, getattr(cpu, name))
                 try:
                     return super().build_extensions()
@@ -133,7 +144,7 @@ extension, build = fused_extension()
 setup(
     name="mhkd",
     version=re.search(r'__version__ = "(.+)"', (here / "mhkd.py").read_text())[1],
-    description="Multi-head knowledge distillation for model compression: the reference implementation",
+    description="Multi-head knowledge distillation: the reference implementation",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -143,8 +154,8 @@ setup(
         "all": ["torchvision", "numpy", "tqdm", "scikit-learn", "scipy", "matplotlib"],
         "test": ["pytest", "hypothesis", "ruff"],
     },
-    py_modules=["mhkd"],
-    entry_points={"console_scripts": ["mhkd = mhkd:main"]},
+    py_modules=[name for name in MODULES if (here / f"{name}.py").is_file()],
+    entry_points={"console_scripts": ["mhkd = mhkd:main", "mhkd-tables = mhkd_tables:main"]},
     ext_modules=[extension] if extension else [],
     cmdclass={"build_ext": build} if build else {},
 )

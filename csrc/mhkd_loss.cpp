@@ -1,21 +1,27 @@
 // The fused loss of multi-head knowledge distillation: schema, checks, Meta and Autograd.
 //
-//     loss = sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S)) + sum_{h marked} CE(y, z_T)
+//     sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S)) + sum_{h marked} CE(y, z_T)
 //
-// Plain PyTorch runs about twenty small operations a head forward and backward, nearly each with a temporary of
-// the size of the logits. Here one operator reads the logits of all heads where they lie:
+// Plain PyTorch runs about twenty small operations a head forward and backward, nearly each with a
+// temporary of the size of the logits. Here one operator reads the logits of all heads where they
+// lie:
 //
-//     forward   reads each logit of student and teacher once, keeps six numbers a row      2 B K bytes(z)  a head
-//     backward  reads them once more and writes each gradient once                         3 B K bytes(z)  a head
+//     forward   reads each logit of student and teacher once           2 B K bytes(z)  a head
+//     backward  reads them once more and writes each gradient once     3 B K bytes(z)  a head
 //
-// (4 B K where the teacher's own cross-entropy asks for its gradient too). The probabilities are never stored: the
-// backward computes the exponentials again, which is cheaper than to write and read them. Where tau is a small
-// integer one exponential a logit is enough, exp(x) = exp(x / tau)^tau. The memory beyond the inputs is the
-// gradients. The gradient that comes in multiplies before anything is rounded to a half type. Nothing saved is
-// written to and no state is kept between calls, so the backward can run again, and two runs give the same bits.
+// (4 B K where the teacher's own cross-entropy asks for its gradient too). The probabilities are
+// never stored: the backward computes the exponentials again from six numbers a row, which is
+// cheaper than to write and read them. Where tau is a small integer one exponential a logit is
+// enough, as exp(x) = exp(x / tau)^tau. The memory beyond the inputs is the gradients. The gradient
+// that comes in multiplies before anything is rounded to a half type. Nothing saved is written to
+// and no state is kept between calls, so the backward can run again, and two runs give the same
+// bits.
 //
-// A file per device: mhkd_loss_cpu.cpp, mhkd_loss_cuda.cu. Their shared arithmetic stands in mhkd_loss.h. All is
-// registered here in C++: from Python the registration alone would cost more than the loss of a small batch.
+// A file per device: mhkd_loss_cpu.cpp, mhkd_loss_cuda.cu. Their shared arithmetic stands in
+// mhkd_loss.h. All is registered in C++: from Python the registration alone would cost more than
+// the loss of a small batch. The folder can be built alone, without or with the .cu file:
+//
+//     torch.utils.cpp_extension.load("fused_loss", glob.glob("csrc/*.c*"), is_python_module=False)
 #include "mhkd_loss.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -27,6 +33,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <type_traits>
@@ -38,42 +45,41 @@
 
 namespace MHKD_LIBRARY {
 
-// --------------------------------------------------------------------------------------------------
-// Checks and shapes
-// --------------------------------------------------------------------------------------------------
+constexpr int64_t kInterface = 2;
 
-void check_arguments(TensorList student, TensorList teacher, const Tensor& labels, double tau, double alpha,
-                     Weights head_weights, const Flags& teacher_ce) {
+// -------------------------------------------------------------------------------------------------
+// Checks and shapes
+// -------------------------------------------------------------------------------------------------
+
+// The complete checks, with a sentence for each mistake, are in mhkd.py; these are for callers of
+// the operator itself.
+void check_arguments(TensorList student, TensorList teacher, const Tensor& labels, double tau,
+    Weights head_weights, const Flags& teacher_ce) {
   const size_t heads = student.size();
-  TORCH_CHECK_VALUE(heads >= 1 && heads <= size_t(kMaxHeads), "mhkd_loss: 1 to ", kMaxHeads, " heads, got ", heads);
-  TORCH_CHECK_VALUE(teacher.size() == heads, "mhkd_loss: ", heads, " student heads but ", teacher.size(),
-                    " teacher heads");
-  TORCH_CHECK_VALUE(head_weights.size() == heads && teacher_ce.size() == heads, "mhkd_loss: ", heads,
-                    " heads but ", head_weights.size(), " head_weights and ", teacher_ce.size(), " teacher_ce");
-  TORCH_CHECK_VALUE(std::isfinite(tau) && tau > 0, "mhkd_loss: tau must be positive and finite, got ", tau);
-  TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 1, "mhkd_loss: alpha must lie between 0 and 1, got ", alpha);
-  for (double weight : head_weights) {
-    TORCH_CHECK_VALUE(std::isfinite(weight) && weight >= 0,
-                      "mhkd_loss: head weights must be finite and not negative, got ", weight);
-  }
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "mhkd_loss: labels must be int64, got ", labels.scalar_type());
-  TORCH_CHECK_VALUE(labels.dim() == 1, "mhkd_loss: labels must have the shape [B], got ", labels.sym_sizes());
+  TORCH_CHECK_VALUE(heads >= 1 && heads <= size_t(kMaxHeads), "mhkd_loss: 1 to ", kMaxHeads,
+      " heads, got ", heads);
+  TORCH_CHECK_VALUE(
+      teacher.size() == heads && head_weights.size() == heads && teacher_ce.size() == heads,
+      "mhkd_loss: teacher_logits, head_weights and teacher_ce must have ", heads, " entries too");
+  TORCH_CHECK_VALUE(std::isfinite(tau) && tau > 0, "mhkd_loss: tau must be finite and above 0");
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "mhkd_loss: labels must be int64");
+  TORCH_CHECK_VALUE(labels.dim() == 1, "mhkd_loss: labels must be [B], got ", labels.sym_sizes());
+  const c10::SymInt batch = labels.sym_size(0);
   const Tensor& first = student[0];
-  TORCH_CHECK_VALUE(first.dim() == 2 && first.sym_size(1) >= 1,
-                    "mhkd_loss: logits must have the shape [B, K] with K >= 1, got ", first.sym_sizes());
-  TORCH_CHECK_VALUE(first.sym_size(0) == labels.sym_size(0), "mhkd_loss: logits ", first.sym_sizes(), " but ",
-                    labels.sym_size(0), " labels");
   for (const TensorList& logits : {student, teacher}) {
     for (const Tensor& z : logits) {
       const auto dtype = z.scalar_type();
-      TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
-                       "mhkd_loss: logits must be float64, float32, bfloat16 or float16, got ", dtype);
-      // Heads may not differ in K: they classify the same classes.
-      TORCH_CHECK_VALUE(z.dim() == 2 && z.sym_size(0) == first.sym_size(0) && z.sym_size(1) == first.sym_size(1),
-                        "mhkd_loss: all logits must have one shape [B, K], got ", z.sym_sizes(), " and ",
-                        first.sym_sizes());
-      TORCH_CHECK(z.device() == labels.device(), "mhkd_loss: logits and labels must be on one device, got ",
-                  z.device(), " and ", labels.device());
+      TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
+                           dtype == at::kBFloat16,
+          "mhkd_loss: logits must be floating point, not ", dtype);
+      TORCH_CHECK_VALUE(z.dim() == 2 && z.sym_size(0) == batch && z.sym_size(1) >= 1 &&
+                            z.sym_size(1) == first.sym_size(1),
+          "mhkd_loss: all logits must be [B, K] and of one shape, with labels [B]: ", z.sym_sizes(),
+          ", ", first.sym_sizes(), ", labels ", labels.sym_sizes());
+      TORCH_CHECK(z.device() == labels.device(),
+          "mhkd_loss: logits and labels must be on one "
+          "device: ",
+          z.device(), ", ", labels.device());
     }
   }
 }
@@ -87,36 +93,32 @@ at::ScalarType loss_dtype(TensorList student, TensorList teacher) {
   return at::kFloat;
 }
 
-at::ScalarType arithmetic_dtype(TensorList student, TensorList teacher) {
-  return student[0].sym_size(1) <= kExactClasses ? at::kDouble : loss_dtype(student, teacher);
-}
-
 std::vector<Tensor> adjacent_classes(TensorList logits) {
   std::vector<Tensor> adjacent;
   adjacent.reserve(logits.size());
-  for (const Tensor& z : logits) adjacent.push_back(z.stride(1) == 1 || z.size(1) == 1 ? z : z.contiguous());
+  for (const Tensor& z : logits)
+    adjacent.push_back(z.stride(1) == 1 || z.size(1) == 1 ? z : z.contiguous());
   return adjacent;
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Meta: shapes and dtypes alone, for torch.compile
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
-static std::tuple<Tensor, Tensor, Tensor> loss_meta(TensorList student, TensorList teacher, const Tensor& labels,
-                                                    double tau, double alpha, Weights head_weights,
-                                                    const Flags& teacher_ce, int64_t ignore_index) {
-  check_arguments(student, teacher, labels, tau, alpha, head_weights, teacher_ce);
+static std::tuple<Tensor, Tensor, Tensor> loss_meta(TensorList student, TensorList teacher,
+    const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
+    int64_t ignore_index) {
+  check_arguments(student, teacher, labels, tau, head_weights, teacher_ce);
   const auto options = labels.options().dtype(loss_dtype(student, teacher));
   const auto heads = int64_t(student.size());
   const c10::SymInt stats = labels.sym_size(0) * (heads * kRowStats) + 1;
   return {at::empty({}, options), at::empty({heads, kTerms}, options),
-          at::empty_symint({stats}, options.dtype(arithmetic_dtype(student, teacher)))};
+      at::empty_symint({stats}, options)};
 }
 
-static std::vector<Tensor> loss_backward_meta(const Tensor& grad_loss, TensorList student, TensorList teacher,
-                                              const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-                                              Weights head_weights, const Flags& teacher_ce, int64_t ignore_index,
-                                              const Flags& needs_grad) {
+static std::vector<Tensor> loss_backward_meta(const Tensor& grad_loss, TensorList student,
+    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
+    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
   std::vector<Tensor> grads;
   for (size_t i = 0; i < needs_grad.size(); ++i) {
     const Tensor& z = i < student.size() ? student[i] : teacher[i - student.size()];
@@ -125,28 +127,24 @@ static std::vector<Tensor> loss_backward_meta(const Tensor& grad_loss, TensorLis
   return grads;
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Autograd
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
-static std::tuple<Tensor, Tensor, Tensor> call_loss(TensorList student, TensorList teacher, const Tensor& labels,
-                                                    double tau, double alpha, Weights head_weights,
-                                                    const Flags& teacher_ce, int64_t ignore_index) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow(MHKD_OPERATOR("loss"), "")
-                             .typed<decltype(loss_meta)>();
-  return op.call(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+template <class Signature>
+static auto find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-static std::vector<Tensor> call_loss_backward(const Tensor& grad_loss, TensorList student, TensorList teacher,
-                                              const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-                                              Weights head_weights, const Flags& teacher_ce, int64_t ignore_index,
-                                              const Flags& needs_grad) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow(MHKD_OPERATOR("loss_backward"), "")
-                             .typed<decltype(loss_backward_meta)>();
-  return op.call(grad_loss, student, teacher, labels, row_stats, tau, alpha, head_weights, teacher_ce, ignore_index,
-                 needs_grad);
+static const auto& loss_operator() {
+  static const auto found = find_operator<decltype(loss_meta)>(MHKD_OPERATOR("loss"));
+  return found;
+}
+
+static const auto& backward_operator() {
+  static const auto found =
+      find_operator<decltype(loss_backward_meta)>(MHKD_OPERATOR("loss_backward"));
+  return found;
 }
 
 static bool any_requires_grad(TensorList tensors) {
@@ -168,14 +166,16 @@ using NodePointer = decltype(Edge::function);
 template <class N, class Pointer = NodePointer>
 static Pointer make_node() {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    return Pointer(new N, [](N* node) { deleteNode(node); });  // PyTorch's own: it does not recurse through the graph
+    return Pointer(new N,
+        [](N* node) { deleteNode(node); });  // PyTorch's own: it does not recurse through the graph
   } else {
     return c10::make_intrusive<N>();
   }
 }
 
-// The node of the graph, written by hand: torch::autograd::Function would keep the settings in a dictionary of boxed
-// values and wrap its outputs for every case there is, which costs more than the loss of a small batch.
+// The node of the graph, written by hand: torch::autograd::Function would keep the settings in a
+// dictionary of boxed values and wrap its outputs for every case there is, which costs more than
+// the loss of a small batch.
 struct MhkdLossBackward : Node {
   std::vector<SavedVariable> logits;  // of the student's heads, then of the teacher's
   SavedVariable labels, row_stats;
@@ -199,9 +199,9 @@ struct MhkdLossBackward : Node {
       needs_grad.push_back(task_should_compute_output(i) && (i < heads || teacher_ce[i - heads]));
     }
     const TensorList all(z);
-    std::vector<Tensor> grads =
-        call_loss_backward(grad_outputs[0], all.slice(0, heads), all.slice(heads, heads), labels.unpack(),
-                           row_stats.unpack(), tau, alpha, head_weights, teacher_ce, ignore_index, needs_grad);
+    std::vector<Tensor> grads = backward_operator().call(grad_outputs[0], all.slice(0, heads),
+        all.slice(heads, heads), labels.unpack(), row_stats.unpack(), tau, alpha, head_weights,
+        teacher_ce, ignore_index, needs_grad);
     for (size_t i = 0, next = 0; i < 2 * heads; ++i) {
       if (needs_grad[i]) result[i] = std::move(grads[next++]);
     }
@@ -218,26 +218,30 @@ struct MhkdLossBackward : Node {
   std::string name() const override { return "MhkdLossBackward"; }
 };
 
-static std::tuple<Tensor, Tensor, Tensor> loss_autograd(TensorList student, TensorList teacher, const Tensor& labels,
-                                                        double tau, double alpha, Weights head_weights,
-                                                        const Flags& teacher_ce, int64_t ignore_index) {
+static std::tuple<Tensor, Tensor, Tensor> loss_autograd(TensorList student, TensorList teacher,
+    const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
+    int64_t ignore_index) {
   std::tuple<Tensor, Tensor, Tensor> out;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    out = call_loss(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+    out = loss_operator().call(
+        student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
   }
-  if (!at::GradMode::is_enabled() || !(any_requires_grad(student) || any_requires_grad(teacher))) return out;
+  if (!at::GradMode::is_enabled() || !(any_requires_grad(student) || any_requires_grad(teacher)))
+    return out;
 
   // torch.func would get wrong results from a node that it does not know; this refuses.
-  if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
+  if (const auto& functorch = at::functorch::functorchTLSAccessor())
+    functorch->checkSupportsCppAutogradFunction();
   const NodePointer held = make_node<MhkdLossBackward>();
   auto* node = static_cast<MhkdLossBackward*>(held.get());
   node->set_next_edges(torch::autograd::collect_next_edges(student, teacher));
   node->logits.reserve(2 * student.size());
   for (const TensorList& side : {student, teacher}) {
     for (const Tensor& z : side) {
-      TORCH_CHECK_NOT_IMPLEMENTED(!z._fw_grad(/*level=*/0).defined(), "mhkd_loss: the fused kernel has no forward-mode "
-                                  "derivative; call mhkd_loss with backend=\"reference\"");
+      TORCH_CHECK_NOT_IMPLEMENTED(!z._fw_grad(/*level=*/0).defined(),
+          "mhkd_loss: the fused kernel has no forward-mode "
+          "derivative; call mhkd_loss with backend=\"reference\"");
       node->logits.emplace_back(z, /*is_output=*/false);
     }
   }
@@ -252,15 +256,14 @@ static std::tuple<Tensor, Tensor, Tensor> loss_autograd(TensorList student, Tens
   return out;
 }
 
-// The gradients can be asked for with create_graph=True; to differentiate them is refused when it is tried.
+// The gradients can be asked for with create_graph=True; to differentiate them is refused when it
+// is tried.
 struct LossBackwardFunction : torch::autograd::Function<LossBackwardFunction> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_loss, TensorList student, TensorList teacher,
-                               const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-                               Weights head_weights, const Flags& teacher_ce, int64_t ignore_index,
-                               const Flags& needs_grad) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_loss_backward(grad_loss, student, teacher, labels, row_stats, tau, alpha, head_weights, teacher_ce,
-                              ignore_index, needs_grad);
+  using Compute = std::function<std::vector<Tensor>()>;
+
+  static variable_list forward(
+      AutogradContext*, const Tensor& grad_loss, TensorList logits, const Compute& compute) {
+    return compute();
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -269,34 +272,44 @@ struct LossBackwardFunction : torch::autograd::Function<LossBackwardFunction> {
   }
 };
 
-static std::vector<Tensor> loss_backward_autograd(const Tensor& grad_loss, TensorList student, TensorList teacher,
-                                                  const Tensor& labels, const Tensor& row_stats, double tau,
-                                                  double alpha, Weights head_weights, const Flags& teacher_ce,
-                                                  int64_t ignore_index, const Flags& needs_grad) {
-  if (!at::GradMode::is_enabled()) {
+static std::vector<Tensor> loss_backward_autograd(const Tensor& grad_loss, TensorList student,
+    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
+    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
+  const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
-    return call_loss_backward(grad_loss, student, teacher, labels, row_stats, tau, alpha, head_weights, teacher_ce,
-                              ignore_index, needs_grad);
-  }
-  return LossBackwardFunction::apply(grad_loss, student, teacher, labels, row_stats, tau, alpha, head_weights,
-                                     teacher_ce, ignore_index, needs_grad);
+    return backward_operator().call(grad_loss, student, teacher, labels, row_stats, tau, alpha,
+        head_weights, teacher_ce, ignore_index, needs_grad);
+  };
+  if (!at::GradMode::is_enabled()) return compute();
+  std::vector<Tensor> logits = student.vec();
+  logits.insert(logits.end(), teacher.begin(), teacher.end());
+  return LossBackwardFunction::apply(grad_loss, TensorList(logits),
+      LossBackwardFunction::Compute(compute));
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Registration
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 MHKD_TORCH_LIBRARY(MHKD_LIBRARY, m) {
-  // terms [H, 3]: KL * tau^2, CE(y, z_S), CE(y, z_T) of each head, without a gradient. row_stats is for the backward.
+  // terms [H, 3]: KL * tau^2, CE(y, z_S), CE(y, z_T) of each head, without a gradient. row_stats is
+  // for the backward.
   m.def(
-      "loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float tau, float alpha, "
-      "float[] head_weights, bool[] teacher_ce, int ignore_index=-100) -> (Tensor loss, Tensor terms, "
+      "loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float tau, float "
+      "alpha, "
+      "float[] head_weights, bool[] teacher_ce, int ignore_index=-100) -> (Tensor loss, Tensor "
+      "terms, "
       "Tensor row_stats)");
-  // needs_grad: a bool for each student head, then for each teacher head; as many gradients come back as are true.
+  // needs_grad: a bool for each student head, then for each teacher head; as many gradients come
+  // back as are true.
   m.def(
-      "loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, "
-      "Tensor row_stats, float tau, float alpha, float[] head_weights, bool[] teacher_ce, int ignore_index, "
+      "loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, Tensor "
+      "labels, "
+      "Tensor row_stats, float tau, float alpha, float[] head_weights, bool[] teacher_ce, int "
+      "ignore_index, "
       "bool[] needs_grad) -> Tensor[]");
+  // mhkd.py takes a library of this number alone: raise it with every change of what it relies on.
+  m.def("interface() -> int", [] { return kInterface; });
 }
 
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Meta, m) {
@@ -308,14 +321,5 @@ TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Autograd, m) {
   m.impl("loss", loss_autograd);
   m.impl("loss_backward", loss_backward_autograd);
 }
-
-#ifdef MHKD_CUDA_KEY  // CUDA where setup.py found a toolkit; the tests' emulation registers the same code for the CPU
-TORCH_LIBRARY_IMPL(MHKD_LIBRARY, MHKD_CUDA_KEY, m) {
-  m.impl("loss", loss_cuda);
-  m.impl("loss_backward", loss_backward_cuda);
-}
-
-TORCH_LIBRARY_FRAGMENT(MHKD_LIBRARY, m) { m.def("cuda_architectures() -> str", cuda_architectures); }
-#endif
 
 }  // namespace MHKD_LIBRARY

@@ -1,13 +1,14 @@
-// What the CPU and the CUDA kernel of the fused multi-head distillation loss share: layouts, limits, and the
-// arithmetic of one row once its sums are known. mhkd_loss.cpp says what is fused and why.
+// What the CPU and the CUDA kernel of the fused multi-head distillation loss share: layouts,
+// limits, and the arithmetic of one row. mhkd_loss.cpp says what is fused and why.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
 
 #include <cmath>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -16,7 +17,8 @@
 #define MHKD_HD inline
 #endif
 
-// The namespace of the operators. The tests build a second library from the same sources under another name.
+// The namespace of the operators. The tests build a second library from these sources under another
+// name.
 #ifndef MHKD_LIBRARY
 #define MHKD_LIBRARY mhkd
 #endif
@@ -28,155 +30,158 @@ using at::TensorList;
 using Weights = at::ArrayRef<double>;
 using Flags = c10::List<bool>;
 
-// Head pointers travel to the GPU by value, inside the 4 KiB of kernel arguments; 16 heads take 1.3 KiB of it.
+// Head pointers travel to the GPU by value, in its 4 KiB of kernel arguments: 16 heads take 1.2
+// KiB.
 constexpr int kMaxHeads = 16;
 
-// Rows this short are computed in float64 whatever their dtype. With so few classes the rounding errors of the
-// exponentials no longer average out, tau^2 multiplies them, and float64 costs nothing that can be measured.
-constexpr int64_t kExactClasses = 64;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// A class of teacher probability 0 contributes nothing to the divergence, also where the student's is 0. What counts as
-// 0 is what is 0 in the dtype of the loss: float64 arithmetic for a float32 loss draws the line where float32 does.
-MHKD_HD double largest_zero(bool float64_loss) {
-  constexpr double smallest_float = 1.4012984643248171e-45;  // 2^-149
-  return float64_loss ? 0 : smallest_float;
-}
+// What multiplies a logit: with x = (z - max) * scale(tau), exp((z - max) / tau) is 2^x and
+// exp(z - max) is 2^(tau x).
+MHKD_HD double scale(double tau) { return kLog2E / tau; }
 
-// Kept from the forward for the backward: six numbers a row, and behind all rows the count of those that count.
-enum RowStat { kMaxS, kMaxT, kInvTauS, kInvTauT, kInvOneS, kInvOneT, kRowStats };
-
-// What a row adds to the terms of its head: KL * tau^2, the student's cross-entropy, the teacher's.
-enum Term { kKl, kCe, kCeTeacher, kTerms };
-
-// The sums over (a part of) one row, relative to the largest logits seen so far:
-//     tau_s = sum exp((s - max_s) / tau)      one_s = sum exp(s - max_s)      (tau_t, one_t: the teacher's)
-//     cross = sum exp((t - max_t) / tau) * ((t - max_t) - (s - max_s))
-// A row is read once: where a larger logit turns up, rebase() scales what has been summed.
+// Sums over (a part of) a row, of its x_s and x_t:
+//     tau_s = sum 2^x_s    one_s = sum 2^(tau x_s)    cross = sum 2^x_t (x_t - x_s)
+// and tau_t, one_t of the teacher. A row is read once: for another maximum rebase() scales the
+// sums. The unit of the maxima, and of cross, is that of x on CUDA, where x = z * scale - max is a
+// single multiply-add, and that of z on the CPU. Any number near the largest logit will do for
+// max_*.
 template <class A>
 struct RowSums {
   A max_s, max_t;
   A tau_s, tau_t, one_s, one_t, cross;  // RowSums{max_s, max_t} leaves them 0
 };
 
-// The largest logits start at the lowest finite number, not at -inf: -inf - lowest is -inf, whose exponential is
-// the 0 that a masked class has to have, where -inf - -inf would be NaN. In a row without a finite logit the sums
-// stay 0 and 0 / 0 gives the NaN that mathematics gives.
+// To larger maxima. They start at the lowest finite number, not at -inf: a masked logit, -inf, then
+// has x = -inf, whose exponential is 0, where -inf - -inf would be NaN. In a row without a finite
+// logit the sums stay 0, and 0 / 0 gives the NaN that mathematics gives. unit: of x in that of max.
 template <class A>
-MHKD_HD void rebase(RowSums<A>& sums, A max_s, A max_t, A tau, A zero) {
+MHKD_HD void rebase(RowSums<A>& sums, A max_s, A max_t, A tau, A unit) {
   const A step_s = sums.max_s - max_s, step_t = sums.max_t - max_t;  // <= 0
-  const A scale_t = std::exp(step_t / tau);
-  sums.tau_s *= std::exp(step_s / tau);
-  sums.one_s *= std::exp(step_s);
-  sums.one_t *= std::exp(step_t);
-  const A old_tau_t = sums.tau_t;
+  const A scale_t = std::exp2(step_t * unit);
+  const A cross = scale_t * (sums.cross + sums.tau_t * (step_t - step_s));
+  sums.tau_s *= std::exp2(step_s * unit);
+  sums.one_s *= std::exp2(step_s * unit * tau);
+  sums.one_t *= std::exp2(step_t * unit * tau);
   sums.tau_t *= scale_t;
   // A class of teacher probability 0 contributes 0, also where cross or a step is infinite.
-  sums.cross = sums.tau_t <= zero ? A(0) : scale_t * (sums.cross + old_tau_t * (step_t - step_s));
+  sums.cross = sums.tau_t == 0 ? A(0) : cross;
   sums.max_s = max_s;
   sums.max_t = max_t;
 }
 
-// From the sums of a whole row to its terms and to what the backward needs. logit_* are those of the row's label.
-// With p = exp((t - max_t) / tau) / tau_t and q likewise, sum p (log p - log q) is the bracket below. It is a small
-// difference of large numbers and tau^2 multiplies what is lost in it: from the sums of a row on all is float64.
-template <class S>
-MHKD_HD void finish_row(const RowSums<double>& sums, double logit_s, double logit_t, double tau, bool marked, S* stats,
-                        double* terms) {
-  terms[kKl] = (sums.cross / sums.tau_t / tau + std::log(sums.tau_s / sums.tau_t)) * tau * tau;
-  terms[kCe] = std::log(sums.one_s) - (logit_s - sums.max_s);
-  terms[kCeTeacher] = marked ? std::log(sums.one_t) - (logit_t - sums.max_t) : 0;
-  stats[kMaxS] = S(sums.max_s);
-  stats[kMaxT] = S(sums.max_t);
-  stats[kInvTauS] = S(1 / sums.tau_s);
-  stats[kInvTauT] = S(1 / sums.tau_t);
-  stats[kInvOneS] = S(1 / sums.one_s);
-  stats[kInvOneT] = S(marked ? 1 / sums.one_t : 0);
+// Kept from the forward for the backward: six numbers a row, and behind all rows the count of those
+// that count.
+enum RowStat { kMaxS, kMaxT, kInvTauS, kInvTauT, kInvOneS, kInvOneT, kRowStats };
+
+// What a row adds to the terms of its head: KL * tau^2, the student's cross-entropy, the teacher's.
+enum Term { kKl, kCe, kCeTeacher, kTerms };
+
+template <class A>
+MHKD_HD A log2_of(A x) {
+#ifdef __CUDA_ARCH__
+  return std::log2(x);
+#else
+  return std::log(x) * A(kLog2E);  // the C library's log2 is slower: it shows with short rows
+#endif
 }
 
-// What multiplies the exponentials of one row in the backward. With e = exp((z - max) / tau):
-//     grad_s = tau_s * e_s + one_s * e_s^tau - tau_t * e_t,  minus label_s at the label
-//     grad_t = one_t * e_t^tau,                              minus label_t at the label
-// A coefficient of 0 wins over a term that is infinite or NaN, so a kernel leaves that term out: with_kl.
-template <class A>
-struct GradCoefficients {
-  A tau_s, one_s, tau_t, one_t, label_s, label_t;
-  bool with_kl;
+// From the sums of a whole row to its terms and statistics; x_s and x_t are those of its label.
+// With p = 2^x_t / tau_t and q likewise, the bracket is sum p (log2 p - log2 q).
+template <class A, class To, class Out>
+MHKD_HD void finish_row(
+    const RowSums<A>& sums, A x_s, A x_t, A tau, bool marked, To* stats, Out* terms) {
+  const A ln2 = A(kLn2);
+  terms[kKl] = (sums.cross / sums.tau_t + log2_of(sums.tau_s / sums.tau_t)) * ln2 * tau * tau;
+  terms[kCe] = (log2_of(sums.one_s) - tau * x_s) * ln2;
+  terms[kCeTeacher] = marked ? (log2_of(sums.one_t) - tau * x_t) * ln2 : A(0);
+  stats[kMaxS] = To(sums.max_s);
+  stats[kMaxT] = To(sums.max_t);
+  stats[kInvTauS] = To(1 / sums.tau_s);
+  stats[kInvTauT] = To(1 / sums.tau_t);
+  stats[kInvOneS] = To(1 / sums.one_s);
+  stats[kInvOneT] = To(marked ? 1 / sums.one_t : A(0));
+}
+
+// What the terms of one head weigh in the loss, equations 1 and 2: the divergence, the student's
+// cross-entropy, the teacher's. Where one is 0 its term counts nothing, were it infinite or NaN.
+struct HeadWeights {
+  double kl, ce, ce_teacher;
+
+  MHKD_HD HeadWeights(double alpha, double head_weight, bool marked)
+      : kl(head_weight * alpha), ce(head_weight * (1 - alpha)), ce_teacher(marked) {}
+
+  MHKD_HD double loss(const double* terms) const {
+    return (kl != 0 ? kl * terms[kKl] : 0) + (ce != 0 ? ce * terms[kCe] : 0) +
+           (ce_teacher != 0 ? terms[kCeTeacher] : 0);
+  }
 };
 
-template <class A>
-MHKD_HD GradCoefficients<A> grad_coefficients(const A* stats, double kl, double ce, double ce_teacher, double tau) {
-  // kl, ce and ce_teacher: the coefficients of the head's terms in the loss, times the incoming gradient, over the
-  // number of rows that count. The incoming gradient is in here so that half types are rounded after it.
-  GradCoefficients<A> c;
-  c.with_kl = kl != 0;
-  c.tau_s = c.with_kl ? A(kl * tau * stats[kInvTauS]) : A(0);
-  c.tau_t = c.with_kl ? A(kl * tau * stats[kInvTauT]) : A(0);
-  c.one_s = ce != 0 ? A(ce * stats[kInvOneS]) : A(0);
-  c.one_t = A(ce_teacher * stats[kInvOneT]);
-  c.label_s = A(ce);
-  c.label_t = A(ce_teacher);
-  return c;
+// The gradient of one row of one side, the student's or the teacher's. With e = 2^x of this side
+// and e_t of the teacher:
+//     grad = tau * e - tau_t * e_t + one * e^tau,  minus label at the label
+template <class Z, class G, class A>  // Z, G: what the kernel needs to know of logits and gradients
+struct GradRow {
+  Z z;
+  G grad;
+  A max, tau, tau_t, one, label;
+};
+
+// What of it is there: the student's whole gradient, the teacher's too (they share exponentials),
+// or a cross-entropy alone, of either side, for which nothing of the other is read.
+enum Part { kStudent, kBoth, kAlone };
+
+// Calls run(row of this side, row of the teacher, a Part as a type) for the gradients of a row.
+// `incoming` is the gradient of the loss over the number of rows that count: it is in here so that
+// half types are rounded after it. The divergence is detached from the teacher.
+template <class Z, class G, class A, class Run>
+MHKD_HD void for_gradients(Z z_s, Z z_t, G grad_s, G grad_t, const HeadWeights& weights,
+    const A* stats, double incoming, double tau, const Run& run) {
+  const bool kl = weights.kl != 0, ce = weights.ce != 0;
+  const A of_kl = A(incoming * weights.kl * tau), of_ce = A(incoming * weights.ce);
+  const A of_teacher = A(incoming), zero = 0;
+  const GradRow<Z, G, A> s{z_s, grad_s, stats[kMaxS], of_kl * stats[kInvTauS],
+      of_kl * stats[kInvTauT], ce ? of_ce * stats[kInvOneS] : zero, ce ? of_ce : zero};
+  const GradRow<Z, G, A> t{
+      z_t, grad_t, stats[kMaxT], zero, zero, of_teacher * stats[kInvOneT], of_teacher};
+  if (kl && grad_s && grad_t) return run(s, t, std::integral_constant<Part, kBoth>());
+  if (kl && grad_s) run(s, t, std::integral_constant<Part, kStudent>());
+  if (!kl && grad_s) run(s, s, std::integral_constant<Part, kAlone>());
+  if (grad_t) run(t, t, std::integral_constant<Part, kAlone>());
 }
 
-// exp(x) = exp(x / tau)^tau: one exponential a logit serves both temperatures where tau is one of these integers.
-// Beyond, the power's rounding error (tau times that of its base) would cost more than the exponential.
+// 2^(tau x) = (2^x)^tau: one exponential a logit serves both temperatures where tau is one of these
+// integers. Beyond, the power's rounding error (tau times that of its base) would cost more than
+// the exponential. 0: tau is no such integer.
 constexpr int kLargestPower = 5;
 
-MHKD_HD int integer_power(double tau) {  // 0: tau is no such integer
+MHKD_HD int integer_power(double tau) {
   return tau >= 1 && tau <= kLargestPower && tau == std::floor(tau) ? int(tau) : 0;
 }
 
-// In place: as an argument or a result a register would be passed as the instruction set of this header says.
+// In place: as an argument or a result a vector register would be passed as the instruction set of
+// this header says.
 template <int kPower, class V>
 __attribute__((always_inline)) MHKD_HD void raise(V& x) {
   static_assert(kPower >= 1 && kPower <= kLargestPower, "see integer_power");
-  if constexpr (kPower == 2) x *= x;
+  const V base = x;
+  if constexpr (kPower == 2 || kPower >= 4) x *= x;
   if constexpr (kPower == 3) x *= x * x;
-  if constexpr (kPower == 4) {
-    x *= x;
-    x *= x;
-  }
-  if constexpr (kPower == 5) {
-    const V square = x * x;
-    x *= square * square;
-  }
-}
-
-// The coefficients of a head's terms in the loss: equations 1 and 2 of the paper.
-MHKD_HD double kl_weight(double alpha, double head_weight) { return head_weight * alpha; }
-MHKD_HD double ce_weight(double alpha, double head_weight) { return head_weight * (1 - alpha); }
-
-MHKD_HD double weighted_terms(double kl, double ce, double ce_teacher, double alpha, double head_weight, bool marked) {
-  double loss = 0;
-  if (kl_weight(alpha, head_weight) != 0) loss += kl_weight(alpha, head_weight) * kl;
-  if (ce_weight(alpha, head_weight) != 0) loss += ce_weight(alpha, head_weight) * ce;
-  return marked ? loss + ce_teacher : loss;
+  if constexpr (kPower >= 4) x *= x;
+  if constexpr (kPower == 5) x *= base;
 }
 
 // ---- checks and shapes, in mhkd_loss.cpp ----
 
-// Refuses wrong input as PyTorch's own losses do: ValueError for values and shapes, TypeError for dtypes.
-void check_arguments(at::TensorList student, at::TensorList teacher, const at::Tensor& labels, double tau,
-                     double alpha, at::ArrayRef<double> head_weights, const c10::List<bool>& teacher_ce);
+// What the memory that the kernels touch depends on. mhkd.py has asked for more and said it better.
+void check_arguments(TensorList student, TensorList teacher, const Tensor& labels, double tau,
+    Weights head_weights, const Flags& teacher_ce);
 
-// The dtype of the loss and the terms, and that of the arithmetic and of the rows' statistics.
-at::ScalarType loss_dtype(at::TensorList student, at::TensorList teacher);
-at::ScalarType arithmetic_dtype(at::TensorList student, at::TensorList teacher);
+// float64 if any logits are, else float32: the dtype of the loss, the terms, the rows' statistics.
+at::ScalarType loss_dtype(TensorList student, TensorList teacher);
 
-// Rows may have any stride; within a row the classes have to be adjacent. Copies what is not (transposed logits).
-std::vector<at::Tensor> adjacent_classes(at::TensorList logits);
-
-// ---- the CUDA kernels, in mhkd_loss_cuda.cu: registered in mhkd_loss.cpp, whose headers nvcc need not read ----
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> loss_cuda(at::TensorList student, at::TensorList teacher,
-                                                         const at::Tensor& labels, double tau, double alpha,
-                                                         at::ArrayRef<double> head_weights,
-                                                         const c10::List<bool>& teacher_ce, int64_t ignore_index);
-std::vector<at::Tensor> loss_backward_cuda(const at::Tensor& grad_loss, at::TensorList student,
-                                           at::TensorList teacher, const at::Tensor& labels,
-                                           const at::Tensor& row_stats, double tau, double alpha,
-                                           at::ArrayRef<double> head_weights, const c10::List<bool>& teacher_ce,
-                                           int64_t ignore_index, const c10::List<bool>& needs_grad);
-std::string cuda_architectures();
+// Rows may have any stride; within a row the classes have to be adjacent. Copies what is not
+// (transposed logits).
+std::vector<Tensor> adjacent_classes(TensorList logits);
 
 }  // namespace MHKD_LIBRARY

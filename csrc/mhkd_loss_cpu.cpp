@@ -1,5 +1,6 @@
-// The fused loss on the CPU: rows in parallel, each by the code for the instructions that this machine has.
-// What is computed and why it is fused stands in mhkd_loss.cpp, the arithmetic of a row in mhkd_loss_cpu_rows.h.
+// The fused loss on the CPU: rows in parallel, each by the code for the instructions that this
+// machine has. What is computed and why it is fused stands in mhkd_loss.cpp, the arithmetic of a
+// row in mhkd_loss_cpu_rows.h.
 #include "mhkd_loss.h"
 
 #include <ATen/Dispatch.h>
@@ -18,41 +19,30 @@
 
 namespace MHKD_LIBRARY {
 
-// A row is worked off in blocks of student and teacher that stay in the first-level cache (2 * 8 KiB in float32)
-// between the search for the largest logit and the exponentials: main memory sees every logit once.
+// A row is worked off in blocks of student and teacher that stay in the first-level cache (2 * 8
+// KiB in float32) between the search for the largest logit and the exponentials: main memory sees
+// every logit once.
 constexpr int64_t kBlock = 2048;
 
-// Registers that a lane adds up before it starts anew: the square root of the 256 AVX2 registers of a block.
+// Registers that a lane adds up before it starts anew: the square root of the 256 AVX2 registers of
+// a block.
 constexpr int64_t kRun = 16;
 
 // Below this many classes a thread is not worth its wake-up.
 constexpr int64_t kGrain = 8192;
 
-// Where the divergence of a row (before tau^2) is below this, its sums are taken again in float64: of numbers that differ
-// by so little float32 leaves too few digits, and in a single row plain PyTorch may happen to be much better than it
-// usually is. For logits that differ by a normal distribution it is a deviation of 0.1 tau.
-constexpr double kClose = 5e-3;
-
-struct Row {
+struct Row {  // of logits, or of a gradient: null where none is asked for
   void* data;
   at::ScalarType dtype;
-};
 
-struct Settings {
-  int64_t classes;
-  double tau;
-  double zero;  // teacher probabilities up to this one count as 0, see largest_zero()
-};
-
-// The coefficients of one head's terms, times the incoming gradient, over the rows that count.
-struct HeadGradient {
-  double kl, ce, ce_teacher;
+  explicit operator bool() const { return data != nullptr; }
 };
 
 struct RowKernels {
-  void (*forward)(const Row& s, const Row& t, const Settings&, int64_t label, bool marked, void* stats, double* terms);
-  void (*backward)(const Row& s, const Row& t, const Settings&, int64_t label, const void* stats, const HeadGradient&,
-                   const Row& grad_s, const Row& grad_t);
+  RowSums<double> (*sums)(const Row& s, const Row& t, int64_t classes, double tau, bool marked);
+  void (*gradients)(const Row& s, const Row& t, int64_t classes, double tau, int64_t label,
+      const void* stats, const HeadWeights& weights, double incoming, const Row& grad_s,
+      const Row& grad_t);
 };
 
 }  // namespace MHKD_LIBRARY
@@ -84,7 +74,8 @@ struct RowKernels {
 #undef MHKD_VECTOR_BYTES
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -104,15 +95,16 @@ struct RowKernels {
 
 namespace MHKD_LIBRARY {
 
-// "avx512", "avx2" or "plain": what PyTorch uses, so that ATEN_CPU_CAPABILITY chooses here too. That variable can ask
-// for more than the processor has, so the processor is asked as well.
+// "avx512", "avx2" or "plain": what PyTorch uses, so that ATEN_CPU_CAPABILITY chooses here too.
+// That variable can ask for more than the processor has, so the processor is asked as well.
 static const std::string& instruction_set() {
   static const std::string name = [] {
 #ifdef MHKD_X86
     const std::string capability = at::get_cpu_capability();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq");
     if (avx512 && capability == "AVX512") return "avx512";
     if (avx2 && (capability == "AVX2" || capability == "AVX512")) return "avx2";
 #endif
@@ -145,20 +137,22 @@ struct Rows {
 };
 
 // Without the dispatcher, whose way to the allocator is long beside a short batch.
-static Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return Tensor(at::detail::empty_cpu(sizes, dtype)); }
+static Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return Tensor(at::detail::empty_cpu(sizes, dtype));
+}
 
 // A number from a tensor on the CPU. Tensor::item() would go through the dispatcher.
 static double number(const Tensor& values, int64_t index) {
   return AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "mhkd_loss",
-                                    [&] { return double(values.const_data_ptr<scalar_t>()[index]); });
+      [&] { return double(values.const_data_ptr<scalar_t>()[index]); });
 }
 
 static int64_t grain(int64_t classes) { return std::max<int64_t>(1, kGrain / classes); }
 
-static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorList teacher, const Tensor& labels,
-                                                   double tau, double alpha, Weights head_weights,
-                                                   const Flags& teacher_ce, int64_t ignore_index) {
-  check_arguments(student, teacher, labels, tau, alpha, head_weights, teacher_ce);
+static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorList teacher,
+    const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
+    int64_t ignore_index) {
+  check_arguments(student, teacher, labels, tau, head_weights, teacher_ce);
   const auto z_s = adjacent_classes(student), z_t = adjacent_classes(teacher);
   const int64_t heads = int64_t(z_s.size()), batch = labels.size(0), classes = z_s[0].size(1);
   const int64_t* label = labels.const_data_ptr<int64_t>();
@@ -172,10 +166,10 @@ static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorLis
     ++counted;
   }
 
-  const at::ScalarType dtype = loss_dtype(student, teacher), arithmetic = arithmetic_dtype(student, teacher);
+  const at::ScalarType dtype = loss_dtype(student, teacher);
   const int64_t rows = heads * batch;
   Tensor loss = empty({}, dtype), terms = empty({heads, kTerms}, dtype);
-  Tensor row_stats = empty({rows * kRowStats + 1}, arithmetic);
+  Tensor row_stats = empty({rows * kRowStats + 1}, dtype);
   char* stats = static_cast<char*>(row_stats.mutable_data_ptr());
   const int64_t row_bytes = kRowStats * row_stats.element_size();
 
@@ -187,47 +181,59 @@ static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorLis
     rows_t[h] = Rows(z_t[h]);
   }
   std::vector<double> row_terms(rows * kTerms);  // zero where a row does not count
-  const RowKernels kernels = row_kernels(arithmetic == at::kDouble, tau);
-  const Settings settings{classes, tau, largest_zero(dtype == at::kDouble)};
+  const RowKernels kernels = row_kernels(dtype == at::kDouble, tau);
+  // Not in the kernels: a function of the C library that runs after AVX code may be very slow.
+  const auto finish = [&](auto* row_stats, int64_t h, int64_t b, int64_t y, double* terms) {
+    const Row s = rows_s[h][b], t = rows_t[h][b];
+    RowSums<double> sums = kernels.sums(s, t, classes, tau, marked[h]);
+    sums.cross *= scale(tau);
+    double z_s, z_t;
+    const double x_s = (*plain::as_arithmetic(s, y, 1, &z_s) - sums.max_s) * scale(tau);
+    const double x_t = (*plain::as_arithmetic(t, y, 1, &z_t) - sums.max_t) * scale(tau);
+    finish_row(sums, x_s, x_t, tau, marked[h], row_stats, terms);
+  };
   at::parallel_for(0, rows, grain(classes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t h = row / batch, b = row % batch, y = label[b * label_stride];
+      void* to = stats + row * row_bytes;
       if (y == ignore_index) {
-        std::fill_n(stats + row * row_bytes, row_bytes, char(0));
+        std::fill_n(static_cast<char*>(to), row_bytes, char(0));
+      } else if (dtype == at::kDouble) {
+        finish(static_cast<double*>(to), h, b, y, &row_terms[row * kTerms]);
       } else {
-        kernels.forward(rows_s[h][b], rows_t[h][b], settings, y, marked[h], stats + row * row_bytes,
-                        &row_terms[row * kTerms]);
+        finish(static_cast<float*>(to), h, b, y, &row_terms[row * kTerms]);
       }
     }
   });
 
-  // One thread adds up the rows, in order and in float64: the bits do not depend on the number of threads.
+  // One thread adds up the rows, in order and in float64: the bits do not depend on the number of
+  // threads.
   AT_DISPATCH_FLOATING_TYPES(dtype, "mhkd_loss", [&] {
     scalar_t* out = terms.mutable_data_ptr<scalar_t>();
     double total = 0;
     for (int64_t h = 0; h < heads; ++h) {
       double sum[kTerms] = {0, 0, 0};
       for (int64_t b = 0; b < batch; ++b) {
-        for (int term = 0; term < kTerms; ++term) sum[term] += row_terms[(h * batch + b) * kTerms + term];
+        for (int term = 0; term < kTerms; ++term)
+          sum[term] += row_terms[(h * batch + b) * kTerms + term];
       }
       for (int term = 0; term < kTerms; ++term) {
-        sum[term] = term == kCeTeacher && !marked[h] ? 0 : sum[term] / double(counted);  // no row: 0 / 0 is NaN
+        sum[term] = term == kCeTeacher && !marked[h]
+                        ? 0
+                        : sum[term] / double(counted);  // no row: 0 / 0 is NaN
         out[h * kTerms + term] = scalar_t(sum[term]);
       }
-      total += weighted_terms(sum[kKl], sum[kCe], sum[kCeTeacher], alpha, head_weights[h], marked[h]);
+      total += HeadWeights(alpha, head_weights[h], marked[h]).loss(sum);
     }
     *loss.mutable_data_ptr<scalar_t>() = scalar_t(total);
-  });
-  AT_DISPATCH_FLOATING_TYPES(arithmetic, "mhkd_loss", [&] {
     row_stats.mutable_data_ptr<scalar_t>()[rows * kRowStats] = scalar_t(counted);
   });
   return {loss, terms, row_stats};
 }
 
-static std::vector<Tensor> loss_backward_cpu(const Tensor& grad_loss, TensorList student, TensorList teacher,
-                                             const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-                                             Weights head_weights, const Flags& teacher_ce, int64_t ignore_index,
-                                             const Flags& needs_grad) {
+static std::vector<Tensor> loss_backward_cpu(const Tensor& grad_loss, TensorList student,
+    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
+    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
   const auto z_s = adjacent_classes(student), z_t = adjacent_classes(teacher);
   const int64_t heads = int64_t(z_s.size()), batch = labels.size(0), classes = z_s[0].size(1);
   const int64_t* label = labels.const_data_ptr<int64_t>();
@@ -237,7 +243,8 @@ static std::vector<Tensor> loss_backward_cpu(const Tensor& grad_loss, TensorList
 
   std::vector<Tensor> grads;
   grads.reserve(2 * heads);
-  Rows rows_s[kMaxHeads], rows_t[kMaxHeads], grad_s[kMaxHeads], grad_t[kMaxHeads];  // null: no gradient is asked for
+  Rows rows_s[kMaxHeads], rows_t[kMaxHeads], grad_s[kMaxHeads],
+      grad_t[kMaxHeads];  // null: no gradient is asked for
   for (int64_t i = 0; i < 2 * heads; ++i) {
     if (!needs_grad[i]) continue;
     grads.push_back(empty({batch, classes}, (i < heads ? z_s[i] : z_t[i - heads]).scalar_type()));
@@ -246,28 +253,27 @@ static std::vector<Tensor> loss_backward_cpu(const Tensor& grad_loss, TensorList
 
   const double counted = number(row_stats, heads * batch * kRowStats);
   const double incoming = number(grad_loss, 0) / counted;
-  HeadGradient coefficients[kMaxHeads];
+  std::vector<HeadWeights> weights;
+  weights.reserve(heads);
   for (int64_t h = 0; h < heads; ++h) {
     rows_s[h] = Rows(z_s[h]);
     rows_t[h] = Rows(z_t[h]);
-    coefficients[h] = {incoming * kl_weight(alpha, head_weights[h]), incoming * ce_weight(alpha, head_weights[h]),
-                       teacher_ce[h] ? incoming : 0};
+    weights.emplace_back(alpha, head_weights[h], teacher_ce[h]);
   }
-
   const RowKernels kernels = row_kernels(row_stats.scalar_type() == at::kDouble, tau);
-  const Settings settings{classes, tau, 0};
   at::parallel_for(0, heads * batch, grain(classes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t h = row / batch, b = row % batch, y = label[b * label_stride];
-      const Row to_s = grad_s[h][b], to_t = grad_t[h][b];
-      if (y == ignore_index) {
-        for (const Row& grad : {to_s, to_t}) {
-          if (grad.data) std::fill_n(static_cast<char*>(grad.data), classes * c10::elementSize(grad.dtype), char(0));
+      Row to_s = grad_s[h][b], to_t = grad_t[h][b];
+      const bool counts = y != ignore_index;
+      for (Row* to : {&to_s, &to_t}) {  // zero where the row or the head counts nothing
+        if (*to && (!counts || (to == &to_s && weights[h].kl == 0 && weights[h].ce == 0))) {
+          std::fill_n(static_cast<char*>(to->data), classes * c10::elementSize(to->dtype), char(0));
+          to->data = nullptr;
         }
-      } else if (to_s.data || to_t.data) {
-        kernels.backward(rows_s[h][b], rows_t[h][b], settings, y, stats + row * row_bytes, coefficients[h], to_s,
-                         to_t);
       }
+      kernels.gradients(rows_s[h][b], rows_t[h][b], classes, tau, y, stats + row * row_bytes,
+          weights[h], incoming, to_s, to_t);
     }
   });
   return grads;

@@ -1,19 +1,46 @@
-// The fused loss on CUDA: one launch for the loss of all heads, one for all gradients. What is fused, why, and the
-// bytes moved stand in mhkd_loss.cpp: each pass reads each logit once, the backward writes each gradient once.
+// The fused loss on CUDA: one launch for the loss of all heads, one for all gradients. What is
+// fused, why, and the bytes moved stand in mhkd_loss.cpp.
 //
-//   - A row belongs to a group of threads: a warp where it is short, a block where it is long (see run_rows, the one
-//     place that decides). Each thread keeps the running sums of the classes it has seen (online softmax), so the
-//     length of a row is unlimited and nothing is staged in shared memory.
-//   - The block that finishes last adds up the rows' terms in a fixed order in float64: no float atomics, the same
-//     bits each time, no third launch. Its counter is scratch of the call, zeroed on the stream.
-//   - No host synchronisation, and no state outside the call: streams run side by side, CUDA graphs can record it.
+//   - A row belongs to a group of threads: a warp where it is short, a block where it is long (see
+//     run_rows, the one place that decides). The length of a row is unlimited.
+//   - The loops have no guards. An exponent is one multiply-add, z * scale - max, where max is the
+//     largest of 32 logits of the row and is never corrected. Overflow, a masked class (which gives
+//     -inf - -inf), NaN: all show in the sums. That row is done again by guarded_sums().
+//   - The block that finishes last adds up the rows' terms in a fixed order in float64: no float
+//     atomics, the same bits each time, no third launch. Its counter is zeroed on the stream.
+//   - No host synchronisation, no state outside the call: streams run side by side, CUDA graphs can
+//     record it.
 //
-// tests/cuda_emulation.h plays the part of CUDA that is used here, so that this file also runs as plain C++.
+// Instructions for a pair of logits (student, teacher) in the loops at tau 4, from the machine code
+// for sm_90 (tests/test_fused_loss.py counts them), and the bytes a second that an H100 or H200
+// could then read and write (132 multiprocessors issue 4 warps a cycle at 1.7 GHz, in practice
+// three quarters of that: 21.5e12 instructions a second):
+//
+//                                bfloat16  float16  float32    bfloat16, bytes a second
+//     forward                        17.0     15.0     13.5     5.1e12
+//     with the teacher's own CE      19.0     17.0     15.5     4.5e12
+//     backward                       16.9     15.0     13.8     7.6e12
+//     with the teacher's gradient    20.6     18.6     17.2     8.3e12
+//
+// Any other tau takes 1 more, or 2 with the teacher's, and an exponential more a logit. Of those
+// there are 3.6e12 a second: 4.8 and 3.6e12 bytes a second forward in bfloat16.
+//
+// More than a copy moves, 3.0e12 on an H100 and 4.3e12 on an H200 (but for that 3.6): the memory
+// should be the limit. This is a prediction, not a measurement: the file has been compiled and
+// emulated, not timed on a GPU.
+//
+// To keep 4.3e12 bytes a second coming for 600 ns, 19.5 KB must be on their way to a multiprocessor
+// (13.6 KB for 3.0e12). A thread has 16 bytes of both sides on their way while it works on the
+// last: 20 KB with the 640 threads, or more, that fit.
+//
+// tests/cuda_emulation.h plays the part of CUDA that is used here, so that this file also runs as
+// plain C++.
 #include "mhkd_loss.h"
 
 #include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -25,7 +52,12 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#define MHKD_ARCHITECTURES __CUDA_ARCH_LIST__  // nvcc's list of what it compiles for, as 900 for sm_90
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#ifndef MHKD_CUDA_KEY
+#define MHKD_CUDA_KEY CUDA
+#endif
+#define MHKD_ARCHITECTURES __CUDA_ARCH_LIST__  // nvcc's list of what it compiles for, as 900
 #define MHKD_ASSERT_LABEL(label, classes) CUDA_KERNEL_ASSERT(label >= 0 && label < classes)
 #endif
 
@@ -34,39 +66,39 @@ namespace MHKD_LIBRARY {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Up to this many classes a warp takes a row: 32 a lane, four packs of eight half-precision logits. Beyond, the
-// lanes' chains of loads get long, and the rows of a batch are enough to fill the GPU with a block each.
+// Up to this many classes a warp takes a row: 32 a lane, four packs of eight half-precision logits.
+// Beyond, the lanes' chains of loads get long, and a batch has rows enough for a block each.
 constexpr int64_t kWarpClasses = 1024;
 constexpr int kWarpBlock = 128;  // threads of a block whose warps take a row each
-constexpr int kRowBlock = 512;   // threads of a block that takes one row
+constexpr int kRowBlock = 320;   // threads of a block that sums one row
+constexpr int kGradBlock = 128;  // threads of a block that takes gradients of one row
 
 template <int kGroup>  // threads of a block whose rows take kGroup threads each
-constexpr int kBlockOf = kGroup == kWarp ? kWarpBlock : kRowBlock;
+constexpr int kBlockOf = kGroup == kWarp ? kWarpBlock : kGroup;
 
-// Threads of a multiprocessor that can be resident at once, by bounding the registers of each to 64: with 32 bytes a
-// thread on their way, about what covers the latency of memory at its full bandwidth.
-constexpr int kThreads = 1024;
+// Threads that have to fit on a multiprocessor at once, which leaves each 96 registers: the head of
+// this file says what they have on their way. For float64 the compiler may do as it likes.
+constexpr int kThreads = 640;
 
-// The gradients of a row need no reduction, so blocks can share a row where the batch alone would leave
-// multiprocessors idle: about this many blocks are started, each with at least kSplitClasses classes.
-constexpr int64_t kBackwardBlocks = 1024;
+template <class In, int kGroup>
+constexpr int kBlocks = std::is_same_v<In, double> ? 1 : kThreads / kBlockOf<kGroup>;
+
+// The gradients of a row need no reduction, so blocks can share a row where the batch alone would
+// leave multiprocessors idle: about this many blocks are started, each with kSplitClasses or more.
+constexpr int64_t kBackwardBlocks = 2048;
 constexpr int64_t kSplitClasses = 8192;
 
 constexpr int kLoadBytes = 16;  // the widest load of a thread
 
-// A thread's sums are relative to a logit that it has seen, not to its largest: they are rescaled only where a logit
-// exceeds the former by more than this, which for most threads never happens after the first pack. exp(16) times
-// 256k classes is far from the limits of float32, and the relative precision of a sum does not depend on its scale.
-constexpr double kSlack = 16;
-
-struct AnyDtype {};  // dtypes known at run time: student and teacher differ, or float64, or short rows
+// Sums of a thread at least this large, or NaN, are taken again by guarded_sums(). Below, a rebase
+// whose factor underflows (2^-126) loses nothing beside the sums of 1 and more that it is added to.
+constexpr double kLargeSum = 18446744073709551616.;  // 2^64: a logit 44 above the shift, at tau 1
 
 struct Head {
-  const void *s, *t;    // [B, K] logits
-  void *grad_s, *grad_t;  // [B, K] contiguous, or null
+  const void *s, *t;           // [B, K] logits
+  void *grad_s, *grad_t;       // [B, K] contiguous, or null
   int64_t stride_s, stride_t;  // of the rows, in elements
   double weight;
-  at::ScalarType dtype_s, dtype_t;
   bool marked;
 };
 
@@ -76,18 +108,20 @@ struct Arguments {
   int64_t label_stride, ignore_index, batch;
   int classes, head_count;
   double tau, alpha;
-  void* row_stats;      // [H * B, kRowStats] and the count of rows, in the dtype of the arithmetic
-  double* row_terms;    // [H * B, kTerms], forward only
-  unsigned* finished;   // blocks that have finished, forward only
-  void *loss, *terms;   // outputs of the forward
+  void* row_stats;     // [H * B, kRowStats], then the count of rows; as all below float or double
+  void* row_terms;     // [H * B, kTerms], forward only
+  unsigned* finished;  // blocks that have finished, forward only
+  void *loss, *terms;  // outputs of the forward
   const void* grad_loss;  // input of the backward
-  bool float64_loss;    // the dtype of loss, terms and grad_loss
 };
 static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
 
-// --------------------------------------------------------------------------------------------------
+template <class In>
+using Arithmetic = std::conditional_t<std::is_same_v<In, double>, double, float>;
+
+// -------------------------------------------------------------------------------------------------
 // Loads and stores
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 template <class In>
 struct alignas(kLoadBytes) Pack {
@@ -95,167 +129,134 @@ struct alignas(kLoadBytes) Pack {
   In values[kSize];
 };
 
-template <class In, class A>
-__device__ A load_one(const void* row, at::ScalarType dtype, int i) {
-  if constexpr (!std::is_same_v<In, AnyDtype>) {
-    return static_cast<A>(static_cast<const In*>(row)[i]);
-  } else {
-    switch (dtype) {
-      case at::kDouble: return static_cast<A>(static_cast<const double*>(row)[i]);
-      case at::kFloat: return static_cast<A>(static_cast<const float*>(row)[i]);
-      case at::kHalf: return static_cast<A>(static_cast<float>(static_cast<const c10::Half*>(row)[i]));
-      default: return static_cast<A>(static_cast<float>(static_cast<const c10::BFloat16*>(row)[i]));
-    }
-  }
-}
-
-template <class In, class A>
-__device__ void store_one(void* row, at::ScalarType dtype, int i, A value) {
-  if constexpr (!std::is_same_v<In, AnyDtype>) {
-    static_cast<In*>(row)[i] = static_cast<In>(value);
-  } else {
-    switch (dtype) {
-      case at::kDouble: static_cast<double*>(row)[i] = value; break;
-      case at::kFloat: static_cast<float*>(row)[i] = static_cast<float>(value); break;
-      case at::kHalf: static_cast<c10::Half*>(row)[i] = c10::Half(static_cast<float>(value)); break;
-      default: static_cast<c10::BFloat16*>(row)[i] = c10::BFloat16(static_cast<float>(value));
-    }
-  }
-}
-
-__device__ int64_t element_size(at::ScalarType dtype) {
-  return dtype == at::kDouble ? 8 : dtype == at::kFloat ? 4 : 2;
-}
-
-__device__ const void* row_of(const void* z, at::ScalarType dtype, int64_t row, int64_t stride) {
-  return static_cast<const char*>(z) + row * stride * element_size(dtype);
-}
-
-__device__ void* row_of(void* z, at::ScalarType dtype, int64_t row, int64_t stride) {
-  return static_cast<char*>(z) + row * stride * element_size(dtype);
-}
-
-// How a row is cut: classes [0, packs) one by one, then count packs of 16 aligned bytes, then the rest one by one.
+// How a row is cut: `before` classes one by one, `count` packs of 16 aligned bytes, the rest one by
+// one. Rows of odd length start at any address; packs are possible where all pointers reach an
+// aligned address at the same class. Null pointers agree with all.
+template <class In>
 struct Cut {
-  int packs, count;
+  int classes, before, count;
+
+  __device__ Cut(
+      int classes, const In* a, const In* b, const In* c = nullptr, const In* d = nullptr)
+      : classes(classes), before(classes), count(0) {
+    if constexpr (std::is_same_v<In, double>) return;  // bound by its arithmetic, not by its loads
+    const In* pointers[] = {a, b, c, d};
+    const auto offset = [](const In* z) {
+      return int(reinterpret_cast<uintptr_t>(z) % kLoadBytes);
+    };
+    for (const In* z : pointers) {
+      if (z != nullptr && offset(z) != offset(a)) return;
+    }
+    const int first = (kLoadBytes - offset(a)) % kLoadBytes / int(sizeof(In));
+    if (first >= classes) return;
+    before = first;
+    count = (classes - first) / Pack<In>::kSize;
+  }
+
+  __device__ int rest() const { return before + count * Pack<In>::kSize; }
+
+  // The thread, of those that share the row, that reads class i.
+  __device__ int owner(int i, int threads) const {
+    if (i < before) return i % threads;
+    return i < rest() ? (i - before) / Pack<In>::kSize % threads : (i - rest()) % threads;
+  }
 };
 
-// Rows of odd length start at any address. Packs can be loaded where all pointers reach an aligned address at the
-// same class; null pointers agree with all.
-template <class In>
-__device__ Cut cut_row(int classes, const void* a, const void* b, const void* c, const void* d) {
-  if constexpr (std::is_same_v<In, AnyDtype>) {
-    return {classes, 0};
-  } else {
-    const void* pointers[] = {a, b, c, d};
-    int offset = -1;
-    for (const void* pointer : pointers) {
-      if (pointer == nullptr) continue;
-      const int here = static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kLoadBytes);
-      if (offset >= 0 && here != offset) return {classes, 0};
-      offset = here;
-    }
-    const int before = offset <= 0 ? 0 : (kLoadBytes - offset) / static_cast<int>(sizeof(In));
-    if (before >= classes) return {classes, 0};
-    return {before, (classes - before) / Pack<In>::kSize};
-  }
+// kLast: it is the last time that these logits are read, they are the first to leave the cache.
+template <bool kLast, class In>
+__device__ Pack<In> load_pack(const In* packs, int i) {
+  const int4* bits = reinterpret_cast<const int4*>(packs) + i;
+  const int4 loaded = kLast ? __ldcs(bits) : *bits;
+  return reinterpret_cast<const Pack<In>&>(loaded);
 }
 
-template <class In>
-__device__ Pack<In> load_pack(const void* row, const Cut& cut, int pack) {
-  return reinterpret_cast<const Pack<In>*>(static_cast<const In*>(row) + cut.packs)[pack];
+template <class In, class A>
+__device__ void store_pack(In* packs, int i, const A* values) {
+  Pack<In> out;
+#pragma unroll
+  for (int j = 0; j < Pack<In>::kSize; ++j) out.values[j] = static_cast<In>(values[j]);
+  reinterpret_cast<Pack<In>*>(packs)[i] = out;
 }
 
-// The same for the last time that these logits are read: they are the first to leave the cache.
-template <class In>
-__device__ Pack<In> load_pack_last(const void* row, const Cut& cut, int pack) {
-  const int4 bits = __ldcs(reinterpret_cast<const int4*>(static_cast<const In*>(row) + cut.packs) + pack);
-  return reinterpret_cast<const Pack<In>&>(bits);
-}
-
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Arithmetic of a thread, of a warp, of a block
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
-__device__ float exp2_of(float x) { return exp2f(x); }
-__device__ double exp2_of(double x) { return exp2(x); }
+__device__ double fast_exp2(double x) { return exp2(x); }
+__device__ float fast_exp2(float x) {
+#ifdef __CUDA_ARCH__  // one instruction, however this file is compiled: denormal numbers become 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+// 2^(tau x), from 2^x where tau is kPower.
+template <int kPower, class A>
+__device__ A at_one(A x, A exp2_x, A tau) {
+  if constexpr (kPower == 0) return fast_exp2(x * tau);
+  if constexpr (kPower != 0) raise<kPower>(exp2_x);
+  return exp2_x;
+}
+
+template <int kPower, bool kMarked, class A>
+__device__ void add_class(A s, A t, A scale, A tau, RowSums<A>& sums) {
+  const A x_s = std::fma(s, scale, -sums.max_s), x_t = std::fma(t, scale, -sums.max_t);
+  const A e_s = fast_exp2(x_s), e_t = fast_exp2(x_t);
+  sums.tau_s += e_s;
+  sums.tau_t += e_t;
+  sums.cross += e_t * (x_t - x_s);
+  sums.one_s += at_one<kPower>(x_s, e_s, tau);
+  if constexpr (kMarked) sums.one_t += at_one<kPower>(x_t, e_t, tau);
+}
 
 template <class A>
-struct Scales {
-  A tau, tau_scale, one_scale, slack, zero;  // tau, log2(e) / tau, log2(e), kSlack, largest_zero()
-  __device__ Scales(double t, bool float64_loss)
-      : tau(A(t)),
-        tau_scale(A(1.4426950408889634 / t)),
-        one_scale(A(1.4426950408889634)),
-        slack(A(t < 1 ? kSlack * t : kSlack)),
-        zero(A(largest_zero(float64_loss))) {}
-};
-
-template <int kPower, class A>
-__device__ A exp_at_one(const Scales<A>& scales, A d, A exp_at_tau) {
-  if constexpr (kPower == 0) {
-    return exp2_of(d * scales.one_scale);
-  } else {
-    raise<kPower>(exp_at_tau);
-    return exp_at_tau;
-  }
-}
-
-// Adds kCount classes to the sums.
-template <int kPower, int kCount, class A>
-__device__ void add_classes(const A* s, const A* t, const Scales<A>& scales, bool marked, RowSums<A>& sums) {
-  A max_s = sums.max_s, max_t = sums.max_t;
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {  // a NaN loses: the sums carry it on
-    max_s = s[j] > max_s ? s[j] : max_s;
-    max_t = t[j] > max_t ? t[j] : max_t;
-  }
-  // Nothing is -inf here: the largest logits start at the lowest number. In float32 the differences may be infinite.
-  if (max_s - sums.max_s > scales.slack || max_t - sums.max_t > scales.slack) {
-    rebase(sums, max_s, max_t, scales.tau, scales.zero);
-  }
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const A d_s = s[j] - sums.max_s, d_t = t[j] - sums.max_t;
-    const A e_s = exp2_of(d_s * scales.tau_scale), e_t = exp2_of(d_t * scales.tau_scale);
-    sums.tau_s += e_s;
-    sums.one_s += exp_at_one<kPower>(scales, d_s, e_s);
-    sums.tau_t += e_t;
-    sums.cross += e_t * (e_t > scales.zero ? d_t - d_s : A(0));  // a class of teacher probability 0 contributes 0
-    if (marked) sums.one_t += exp_at_one<kPower>(scales, d_t, e_t);
-  }
-}
-
-template <class V>
-__device__ V warp_sum(V x) {
+__device__ A warp_sum(A x) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
   return x;
 }
 
 template <class A>
-__device__ A warp_max(A x) {
+__device__ A warp_max(A x) {  // a NaN loses: the sums carry it on
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    const A other = __shfl_xor_sync(kAllLanes, x, lanes);
-    x = other > x ? other : x;
+    x = std::fmax(x, __shfl_xor_sync(kAllLanes, x, lanes));
   }
   return x;
 }
 
-// Every lane ends with the sums of the warp. From here on they are float64: what float32 rounds off a sum of all
-// classes is multiplied by tau^2 in the divergence, while a thread's own sum is short.
+// Every lane ends with the sums of the warp.
 template <class A>
-__device__ RowSums<double> warp_reduce(RowSums<A> sums, const Arguments& args) {
-  const A max_s = warp_max(sums.max_s), max_t = warp_max(sums.max_t);
-  rebase(sums, max_s, max_t, A(args.tau), A(largest_zero(args.float64_loss)));
-  return {max_s,
-          max_t,
-          warp_sum(double(sums.tau_s)),
-          warp_sum(double(sums.tau_t)),
-          warp_sum(double(sums.one_s)),
-          warp_sum(double(sums.one_t)),
-          warp_sum(double(sums.cross))};
+__device__ RowSums<A> warp_sum(RowSums<A> sums, A tau) {
+  rebase(sums, warp_max(sums.max_s), warp_max(sums.max_t), tau, A(1));
+  return {sums.max_s, sums.max_t, warp_sum(sums.tau_s), warp_sum(sums.tau_t), warp_sum(sums.one_s),
+      warp_sum(sums.one_t), warp_sum(sums.cross)};
+}
+
+// Thread 0 of the group ends with the sums of the group, all of whose threads have to come here.
+template <int kGroup, class A>
+__device__ RowSums<A> group_sum(RowSums<A> sums, A tau) {
+  sums = warp_sum(sums, tau);
+  if constexpr (kGroup > kWarp) {
+    __shared__ RowSums<A> of_warp[kGroup / kWarp];
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sums;
+    __syncthreads();
+    if (threadIdx.x < kWarp) {
+      constexpr A lowest = std::numeric_limits<A>::lowest();
+      const RowSums<A> none{lowest, lowest};
+      sums = warp_sum(threadIdx.x < kGroup / kWarp ? of_warp[threadIdx.x] : none, tau);
+    }
+  }
+  return sums;
+}
+
+template <int kGroup>
+__device__ bool group_all(bool condition) {
+  if constexpr (kGroup > kWarp) return __syncthreads_and(condition);
+  return __all_sync(kAllLanes, condition);
 }
 
 // Thread 0 ends with the sum over the block. All threads of the block have to come here.
@@ -273,72 +274,80 @@ __device__ double block_sum(double x) {
   return sum;
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Forward
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
-// The sums of one row over the threads of its group; thread 0 of the group ends with all of them.
-template <class In, class A, int kPower, int kGroup>
-__device__ RowSums<double> sum_row(const Arguments& args, const Head& head, const void* s, const void* t) {
+// A thread's share of the sums of a row, without a guard: the shift is the largest of 32 logits and
+// is never corrected, and -inf - -inf gives NaN. good() tells whether that has gone well.
+template <class In, int kPower, int kGroup, bool kMarked, class A = Arithmetic<In>>
+__device__ RowSums<A> fast_sums(const In* s, const In* t, int classes, A scale, A tau) {
   constexpr A lowest = std::numeric_limits<A>::lowest();
   const int thread = threadIdx.x % kGroup;
-  const Scales<A> scales(args.tau, args.float64_loss);
-  const int classes = args.classes;
-  RowSums<A> sums{lowest, lowest};
-  const Cut cut = cut_row<In>(classes, s, t, nullptr, nullptr);
-  const auto add_one = [&](int i) {
-    const A z_s = load_one<In, A>(s, head.dtype_s, i), z_t = load_one<In, A>(t, head.dtype_t, i);
-    add_classes<kPower, 1>(&z_s, &z_t, scales, head.marked, sums);
+  const Cut<In> cut(classes, s, t);
+  const In *packs_s = s + cut.before, *packs_t = t + cut.before;
+  Pack<In> next_s, next_t;  // on their way while the current ones are worked on
+  const auto load = [&](int pack) {
+    if (pack >= cut.count) return;
+    next_s = load_pack<false>(packs_s, pack);
+    next_t = load_pack<false>(packs_t, pack);
   };
-  for (int i = thread; i < cut.packs; i += kGroup) add_one(i);
-  if constexpr (!std::is_same_v<In, AnyDtype>) {
-    constexpr int kSize = Pack<In>::kSize;
-    Pack<In> next_s, next_t;  // on their way while the current ones are worked on
-    if (thread < cut.count) {
-      next_s = load_pack<In>(s, cut, thread);
-      next_t = load_pack<In>(t, cut, thread);
-    }
-    for (int pack = thread; pack < cut.count; pack += kGroup) {
-      A z_s[kSize], z_t[kSize];
+  load(thread);
+  const int sample = thread < classes ? thread : classes - 1;
+  RowSums<A> sums{warp_max(std::fmax(A(s[sample]) * scale, lowest)),
+      warp_max(std::fmax(A(t[sample]) * scale, lowest))};
+  for (int pack = thread; pack < cut.count; pack += kGroup) {
+    const Pack<In> now_s = next_s, now_t = next_t;
+    load(pack + kGroup);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        z_s[j] = static_cast<A>(next_s.values[j]);
-        z_t[j] = static_cast<A>(next_t.values[j]);
-      }
-      if (pack + kGroup < cut.count) {
-        next_s = load_pack<In>(s, cut, pack + kGroup);
-        next_t = load_pack<In>(t, cut, pack + kGroup);
-      }
-      add_classes<kPower, kSize>(z_s, z_t, scales, head.marked, sums);
-    }
-    for (int i = cut.packs + cut.count * kSize + thread; i < classes; i += kGroup) add_one(i);
-  }
-  RowSums<double> of_group = warp_reduce(sums, args);
-  if constexpr (kGroup > kWarp) {
-    __shared__ RowSums<double> of_warp[kGroup / kWarp];
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = of_group;
-    __syncthreads();
-    if (threadIdx.x < kWarp) {
-      const RowSums<double> none{lowest, lowest};
-      of_group = warp_reduce(threadIdx.x < kGroup / kWarp ? of_warp[threadIdx.x] : none, args);
+    for (int j = 0; j < Pack<In>::kSize; ++j) {
+      add_class<kPower, kMarked>(A(now_s.values[j]), A(now_t.values[j]), scale, tau, sums);
     }
   }
-  return of_group;
+  const auto add_range = [&](int begin, int end) {
+#pragma unroll 1  // it is short, or slow anyway: registers count more
+    for (int i = begin + thread; i < end; i += kGroup) {
+      add_class<kPower, kMarked>(A(s[i]), A(t[i]), scale, tau, sums);
+    }
+  };
+  add_range(0, cut.before);
+  add_range(cut.rest(), classes);
+  return sums;
 }
 
-// The last block: means over the rows that count, and the loss.
+template <class A>
+__device__ bool good(const RowSums<A>& sums) {  // all of these are positive; NaN is not good
+  return sums.tau_s + sums.tau_t + sums.one_s + sums.one_t + std::fabs(sums.cross) < A(kLargeSum);
+}
+
+// The same for any logits: those of rows that begin with low logits, masked classes, NaN.
+template <class In, int kGroup, class A = Arithmetic<In>>
+__device__ RowSums<A> guarded_sums(const In* s, const In* t, int classes, A scale, A tau) {
+  constexpr A lowest = std::numeric_limits<A>::lowest();
+  RowSums<A> sums{lowest, lowest};
+  for (int i = threadIdx.x % kGroup; i < classes; i += kGroup) {
+    const A z_s = A(s[i]), z_t = A(t[i]);
+    const A max_s = std::fmax(z_s * scale, sums.max_s);
+    const A max_t = std::fmax(z_t * scale, sums.max_t);
+    if (max_s > sums.max_s || max_t > sums.max_t) rebase(sums, max_s, max_t, tau, A(1));
+    const A x_s = std::fma(z_s, scale, -sums.max_s), x_t = std::fma(z_t, scale, -sums.max_t);
+    const A e_t = fast_exp2(x_t);
+    sums.tau_s += fast_exp2(x_s);
+    sums.one_s += fast_exp2(x_s * tau);
+    sums.tau_t += e_t;
+    sums.one_t += fast_exp2(x_t * tau);
+    if (e_t > 0) sums.cross += e_t * (x_t - x_s);  // teacher probability 0 contributes 0
+  }
+  return sums;
+}
+
+// The last block: means over the rows that count, and the loss. Other blocks wrote the rows' terms:
+// __ldcg does not take them from this multiprocessor's cache.
 template <class A, int kBlock>
 __device__ void reduce_rows(const Arguments& args) {
-  const auto write = [&](void* to, int i, double value) {
-    if (args.float64_loss) {
-      static_cast<double*>(to)[i] = value;
-    } else {
-      static_cast<float*>(to)[i] = static_cast<float>(value);
-    }
-  };
-  // Other blocks wrote the rows' terms: volatile, so that they do not come from this multiprocessor's cache.
-  const volatile double* row_terms = args.row_terms;
+  const A* row_terms = static_cast<const A*>(args.row_terms);
   double counted = 0;
+#pragma unroll 8
   for (int64_t b = threadIdx.x; b < args.batch; b += kBlock) {
     counted += args.labels[b * args.label_stride] != args.ignore_index;
   }
@@ -346,43 +355,55 @@ __device__ void reduce_rows(const Arguments& args) {
   double loss = 0;
   for (int h = 0; h < args.head_count; ++h) {
     double sums[kTerms] = {0, 0, 0};
+    const A* of_head = row_terms + h * args.batch * kTerms;
+#pragma unroll 8
     for (int64_t b = threadIdx.x; b < args.batch; b += kBlock) {
-      for (int term = 0; term < kTerms; ++term) sums[term] += row_terms[(h * args.batch + b) * kTerms + term];
+      for (int i = 0; i < kTerms; ++i) sums[i] += __ldcg(of_head + b * kTerms + i);
     }
-    for (int term = 0; term < kTerms; ++term) sums[term] = block_sum<kBlock>(sums[term]);
+    for (int i = 0; i < kTerms; ++i) sums[i] = block_sum<kBlock>(sums[i]);
     if (threadIdx.x == 0) {
       const bool marked = args.heads[h].marked;
-      for (int term = 0; term < kTerms; ++term) {
-        sums[term] = term == kCeTeacher && !marked ? 0 : sums[term] / counted;  // no row: 0 / 0 is NaN
-        write(args.terms, h * kTerms + term, sums[term]);
+      for (int i = 0; i < kTerms; ++i) {
+        sums[i] = i == kCeTeacher && !marked ? 0 : sums[i] / counted;  // no row: 0 / 0 is NaN
+        static_cast<A*>(args.terms)[h * kTerms + i] = static_cast<A>(sums[i]);
       }
-      loss += weighted_terms(sums[kKl], sums[kCe], sums[kCeTeacher], args.alpha, args.heads[h].weight, marked);
+      loss += HeadWeights(args.alpha, args.heads[h].weight, marked).loss(sums);
     }
   }
   if (threadIdx.x == 0) {
-    write(args.loss, 0, loss);
-    static_cast<A*>(args.row_stats)[args.head_count * args.batch * kRowStats] = static_cast<A>(counted);
+    *static_cast<A*>(args.loss) = static_cast<A>(loss);
+    A* stats = static_cast<A*>(args.row_stats);
+    stats[args.head_count * args.batch * kRowStats] = static_cast<A>(counted);
   }
 }
 
-template <class In, class A, int kPower, int kGroup>
-__global__ void __launch_bounds__(kBlockOf<kGroup>, kThreads / kBlockOf<kGroup>)
-forward_kernel(const Arguments args) {
+template <class In, int kPower, int kGroup>
+__global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
+    forward_kernel(const Arguments args) {
+  using A = Arithmetic<In>;
   constexpr int kBlock = kBlockOf<kGroup>;
   const int64_t row = int64_t(blockIdx.x) * (kBlock / kGroup) + threadIdx.x / kGroup;
-  if (row < args.head_count * args.batch) {  // the same for all threads of a group: their barriers are safe
+  if (row < args.head_count * args.batch) {  // all threads of a group: their barriers are safe
     const Head& head = args.heads[row / args.batch];
     const int64_t b = row % args.batch, label = args.labels[b * args.label_stride];
     A* stats = static_cast<A*>(args.row_stats) + row * kRowStats;
-    double* terms = args.row_terms + row * kTerms;
+    A* terms = static_cast<A*>(args.row_terms) + row * kTerms;
     if (label != args.ignore_index) {
       MHKD_ASSERT_LABEL(label, args.classes);
-      const void* s = row_of(head.s, head.dtype_s, b, head.stride_s);
-      const void* t = row_of(head.t, head.dtype_t, b, head.stride_t);
-      const RowSums<double> sums = sum_row<In, A, kPower, kGroup>(args, head, s, t);
+      const In* s = static_cast<const In*>(head.s) + b * head.stride_s;
+      const In* t = static_cast<const In*>(head.t) + b * head.stride_t;
+      const A tau = A(args.tau), scale_z = A(scale(args.tau));
+      RowSums<A> sums =
+          head.marked ? fast_sums<In, kPower, kGroup, true>(s, t, args.classes, scale_z, tau)
+                      : fast_sums<In, kPower, kGroup, false>(s, t, args.classes, scale_z, tau);
+      if (!group_all<kGroup>(good(sums))) {
+        sums = guarded_sums<In, kGroup>(s, t, args.classes, scale_z, tau);
+      }
+      sums = group_sum<kGroup>(sums, tau);
       if (threadIdx.x % kGroup == 0) {
-        finish_row(sums, load_one<In, double>(s, head.dtype_s, int(label)),
-                   load_one<In, double>(t, head.dtype_t, int(label)), args.tau, head.marked, stats, terms);
+        const A x_s = std::fma(A(s[label]), scale_z, -sums.max_s);
+        const A x_t = std::fma(A(t[label]), scale_z, -sums.max_t);
+        finish_row(sums, x_s, x_t, tau, head.marked, stats, terms);
       }
     } else if (threadIdx.x % kGroup == 0) {
       for (int i = 0; i < kRowStats; ++i) stats[i] = 0;
@@ -399,126 +420,103 @@ forward_kernel(const Arguments args) {
   reduce_rows<A, kBlock>(args);
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Backward
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
-// The gradients of kCount classes from class i on.
-template <int kPower, int kCount, class A>
-__device__ void grad_classes(A* s, A* t, int i, int label, const A* stats, const Scales<A>& scales,
-                             const GradCoefficients<A>& c, bool student, bool teacher) {
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    A e_t = 0;
-    if (teacher || c.with_kl) {
-      const A d_t = t[j] - stats[kMaxT];
-      e_t = exp2_of(d_t * scales.tau_scale);
-      if (teacher) t[j] = c.one_t * exp_at_one<kPower>(scales, d_t, e_t);
-    }
-    if (student) {
-      const A d_s = s[j] - stats[kMaxS];
-      const A e_s = exp2_of(d_s * scales.tau_scale);
-      s[j] = c.one_s * exp_at_one<kPower>(scales, d_s, e_s);
-      if (c.with_kl) s[j] += c.tau_s * e_s - c.tau_t * e_t;
-    }
-  }
-  if (label >= i && label < i + kCount) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {  // an index known at compile time keeps s and t in registers
-      if (label == i + j) {
-        s[j] -= c.label_s;
-        t[j] -= c.label_t;
-      }
-    }
-  }
-}
+// The threads of a row's gradients: of a warp, of a block, of the blocks that share the row.
+struct Threads {
+  int mine, count;
+};
 
-template <class In, class A, int kPower, int kGroup>
-__device__ void grad_row(const Head& head, int64_t b, int label, const A* stats, const GradCoefficients<A>& c,
-                         int classes, const Scales<A>& scales) {
-  const int thread = blockIdx.y * kGroup + threadIdx.x % kGroup, threads = gridDim.y * kGroup;
-  const void* s = row_of(head.s, head.dtype_s, b, head.stride_s);
-  const void* t = row_of(head.t, head.dtype_t, b, head.stride_t);
-  void* grad_s = head.grad_s ? row_of(head.grad_s, head.dtype_s, b, classes) : nullptr;
-  void* grad_t = head.grad_t ? row_of(head.grad_t, head.dtype_t, b, classes) : nullptr;
-  const bool student = grad_s != nullptr, teacher = grad_t != nullptr;
-  const bool reads_teacher = teacher || c.with_kl;
-  const Cut cut = cut_row<In>(classes, student ? s : nullptr, reads_teacher ? t : nullptr, grad_s, grad_t);
-  const auto one = [&](int i) {
-    A z_s = student ? load_one<In, A>(s, head.dtype_s, i) : A(0);
-    A z_t = reads_teacher ? load_one<In, A>(t, head.dtype_t, i) : A(0);
-    grad_classes<kPower, 1>(&z_s, &z_t, i, label, stats, scales, c, student, teacher);
-    if (student) store_one<In>(grad_s, head.dtype_s, i, z_s);
-    if (teacher) store_one<In>(grad_t, head.dtype_t, i, z_t);
+template <int kPower, Part kPart, class In, class A = Arithmetic<In>>
+__device__ void grad_row(const GradRow<const In*, In*, A>& s, const GradRow<const In*, In*, A>& t,
+    int classes, int label, A scale, A tau, Threads threads) {
+  const auto of_class = [&](In z_s, In z_t, A& grad_s, A& grad_t) {
+    const A x = std::fma(A(z_s), scale, -s.max), e = fast_exp2(x);
+    grad_s = s.one * at_one<kPower>(x, e, tau);
+    if constexpr (kPart == kAlone) return;
+    const A x_t = std::fma(A(z_t), scale, -t.max), e_t = fast_exp2(x_t);
+    grad_s += s.tau * e - s.tau_t * e_t;
+    if constexpr (kPart == kBoth) grad_t = t.one * at_one<kPower>(x_t, e_t, tau);
   };
-  for (int i = thread; i < cut.packs; i += threads) one(i);
-  if constexpr (!std::is_same_v<In, AnyDtype>) {
-    constexpr int kSize = Pack<In>::kSize;
-    const auto store_pack = [&](void* row, int pack, const A* values) {
-      Pack<In> out;
+  const Cut<In> cut(
+      classes, s.z, kPart == kAlone ? nullptr : t.z, s.grad, kPart == kBoth ? t.grad : nullptr);
+  const In *packs_s = s.z + cut.before, *packs_t = t.z + cut.before;
+  In *to_s = s.grad + cut.before, *to_t = t.grad + cut.before;
+  constexpr int kSize = Pack<In>::kSize;
+  Pack<In> next_s, next_t;
+  const auto load = [&](int pack) {
+    if (pack >= cut.count) return;
+    next_s = load_pack<true>(packs_s, pack);
+    if constexpr (kPart != kAlone) next_t = load_pack<true>(packs_t, pack);
+  };
+  load(threads.mine);
+  for (int pack = threads.mine; pack < cut.count; pack += threads.count) {
+    const Pack<In> now_s = next_s, now_t = next_t;
+    load(pack + threads.count);
+    A grad_s[kSize], grad_t[kSize];
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) out.values[j] = static_cast<In>(values[j]);
-      reinterpret_cast<Pack<In>*>(static_cast<In*>(row) + cut.packs)[pack] = out;
-    };
-    Pack<In> next_s{}, next_t{};
-    if (thread < cut.count) {
-      if (student) next_s = load_pack_last<In>(s, cut, thread);
-      if (reads_teacher) next_t = load_pack_last<In>(t, cut, thread);
+    for (int j = 0; j < kSize; ++j) {
+      of_class(now_s.values[j], now_t.values[j], grad_s[j], grad_t[j]);
     }
-    for (int pack = thread; pack < cut.count; pack += threads) {
-      A z_s[kSize], z_t[kSize];
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        z_s[j] = static_cast<A>(next_s.values[j]);
-        z_t[j] = static_cast<A>(next_t.values[j]);
-      }
-      if (pack + threads < cut.count) {
-        if (student) next_s = load_pack_last<In>(s, cut, pack + threads);
-        if (reads_teacher) next_t = load_pack_last<In>(t, cut, pack + threads);
-      }
-      grad_classes<kPower, kSize>(z_s, z_t, cut.packs + pack * kSize, label, stats, scales, c, student, teacher);
-      if (student) store_pack(grad_s, pack, z_s);
-      if (teacher) store_pack(grad_t, pack, z_t);
-    }
-    for (int i = cut.packs + cut.count * kSize + thread; i < classes; i += threads) one(i);
+    store_pack(to_s, pack, grad_s);
+    if constexpr (kPart == kBoth) store_pack(to_t, pack, grad_t);
   }
+  const auto one = [&](int i, A minus_s, A minus_t) {
+    A grad_s, grad_t;
+    of_class(s.z[i], t.z[i], grad_s, grad_t);
+    s.grad[i] = static_cast<In>(grad_s - minus_s);
+    if constexpr (kPart == kBoth) t.grad[i] = static_cast<In>(grad_t - minus_t);
+  };
+  const auto range = [&](int begin, int end) {
+#pragma unroll 1  // it is short, or slow anyway: registers count more
+    for (int i = begin + threads.mine; i < end; i += threads.count) one(i, 0, 0);
+  };
+  range(0, cut.before);
+  range(cut.rest(), classes);
+  // The label's is written again, by the thread that wrote it: its writes stay in order.
+  if (threads.mine == cut.owner(label, threads.count)) one(label, s.label, t.label);
 }
 
-template <class In, class A, int kPower, int kGroup>
-__global__ void __launch_bounds__(kBlockOf<kGroup>, kThreads / kBlockOf<kGroup>)
-backward_kernel(const Arguments args) {
+template <class In, int kPower, int kGroup>
+__global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
+    backward_kernel(const Arguments args) {
+  using A = Arithmetic<In>;
   constexpr int kBlock = kBlockOf<kGroup>;
   const int64_t row = int64_t(blockIdx.x) * (kBlock / kGroup) + threadIdx.x / kGroup;
   if (row >= args.head_count * args.batch) return;
   const Head& head = args.heads[row / args.batch];
   const int64_t b = row % args.batch, label = args.labels[b * args.label_stride];
-  if (label == args.ignore_index) {
-    const int thread = blockIdx.y * kGroup + threadIdx.x % kGroup, threads = gridDim.y * kGroup;
-    void* grad_s = head.grad_s ? row_of(head.grad_s, head.dtype_s, b, args.classes) : nullptr;
-    void* grad_t = head.grad_t ? row_of(head.grad_t, head.dtype_t, b, args.classes) : nullptr;
-    for (int i = thread; i < args.classes; i += threads) {
-      if (grad_s) store_one<In>(grad_s, head.dtype_s, i, A(0));
-      if (grad_t) store_one<In>(grad_t, head.dtype_t, i, A(0));
-    }
+  const Threads threads{int(blockIdx.y * kGroup + threadIdx.x % kGroup), int(gridDim.y * kGroup)};
+  const int classes = args.classes;
+  In* grad_s = head.grad_s ? static_cast<In*>(head.grad_s) + b * classes : nullptr;
+  In* grad_t = head.grad_t ? static_cast<In*>(head.grad_t) + b * classes : nullptr;
+  const HeadWeights weights(args.alpha, head.weight, head.marked);
+  const bool counts = label != args.ignore_index;
+  if (!counts || (weights.kl == 0 && weights.ce == 0)) {
+    for (int i = threads.mine; grad_s && i < classes; i += threads.count) grad_s[i] = In(0);
+    grad_s = nullptr;
+  }
+  if (!counts) {
+    for (int i = threads.mine; grad_t && i < classes; i += threads.count) grad_t[i] = In(0);
     return;
   }
-  const A* all_stats = static_cast<const A*>(args.row_stats);
-  const double counted = all_stats[args.head_count * args.batch * kRowStats];
-  const double incoming = (args.float64_loss ? *static_cast<const double*>(args.grad_loss)
-                                             : double(*static_cast<const float*>(args.grad_loss))) / counted;
-  A stats[kRowStats];
-#pragma unroll
-  for (int i = 0; i < kRowStats; ++i) stats[i] = all_stats[row * kRowStats + i];
-  const GradCoefficients<A> c = grad_coefficients(stats, incoming * kl_weight(args.alpha, head.weight),
-                                                  incoming * ce_weight(args.alpha, head.weight),
-                                                  head.marked ? incoming : 0., args.tau);
-  grad_row<In, A, kPower, kGroup>(head, b, int(label), stats, c, args.classes,
-                                    Scales<A>(args.tau, args.float64_loss));
+  const A* stats = static_cast<const A*>(args.row_stats);
+  const double counted = stats[args.head_count * args.batch * kRowStats];
+  const double incoming = *static_cast<const A*>(args.grad_loss) / counted;
+  const In* s = static_cast<const In*>(head.s) + b * head.stride_s;
+  const In* t = static_cast<const In*>(head.t) + b * head.stride_t;
+  const auto run = [&](const auto& side, const auto& teacher, auto part) {
+    grad_row<kPower, part.value, In>(
+        side, teacher, classes, int(label), A(scale(args.tau)), A(args.tau), threads);
+  };
+  for_gradients(s, t, grad_s, grad_t, weights, stats + row * kRowStats, incoming, args.tau, run);
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Launches
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
 namespace device {
@@ -538,124 +536,149 @@ static void zero(unsigned* counter) {
 #endif
 
 // A warp a row, or a block, or (backward) several blocks: the one place that decides.
-template <class In, class A, int kPower>
+template <class In, int kPower>
 static void run_rows(const Arguments& args, bool backward) {
-  const int64_t rows = args.head_count * args.batch;
+  const int64_t rows = std::max<int64_t>(1, args.head_count * args.batch);
   if (args.classes <= kWarpClasses) {
     constexpr int64_t kRows = kWarpBlock / kWarp;
-    const dim3 grid(unsigned(std::max<int64_t>(1, (rows + kRows - 1) / kRows)));
-    device::launch(backward ? backward_kernel<In, A, kPower, kWarp> : forward_kernel<In, A, kPower, kWarp>, grid,
-                   kWarpBlock, args);
+    const dim3 grid(unsigned((rows + kRows - 1) / kRows));
+    device::launch(
+        backward ? backward_kernel<In, kPower, kWarp> : forward_kernel<In, kPower, kWarp>, grid,
+        kWarpBlock, args);
     return;
   }
-  dim3 grid(unsigned(std::max<int64_t>(1, rows)));
-  if (backward) {
-    const int64_t wanted = kBackwardBlocks / std::max<int64_t>(1, rows), most = args.classes / kSplitClasses;
-    grid.y = unsigned(std::max<int64_t>(1, std::min(wanted, most)));
+  if (!backward) {
+    device::launch(forward_kernel<In, kPower, kRowBlock>, dim3(unsigned(rows)), kRowBlock, args);
+    return;
   }
-  device::launch(backward ? backward_kernel<In, A, kPower, kRowBlock> : forward_kernel<In, A, kPower, kRowBlock>, grid,
-                 kRowBlock, args);
+  const int64_t wanted = kBackwardBlocks / rows, most = args.classes / kSplitClasses;
+  const dim3 grid(unsigned(rows), unsigned(std::max<int64_t>(1, std::min(wanted, most))));
+  device::launch(backward_kernel<In, kPower, kGradBlock>, grid, kGradBlock, args);
 }
 
-// One exponential a logit for the paper's temperature, two for any other: each power more would compile every kernel
-// once more for each architecture, and the second exponential is no more than the memory leaves time for.
+// One exponential a logit for the paper's temperature, two for any other: each power more would
+// compile every kernel once more for each architecture, and the memory leaves time for a second.
 constexpr int kPaperTau = 4;
 
 template <class In>
 static void run_power(const Arguments& args, bool backward) {
-  if (args.tau == kPaperTau) return run_rows<In, float, kPaperTau>(args, backward);
-  run_rows<In, float, 0>(args, backward);
+  if (args.tau == kPaperTau) return run_rows<In, kPaperTau>(args, backward);
+  run_rows<In, 0>(args, backward);
 }
 
-static void run(const Arguments& args, at::ScalarType arithmetic, bool backward) {
-  if (arithmetic == at::kDouble) return run_rows<AnyDtype, double, 0>(args, backward);
-  const at::ScalarType dtype = args.heads[0].dtype_s;
-  for (int h = 0; h < args.head_count; ++h) {
-    if (args.heads[h].dtype_s != dtype || args.heads[h].dtype_t != dtype) {
-      return run_rows<AnyDtype, float, 0>(args, backward);
-    }
-  }
+static void run(const Arguments& args, at::ScalarType dtype, bool backward) {
   switch (dtype) {
+    case at::kDouble: return run_rows<double, 0>(args, backward);
     case at::kFloat: return run_power<float>(args, backward);
     case at::kHalf: return run_power<c10::Half>(args, backward);
     default: return run_power<c10::BFloat16>(args, backward);
   }
 }
 
-static Arguments arguments(TensorList z_s, TensorList z_t, const Tensor& labels, double tau, double alpha,
-                           Weights head_weights, const Flags& teacher_ce, int64_t ignore_index) {
-  constexpr int64_t most = int64_t(1) << 30;  // classes are counted in int; rows are numbered in blocks of a grid
-  TORCH_CHECK_VALUE(z_s[0].size(1) <= most, "mhkd_loss: at most ", most, " classes, got ", z_s[0].size(1));
+// The logits with their classes adjacent and of one dtype: where they differ, that of the loss.
+struct Logits {
+  std::vector<Tensor> student, teacher;
+  at::ScalarType dtype;
+
+  Logits(TensorList z_s, TensorList z_t)
+      : student(adjacent_classes(z_s)),
+        teacher(adjacent_classes(z_t)),
+        dtype(z_s[0].scalar_type()) {
+    for (auto* side : {&student, &teacher}) {
+      for (const Tensor& z : *side) {
+        if (z.scalar_type() != dtype) dtype = loss_dtype(z_s, z_t);
+      }
+    }
+    for (auto* side : {&student, &teacher}) {
+      for (Tensor& z : *side) z = z.to(dtype);
+    }
+  }
+};
+
+static Arguments arguments(const Logits& logits, const Tensor& labels, double tau, double alpha,
+    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index) {
+  constexpr int64_t most = int64_t(1) << 30;  // classes are counted in int
+  const int64_t classes = logits.student[0].size(1);
+  TORCH_CHECK_VALUE(classes <= most, "mhkd_loss: at most ", most, " classes, got ", classes);
   Arguments args{};
-  args.head_count = int(z_s.size());
+  args.head_count = int(logits.student.size());
   for (int h = 0; h < args.head_count; ++h) {
-    args.heads[h] = {z_s[h].const_data_ptr(), z_t[h].const_data_ptr(), nullptr, nullptr, z_s[h].stride(0),
-                     z_t[h].stride(0), head_weights[h], z_s[h].scalar_type(), z_t[h].scalar_type(), teacher_ce[h]};
+    const Tensor &s = logits.student[h], &t = logits.teacher[h];
+    args.heads[h] = {s.const_data_ptr(), t.const_data_ptr(), nullptr, nullptr, s.stride(0),
+        t.stride(0), head_weights[h], teacher_ce[h]};
   }
   args.labels = labels.const_data_ptr<int64_t>();
   args.label_stride = labels.stride(0);
   args.ignore_index = ignore_index;
   args.batch = labels.size(0);
-  args.classes = int(z_s[0].size(1));
+  args.classes = int(classes);
   args.tau = tau;
   args.alpha = alpha;
   return args;
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_cuda(TensorList student, TensorList teacher, const Tensor& labels,
-                                                    double tau, double alpha, Weights head_weights,
-                                                    const Flags& teacher_ce, int64_t ignore_index) {
-  check_arguments(student, teacher, labels, tau, alpha, head_weights, teacher_ce);
+static std::tuple<Tensor, Tensor, Tensor> loss_cuda(TensorList student, TensorList teacher,
+    const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
+    int64_t ignore_index) {
+  check_arguments(student, teacher, labels, tau, head_weights, teacher_ce);
   const device::Guard guard(labels.device());
-  const auto z_s = adjacent_classes(student), z_t = adjacent_classes(teacher);
-  Arguments args = arguments(z_s, z_t, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+  const Logits logits(student, teacher);
+  Arguments args = arguments(logits, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
   const int64_t rows = args.head_count * args.batch;
-
   const auto options = labels.options().dtype(loss_dtype(student, teacher));
-  const at::ScalarType arithmetic = arithmetic_dtype(student, teacher);
   Tensor loss = at::empty({}, options), terms = at::empty({args.head_count, kTerms}, options);
-  Tensor row_stats = at::empty({rows * kRowStats + 1}, options.dtype(arithmetic));
-  const Tensor row_terms = at::empty({rows * kTerms}, options.dtype(at::kDouble));
+  Tensor row_stats = at::empty({rows * kRowStats + 1}, options);
+  const Tensor row_terms = at::empty({rows * kTerms}, options);
   const Tensor finished = at::empty({1}, options.dtype(at::kInt));
   args.row_stats = row_stats.mutable_data_ptr();
-  args.row_terms = row_terms.mutable_data_ptr<double>();
+  args.row_terms = row_terms.mutable_data_ptr();
   args.finished = reinterpret_cast<unsigned*>(finished.mutable_data_ptr<int>());
   args.loss = loss.mutable_data_ptr();
   args.terms = terms.mutable_data_ptr();
-  args.float64_loss = loss.scalar_type() == at::kDouble;
   device::zero(args.finished);
-  run(args, arithmetic, /*backward=*/false);
+  run(args, logits.dtype, /*backward=*/false);
   return {loss, terms, row_stats};
 }
 
-std::vector<Tensor> loss_backward_cuda(const Tensor& grad_loss, TensorList student, TensorList teacher,
-                                              const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-                                              Weights head_weights, const Flags& teacher_ce, int64_t ignore_index,
-                                              const Flags& needs_grad) {
+static std::vector<Tensor> loss_backward_cuda(const Tensor& grad_loss, TensorList student,
+    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
+    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
   const device::Guard guard(labels.device());
-  const auto z_s = adjacent_classes(student), z_t = adjacent_classes(teacher);
-  Arguments args = arguments(z_s, z_t, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
-  const Tensor incoming = grad_loss.to(labels.device());  // a tensor on the CPU can scale a loss on the GPU
+  const Logits logits(student, teacher);
+  Arguments args = arguments(logits, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+  const Tensor incoming = grad_loss.to(labels.device());  // a tensor on the CPU can scale a loss
   args.grad_loss = incoming.const_data_ptr();
-  args.float64_loss = incoming.scalar_type() == at::kDouble;
   args.row_stats = const_cast<void*>(row_stats.const_data_ptr());
   std::vector<Tensor> grads;
-  for (int i = 0; i < 2 * args.head_count; ++i) {
+  const int heads = args.head_count;
+  for (int i = 0; i < 2 * heads; ++i) {
     if (!needs_grad[i]) continue;
-    Head& head = args.heads[i % args.head_count];
-    const bool is_student = i < args.head_count;
-    grads.push_back(at::empty({args.batch, args.classes}, (is_student ? student[i] : teacher[i - args.head_count])
-                                                              .options()));
-    (is_student ? head.grad_s : head.grad_t) = grads.back().mutable_data_ptr();
+    grads.push_back(at::empty({args.batch, args.classes}, row_stats.options().dtype(logits.dtype)));
+    (i < heads ? args.heads[i].grad_s : args.heads[i - heads].grad_t) =
+        grads.back().mutable_data_ptr();
   }
-  if (!grads.empty() && args.batch > 0) run(args, row_stats.scalar_type(), /*backward=*/true);
+  if (!grads.empty() && args.batch > 0) run(args, logits.dtype, /*backward=*/true);
+  for (int i = 0, next = 0; i < 2 * heads; ++i) {
+    if (!needs_grad[i]) continue;
+    Tensor& grad = grads[next++];
+    grad = grad.to((i < heads ? student[i] : teacher[i - heads]).scalar_type());
+  }
   return grads;
 }
 
-std::string cuda_architectures() {
+static std::string cuda_architectures() {
   std::string names = "CUDA";
   for (int architecture : {MHKD_ARCHITECTURES}) names += " sm_" + std::to_string(architecture / 10);
   return names;
+}
+
+TORCH_LIBRARY_IMPL(MHKD_LIBRARY, MHKD_CUDA_KEY, m) {
+  m.impl("loss", loss_cuda);
+  m.impl("loss_backward", loss_backward_cuda);
+}
+
+TORCH_LIBRARY_FRAGMENT(MHKD_LIBRARY, m) {
+  m.def("cuda_architectures() -> str", cuda_architectures);
 }
 
 }  // namespace MHKD_LIBRARY

@@ -1,7 +1,8 @@
-// The part of CUDA that mhkd_loss_cuda.cu uses, played on the CPU, for the tests: compile that file as C++ with
-// -include cuda_emulation.h. Blocks run one after the other. The threads of a block are fibers that run until they
-// reach a barrier or a shuffle, every other block in reverse order, so that a forgotten barrier shows: a thread runs
-// far ahead of those whose results it needs. A barrier that not all threads reach is an error and not a hang.
+// The part of CUDA that mhkd_loss_cuda.cu uses, played on the CPU, for the tests: compile that file
+// as C++ with -include cuda_emulation.h. Blocks run one after the other. The threads of a block are
+// fibers that run until they reach a barrier or a shuffle, every other block in reverse order, so
+// that a forgotten barrier shows: a thread runs far ahead of those whose results it needs. A
+// barrier that not all threads reach is an error and not a hang.
 #pragma once
 
 #include <ucontext.h>
@@ -19,6 +20,7 @@
 #define __device__ inline
 #define __shared__ static  // one block runs at a time
 #define __launch_bounds__(...)
+#define MHKD_CUDA_KEY CPU
 #define MHKD_ARCHITECTURES 0  // none: "CUDA sm_0" says that this is no GPU
 #define MHKD_ASSERT_LABEL(label, classes) \
   if (!(label >= 0 && label < classes)) return emulation::fail_assertion()
@@ -43,14 +45,15 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   Waits waits;
-  int parity;  // of its next shuffle
+  int parity;  // of its next shuffle or vote
 };
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
-inline int current;
+inline int current, block_size;
 inline dim3 thread_index(0), block_index(0), grid_dim(1);
-alignas(16) inline char shuffled[2][1024][16];  // what each thread of the block offers, for two shuffles in turn
+// What each thread of the block offers, for two shuffles or votes in turn.
+alignas(16) inline char shuffled[2][1024][16];
 inline bool assertion_failed;
 inline void (*body)(const void*);
 inline const void* body_arguments;
@@ -67,7 +70,8 @@ inline void run_fiber() {
   wait(Waits::kFinished);
 }
 
-// Lets the waiting threads in [begin, end) go on if all that have not finished wait for the same barrier.
+// Lets the waiting threads in [begin, end) go on if all that have not finished wait for the same
+// barrier.
 inline bool release(int begin, int end, Waits barrier) {
   bool any = false;
   for (int i = begin; i < end; ++i) {
@@ -82,6 +86,7 @@ inline bool release(int begin, int end, Waits barrier) {
 }
 
 inline void run_block(int threads, bool reversed) {
+  block_size = threads;
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     getcontext(&fiber.context);
@@ -128,18 +133,49 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return old;
 }
 
-// Thread i offers its value, waits for the warp, and takes that of lane i ^ mask. The next shuffle uses the other half
-// of the array: no thread can be two shuffles ahead of one that is still reading.
+namespace emulation {
+
+// Each thread offers its value and waits for the others. The next time another half of the array is
+// used: no thread can be two shuffles ahead of one that is still reading.
+template <class V>
+int offer(V value, Waits barrier) {
+  const int parity = fibers[current].parity;
+  fibers[current].parity ^= 1;
+  std::memcpy(shuffled[parity][current], &value, sizeof value);
+  wait(barrier);
+  return parity;
+}
+
+inline bool all(bool condition, Waits barrier, int begin, int end) {
+  const int parity = offer(condition, barrier);
+  bool result = true;
+  for (int i = begin; i < end; ++i) result = result && shuffled[parity][i][0];
+  return result;
+}
+
+}  // namespace emulation
+
 template <class V>
 V __shfl_xor_sync(unsigned lanes, V value, int mask) {
-  using namespace emulation;
   TORCH_CHECK(lanes == 0xffffffffu, "emulated CUDA: shuffles of whole warps only");
-  const int me = current, parity = fibers[me].parity;
-  fibers[me].parity ^= 1;
-  std::memcpy(shuffled[parity][me], &value, sizeof value);
-  wait(Waits::kWarpBarrier);
-  std::memcpy(&value, shuffled[parity][me ^ mask], sizeof value);
+  const int me = emulation::current;
+  const int parity = emulation::offer(value, emulation::Waits::kWarpBarrier);
+  std::memcpy(&value, emulation::shuffled[parity][me ^ mask], sizeof value);
   return value;
+}
+
+inline bool __all_sync(unsigned, bool condition) {
+  const int warp = emulation::current / emulation::kWarp * emulation::kWarp;
+  return emulation::all(condition, emulation::Waits::kWarpBarrier, warp, warp + emulation::kWarp);
+}
+
+inline bool __syncthreads_and(bool condition) {
+  return emulation::all(condition, emulation::Waits::kBlockBarrier, 0, emulation::block_size);
+}
+
+template <class V>
+V __ldcg(const V* address) {
+  return *address;
 }
 
 inline int4 __ldcs(const int4* address) {

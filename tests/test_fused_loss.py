@@ -1,16 +1,19 @@
 """The fused loss against the plain PyTorch one, which is its specification."""
 
 import importlib.util
-import itertools
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_loss import WRONG
 from torch.utils import cpp_extension
 
 import mhkd
@@ -34,65 +38,55 @@ class Kernel:
 
 
 @pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory):
-    """mhkd_loss_cuda.cu, compiled as C++ against cuda_emulation.h and registered as torch.ops.mhkd_emulated."""
+def emulated(tmp_path_factory):
+    """mhkd_loss_cuda.cu, compiled as C++ against cuda_emulation.h: torch.ops.mhkd_emulated.loss."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip("no C++ compiler")
+    if shutil.which(compiler[0]) is None or not CSRC.is_dir():
+        pytest.skip("no C++ compiler, or no csrc")
     folder = tmp_path_factory.mktemp("emulation")
-    standard = "c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10) else "c++17"
-    flags = [f"-std={standard}", "-O1", "-fPIC", "-w", "-DMHKD_LIBRARY=mhkd_emulated", "-DMHKD_CUDA_KEY=CPU"]
+    new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+    flags = [f"-std={'c++20' if new else 'c++17'}", "-O1", "-fPIC", "-w"]
+    flags += ["-DMHKD_LIBRARY=mhkd_emulated"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     flags += [f"-I{folder}" for folder in cpp_extension.include_paths()]
     emulation = ["-x", "c++", "-include", ROOT / "tests" / "cuda_emulation.h"]
+    sources = [("mhkd_loss.cpp", []), ("mhkd_loss_cuda.cu", emulation)]
     jobs = [
-        subprocess.Popen([*compiler, *flags, *extra, "-c", ROOT / "csrc" / source, "-o", folder / f"{source}.o"])
-        for source, extra in [("mhkd_loss.cpp", []), ("mhkd_loss_cuda.cu", emulation)]
+        subprocess.Popen([*compiler, *flags, *extra, "-c", CSRC / name, "-o", folder / f"{name}.o"])
+        for name, extra in sources
     ]
     assert [job.wait() for job in jobs] == [0, 0]
     library = folder / "mhkd_emulated.so"
-    libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
-    subprocess.run([*compiler, "-shared", *folder.glob("*.o"), *libraries, "-o", library], check=True)
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
+    command = [*compiler, "-shared", *folder.glob("*.o"), *libraries, "-o", library]
+    subprocess.run(command, check=True)
     torch.ops.load_library(library)
-    return torch.ops.mhkd_emulated
+    return torch.ops.mhkd_emulated.loss.default
 
 
-def _emulated_loss(
-    student,
-    teacher,
-    labels,
-    *,
-    tau=4.0,
-    alpha=0.9,
-    beta=0.5,
-    head_weights=None,
-    teacher_ce=None,
-    ignore_index=-100,
-    return_terms=False,
-):
-    if head_weights is None:
-        head_weights = [1.0] + [beta] * (len(student) - 1)
-    if teacher_ce is None:
-        teacher_ce = [z.requires_grad for z in teacher]
-    loss, terms, _ = torch.ops.mhkd_emulated.loss(
-        student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index
-    )
-    return (loss, terms) if return_terms else loss
+def with_operator(operator):
+    """mhkd_loss by this operator."""
+
+    def loss(*args, **kw):
+        with patch.multiple(mhkd, _fused_is_there=True, _fused_loss=operator):
+            return mhkd.mhkd_loss(*args, backend="fused", **kw)
+
+    return loss
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda", "emulated"])
 def kernel(request):
     if request.param == "emulated":
-        request.getfixturevalue("emulated_library")
-        return Kernel("emulated", "cpu", _emulated_loss)
+        return Kernel("emulated", "cpu", with_operator(request.getfixturevalue("emulated")))
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     backend = mhkd.loss_backend()
     if backend.startswith("reference") or (request.param == "cuda" and "CUDA" not in backend):
         pytest.skip(backend)
-    return Kernel(request.param, request.param, lambda *args, **kw: mhkd.mhkd_loss(*args, backend="fused", **kw))
+    return Kernel(request.param, request.param, with_operator(mhkd._fused_loss))
 
 
+CSRC = ROOT / "csrc"
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,37 +106,62 @@ def reference(*args, **kw):
 def make_heads(count, batch, classes, *, device="cpu", dtype=torch.float32, scale=3.0, seed=0):
     """Student heads, teacher heads and labels; all logits ask for gradients."""
     generator = torch.Generator().manual_seed(seed)
-    z = [torch.randn(batch, classes, generator=generator, dtype=torch.float64) * scale for _ in range(2 * count)]
-    z = [logits.to(device, dtype).requires_grad_() for logits in z]
+    z = torch.randn(2 * count, batch, classes, generator=generator, dtype=torch.float64) * scale
+    z = [logits.clone().to(device, dtype).requires_grad_() for logits in z]
     labels = torch.randint(classes, (batch,), generator=generator)
     return z[:count], z[count:], labels.to(device)
 
 
 def evaluate(loss, student, teacher, labels, *, dtype=None, layout=LAYOUTS["contiguous"], **kw):
-    """The loss, its terms and the gradients of all logits, with the logits converted to ``dtype``."""
-    leaves = [z.detach().to(dtype or z.dtype).clone().requires_grad_(z.requires_grad) for z in (*student, *teacher)]
+    """The loss, its terms and the gradients of all logits, converted to ``dtype`` before."""
+    leaves = [z.detach().to(dtype or z.dtype).clone() for z in (*student, *teacher)]
+    leaves = [z.requires_grad_(old.requires_grad) for z, old in zip(leaves, (*student, *teacher))]
     z = [layout(leaf) for leaf in leaves]
     value, terms = loss(z[: len(student)], z[len(student) :], labels, return_terms=True, **kw)
     if value.requires_grad:
         value.backward()
-    return [value.detach(), terms, *(torch.zeros_like(z) if z.grad is None else z.grad for z in leaves)]
+    gradients = [torch.zeros_like(z) if z.grad is None else z.grad for z in leaves]
+    return [value.detach(), terms, *gradients]
 
 
-def assert_within_error_of_reference(results, references, exact):
-    """The issue's criterion: twice the reference's error plus 8 units of rounding; float64 to 1e-12."""
-    for result, ref, truth in zip(results, references, exact, strict=True):
-        assert result.dtype == ref.dtype and result.shape == ref.shape
-        result, ref, eps = result.double(), ref.double(), torch.finfo(ref.dtype).eps
-        finite = truth.isfinite() & ref.isfinite()
-        assert torch.equal(result[~finite].nan_to_num(7.0), ref[~finite].nan_to_num(7.0))  # the same NaN, inf, -inf
-        if not finite.any():
-            continue
-        error = (result - truth)[finite].abs().max()
-        largest = truth[finite].abs().max()
-        if ref.dtype == truth.dtype and eps < 1e-12:
-            assert error <= 1e-12 * max(1.0, largest)  # a small divergence is a difference of larger numbers
-        else:
-            assert error <= 2 * (ref - truth)[finite].abs().max() + 8 * eps * largest
+def spread(z):
+    """Of each row, the largest minus the smallest finite logit."""
+    z = z.detach().double()
+    finite = z.isfinite()
+    low = torch.where(finite, z, INF).amin(1)
+    return (torch.where(finite, z, -INF).amax(1) - low).clamp(min=0).nan_to_num()
+
+
+def assert_accurate(
+    loss, student, teacher, labels, *, tau=4.0, alpha=0.9, head_weights=None, teacher_ce=None,
+    layout=LAYOUTS["contiguous"],
+):  # fmt: skip
+    """Against float64 mathematics, each output to 16 roundings of the numbers it is made of."""
+    head_weights = head_weights or [1.0] + [0.5] * (len(student) - 1)
+    teacher_ce = teacher_ce or [True] * len(student)
+    kw = {"tau": tau, "alpha": alpha, "head_weights": head_weights, "teacher_ce": teacher_ce}
+    results = evaluate(loss, student, teacher, labels, layout=layout, **kw)
+    exact = evaluate(reference, student, teacher, labels, dtype=torch.float64, **kw)
+    counted = labels != -100
+    log_k, terms, total = math.log(student[0].shape[1]), [], 0.0
+    for z_s, z_t, weight, marked in zip(student, teacher, head_weights, teacher_ce):
+        width = torch.maximum(spread(z_s), spread(z_t))[counted]
+        sizes = tau**2 * (1 + width / tau + log_k) + (width + log_k)
+        terms.append(sizes.mean().item() if len(sizes) else 1.0)
+        total += (weight + marked) * terms[-1]
+    N = max(1, int(counted.sum()))
+    gradients = [w * (alpha * tau + 1 - alpha) / N for w in head_weights]
+    gradients += [marked / N for marked in teacher_ce]
+    sizes = [torch.tensor(total), torch.tensor(terms)[:, None], *map(torch.tensor, gradients)]
+    for result, truth, size in zip(results, exact, sizes, strict=True):
+        rounding = torch.finfo(result.dtype).eps
+        factor = 16 * 32 if result.dtype == torch.float64 else 16  # the yardstick rounds, too
+        allowed = (factor * rounding * size).double().to(truth.device)
+        result = result.double()
+        finite = truth.isfinite()
+        assert torch.equal(result[~finite].nan_to_num(7.0), truth[~finite].nan_to_num(7.0))
+        error = (result - truth).abs()
+        assert (error <= allowed)[finite].all(), (error[finite].max(), allowed)
 
 
 def assert_equal(results, others):
@@ -150,9 +169,9 @@ def assert_equal(results, others):
         torch.testing.assert_close(result, other, rtol=0, atol=0, equal_nan=True)
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Values and gradients
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -162,73 +181,78 @@ def calls(draw):
     # around the lengths where the kernels change their ways, and anything short
     edges = [64, 65, 1023, 1024, 1025, 2047, 2048, 2049, 4099]
     classes = draw(st.one_of(st.integers(1, 200), st.sampled_from(edges)))
-    dtype = draw(st.sampled_from(DTYPES))
+    scale = draw(st.sampled_from([0.0, 1e-4, 1.0, 30.0, 1e4]))
+    seed, dtype = draw(st.integers(0, 2**16)), draw(st.sampled_from(DTYPES))
     student, teacher, labels = make_heads(
-        count,
-        batch,
-        classes,
-        dtype=dtype,
-        scale=draw(st.sampled_from([0.0, 1e-4, 1.0, 30.0, 1e4])),
-        seed=draw(st.integers(0, 2**16)),
+        count, batch, classes, dtype=dtype, scale=scale, seed=seed
     )
     if draw(st.booleans()):  # another dtype for the teacher
         other = draw(st.sampled_from(DTYPES))
         teacher = [z.detach().to(other).requires_grad_() for z in teacher]
     if draw(st.booleans()):  # the student as the teacher is
         student = [z.detach().to(dtype).requires_grad_() for z in teacher]
+    if draw(st.booleans()):  # far from 0
+        for z in (*student, *teacher):
+            z.data += 300
     if draw(st.booleans()):
         labels[draw(st.integers(0, batch - 1))] = -100
     if draw(st.booleans()) and classes > 2:  # classes masked for both
         first = draw(st.integers(0, classes - 1))
         for z in (*student, *teacher):
             z.data[:, first::3] = -INF
-    return (
-        student,
-        teacher,
-        labels,
-        {
-            "tau": draw(st.sampled_from([0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 7.3, 20.0])),
-            "alpha": draw(st.sampled_from([0.0, 0.3, 0.9, 1.0])),
-            "head_weights": [draw(st.sampled_from([1.0, 0.5, 0.0])) for _ in range(count)],
-            "teacher_ce": [draw(st.booleans()) for _ in range(count)],
-        },
-        draw(st.sampled_from(sorted(LAYOUTS))),
-    )
+    kw = {
+        "tau": draw(st.sampled_from([0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 7.3, 20.0])),
+        "alpha": draw(st.sampled_from([0.0, 0.3, 0.9, 1.0])),
+        "head_weights": [draw(st.sampled_from([1.0, 0.5, 0.0])) for _ in range(count)],
+        "teacher_ce": [draw(st.booleans()) for _ in range(count)],
+        "layout": LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))],
+    }
+    return student, teacher, labels, kw
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+NO_HEALTH_CHECK = list(HealthCheck)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=NO_HEALTH_CHECK)
 @given(calls())
-def test_loss_terms_and_gradients_are_as_accurate_as_the_reference(kernel, call):
-    student, teacher, labels, kw, layout = call
-    student, teacher = [z.to(kernel.device) for z in student], [z.to(kernel.device) for z in teacher]
-    student, teacher = ([z.detach().requires_grad_() for z in side] for side in (student, teacher))
-    labels = labels.to(kernel.device)
-    result = evaluate(kernel.loss, student, teacher, labels, layout=LAYOUTS[layout], **kw)
-    ref = evaluate(reference, student, teacher, labels, **kw)
-    exact = evaluate(reference, student, teacher, labels, dtype=torch.float64, **kw)
-    assert_within_error_of_reference(result, ref, exact)
+def test_loss_terms_and_gradients_are_accurate(kernel, call):
+    student, teacher, labels, kw = call
+    student, teacher = (
+        [z.detach().to(kernel.device).requires_grad_() for z in side] for side in (student, teacher)
+    )
+    assert_accurate(kernel.loss, student, teacher, labels.to(kernel.device), **kw)
 
 
-@pytest.mark.parametrize("classes", [1, 64, 65, 257, 1024, 1025, 9001, 20001])
+@pytest.mark.parametrize("classes", [1, 64, 257, 1024, 1025, 9001, 20001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_regime_of_row_length_agrees_with_the_reference(kernel, classes, dtype):
-    student, teacher, labels = make_heads(2, 3, classes, device=kernel.device, dtype=dtype)
-    result = evaluate(kernel.loss, student, teacher, labels)
-    ref = evaluate(reference, student, teacher, labels)
-    assert_within_error_of_reference(result, ref, evaluate(reference, student, teacher, labels, dtype=torch.float64))
+def test_every_regime_of_row_length_is_accurate(kernel, classes, dtype):
+    heads = make_heads(2, 3, classes, device=kernel.device, dtype=dtype)
+    assert_accurate(kernel.loss, *heads, teacher_ce=[False, True])
 
 
-def test_a_row_of_a_quarter_million_classes_agrees_with_the_reference(kernel):
-    student, teacher, labels = make_heads(1, 2, 256 * 1024, device=kernel.device)
-    result = evaluate(kernel.loss, student, teacher, labels)
-    ref = evaluate(reference, student, teacher, labels)
-    assert_within_error_of_reference(result, ref, evaluate(reference, student, teacher, labels, dtype=torch.float64))
+def test_a_row_of_a_quarter_million_classes_is_accurate(kernel):
+    assert_accurate(kernel.loss, *make_heads(1, 2, 256 * 1024, device=kernel.device))
+
+
+@pytest.mark.parametrize("classes", [900, 5000])
+@pytest.mark.parametrize("low", [-50.0, -300.0, -INF])
+def test_rows_that_begin_with_low_logits_are_accurate(kernel, classes, low):
+    """What a thread sees first is no measure of what comes."""
+    student, teacher, labels = make_heads(2, 3, classes, device=kernel.device)
+    for z in (*student, *teacher):
+        z.data[:2, : classes // 2] += low
+        z.data[2, : classes - 50] += low
+    labels[:] = classes - 7
+    assert_accurate(kernel.loss, student, teacher, labels, tau=1.0)
+    assert_accurate(kernel.loss, student, teacher, labels, tau=4.0)
 
 
 @pytest.mark.parametrize("tau", [1.0, 4.0, 2.5])
 @pytest.mark.parametrize("classes", [5, 40])
 def test_student_gradients_pass_gradcheck(kernel, tau, classes):
-    student, teacher, labels = make_heads(2, 3, classes, device=kernel.device, dtype=torch.float64, scale=1.0)
+    student, teacher, labels = make_heads(
+        2, 3, classes, device=kernel.device, dtype=torch.float64, scale=1.0
+    )
     labels[1] = -100
     teacher = [z.detach() for z in teacher]
     assert torch.autograd.gradcheck(lambda *z: kernel.loss(z, teacher, labels, tau=tau), student)
@@ -243,54 +267,82 @@ def test_teacher_gradients_are_those_of_its_cross_entropy_alone(kernel):
         torch.testing.assert_close(z.grad, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_gradients_are_computed_only_for_logits_that_ask_for_them(kernel):
+@pytest.mark.parametrize("alpha", [0.0, 0.9])
+def test_gradients_are_computed_only_for_logits_that_ask_for_them(kernel, alpha):
     student, teacher, labels = make_heads(3, 4, 50, device=kernel.device)
-    expected = evaluate(kernel.loss, student, teacher, labels)[2:]
+    expected = evaluate(kernel.loss, student, teacher, labels, alpha=alpha)[2:]
     wanted = [True, False, True, False, True, True]
-    leaves = [z.detach().requires_grad_(want) for z, want in zip(student + teacher, wanted, strict=True)]
-    kernel.loss(leaves[:3], leaves[3:], labels, teacher_ce=[True] * 3).backward()
+    leaves = [z.detach().requires_grad_(want) for z, want in zip(student + teacher, wanted)]
+    loss = kernel.loss(leaves[:3], leaves[3:], labels, teacher_ce=[True] * 3, alpha=alpha)
+    loss.backward()
     for leaf, want, gradient in zip(leaves, wanted, expected, strict=True):
         assert (leaf.grad is not None) == want
         assert not want or torch.equal(leaf.grad, gradient)
 
 
 def test_sixteen_heads_are_one_call(kernel):
-    student, teacher, labels = make_heads(16, 2, 11, device=kernel.device, dtype=torch.float64)
-    torch.testing.assert_close(
-        evaluate(kernel.loss, student, teacher, labels), evaluate(reference, student, teacher, labels)
-    )
+    heads = make_heads(16, 2, 11, device=kernel.device, dtype=torch.float64)
+    torch.testing.assert_close(evaluate(kernel.loss, *heads), evaluate(reference, *heads))
 
 
-# --------------------------------------------------------------------------------------------------
+def test_any_leading_dimensions_are_rows(kernel):
+    student, teacher, labels = make_heads(2, 6, 40, device=kernel.device)
+    expected = evaluate(kernel.loss, student, teacher, labels)
+    for lead in ((2, 3), (1, 6, 1), (3, 2)):
+        *_, last = results = evaluate(
+            kernel.loss, student, teacher, labels.view(lead), layout=lambda z: z.view(*lead, 40)
+        )
+        assert_equal(results, expected)
+    first, _, _ = make_heads(1, 1, 40, device=kernel.device)
+    single = kernel.loss([first[0][0]], [first[0][0]], labels[0])  # [K] with a label
+    assert torch.equal(single, kernel.loss(first, first, labels[:1]))
+
+
+def test_rows_of_a_language_model_are_read_where_they_lie(kernel):
+    """[B, T, K] sliced from more classes: view(-1, K) is possible, so nothing is copied."""
+    z = torch.randn(2, 3, 48, device=kernel.device)[..., :40]
+    seen = []
+    with patch.multiple(
+        mhkd,
+        _fused_is_there=True,
+        _fused_loss=lambda s, t, *rest: seen.append(s[0]) or mhkd._reference_loss(s, t, *rest),
+    ):
+        labels = torch.zeros(2, 3, dtype=torch.int64, device=kernel.device)
+        mhkd.mhkd_loss([z], [z], labels, backend="fused")
+    assert seen[0].data_ptr() == z.data_ptr() and seen[0].stride() == (48, 1)
+
+
+# -------------------------------------------------------------------------------------------------
 # Rows and classes that do not count; numbers that are none
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
-ROWS = {  # student, teacher: a row of six classes with label 1, continued to fill longer ones
-    "a class masked for the student alone": ([0.5, 1.0, -INF, 2.0], [0.1, 0.2, 0.3, 0.4]),
-    "a class masked for the teacher alone": ([0.5, 1.0, 1.5, 2.0], [0.1, 0.2, -INF, 0.4]),
+PLAIN = [0.5, 1.0, 1.5, 2.0], [0.1, 0.2, 0.3, 0.4]
+ROWS = {  # student, teacher: a row of four classes with label 1, repeated to fill longer ones
+    "a class masked for the student alone": ([0.5, 1.0, -INF, 2.0], PLAIN[1]),
+    "a class masked for the teacher alone": (PLAIN[0], [0.1, 0.2, -INF, 0.4]),
     "a class masked for both": ([0.5, 1.0, -INF, 2.0], [0.1, 0.2, -INF, 0.4]),
-    "the label masked for the student": ([0.5, -INF, 1.5, 2.0], [0.1, 0.2, 0.3, 0.4]),
+    "the label masked for the student": ([0.5, -INF, 1.5, 2.0], PLAIN[1]),
     "the label masked for both": ([0.5, -INF, 1.5, 2.0], [0.1, -INF, 0.3, 0.4]),
-    "all classes masked for the student": ([-INF] * 4, [0.1, 0.2, 0.3, 0.4]),
-    "all classes masked for the teacher": ([0.5, 1.0, 1.5, 2.0], [-INF] * 4),
+    "all classes masked for the student": ([-INF] * 4, PLAIN[1]),
+    "all classes masked for the teacher": (PLAIN[0], [-INF] * 4),
     "masked with the lowest number": ([-3e38, 1.0, 0.5, 2.0], [-3e38, 0.1, 0.2, 0.3]),
-    "a teacher probability that underflows": ([0.5, 1.0, 1.5, 2.0], [9e4, 0.2, 0.3, 0.4]),
-    "a class masked for the student where the teacher's underflows": ([0.5, 1.0, -INF, 2.0], [0.1, 0.2, -1e3, 0.4]),
-    "NaN in the student": ([0.5, 1.0, NAN, 2.0], [0.1, 0.2, 0.3, 0.4]),
-    "NaN in the teacher": ([0.5, 1.0, 1.5, 2.0], [0.1, 0.2, NAN, 0.4]),
-    "+inf in the student": ([0.5, INF, 1.5, 2.0], [0.1, 0.2, 0.3, 0.4]),
-    "+inf in the teacher": ([0.5, 1.0, 1.5, 2.0], [0.1, INF, 0.3, 0.4]),
+    "a teacher probability that underflows": (PLAIN[0], [9e4, 0.2, 0.3, 0.4]),
+    "masked where the teacher's underflows": ([0.5, 1.0, -INF, 2.0], [0.1, 0.2, -1e3, 0.4]),
+    "NaN in the student": ([0.5, 1.0, NAN, 2.0], PLAIN[1]),
+    "NaN in the teacher": (PLAIN[0], [0.1, 0.2, NAN, 0.4]),
+    "+inf in the student": ([0.5, INF, 1.5, 2.0], PLAIN[1]),
+    "+inf in the teacher": (PLAIN[0], [0.1, INF, 0.3, 0.4]),
 }
 
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("classes", [4, 100, 1100])
 def test_infinite_and_nan_logits_give_what_the_reference_gives(kernel, name, classes):
-    rows = [torch.tensor(row).repeat(classes // 4) for row in ROWS[name]]
-    plain_s, plain_t, _ = make_heads(1, 2, classes, scale=1.0)
-    (z_s,), (z_t,) = (
-        [torch.cat([row[None], z[0].detach()]).to(kernel.device).requires_grad_()]
-        for row, z in zip(rows, (plain_s, plain_t), strict=True)
+    (plain_s,), (plain_t,), _ = make_heads(1, 2, classes, scale=1.0)
+    rows = [torch.tensor(row).repeat(classes // 4)[None] for row in ROWS[name]]
+    z_s, z_t = (
+        torch.cat([row, z.detach()]).to(kernel.device).requires_grad_()
+        for row, z in zip(rows, (plain_s, plain_t))
     )
     labels = torch.tensor([1, 0, 2], device=kernel.device)
     for alpha in (0.0, 0.9, 1.0):
@@ -301,28 +353,19 @@ def test_infinite_and_nan_logits_give_what_the_reference_gives(kernel, name, cla
         )
 
 
-def test_a_student_that_begins_masked_is_not_nan(kernel):
-    """The first classes that a thread sees are all -inf: its running maximum has nothing to stand on yet."""
-    student, teacher, labels = make_heads(1, 2, 5000, device=kernel.device, dtype=torch.float64)
-    for z in (student[0], teacher[0]):
-        z.data[:, :4900] = -INF
-    labels.fill_(4950)
-    result = evaluate(kernel.loss, student, teacher, labels)
-    assert all(tensor.isfinite().all() for tensor in result)
-    torch.testing.assert_close(result, evaluate(reference, student, teacher, labels))
-
-
 @pytest.mark.parametrize("classes", [10, 100, 1100])
 def test_ignored_rows_count_nowhere_even_if_they_hold_nan(kernel, classes):
     student, teacher, labels = make_heads(2, 4, classes, device=kernel.device)
-    expected = evaluate(kernel.loss, [z[1:] for z in student], [z[1:] for z in teacher], labels[1:])
+    cut = [z[1:] for z in student], [z[1:] for z in teacher], labels[1:]
+    expected = evaluate(kernel.loss, *cut)
     for z in (*student, *teacher):
         z.data[0] = NAN
     labels[0] = 255
     result = evaluate(kernel.loss, student, teacher, labels, ignore_index=255)
-    assert_equal(result[:2], expected[:2])
+    torch.testing.assert_close(result[:2], expected[:2])  # packs of classes may be cut otherwise
     for gradient, other in zip(result[2:], expected[2:], strict=True):
-        assert torch.equal(gradient[1:], other) and not gradient[0].any()
+        torch.testing.assert_close(gradient[1:], other)
+        assert not gradient[0].any()
 
 
 @pytest.mark.parametrize("batch", [0, 3])
@@ -331,21 +374,36 @@ def test_no_row_that_counts_gives_nan_and_zero_gradients(kernel, batch):
     for loss in (kernel.loss, reference):
         value, terms, *gradients = evaluate(loss, student, teacher, labels.fill_(-100))
         assert value.isnan() and terms.isnan().all()
-        assert all(gradient.shape == (batch, 7) and not gradient.any() for gradient in gradients)
+        assert all(grad.shape == (batch, 7) and not grad.any() for grad in gradients)
 
 
-@pytest.mark.parametrize("alpha, weights", [(0.0, [1.0, 1.0]), (1.0, [1.0, 0.5]), (0.5, [0.0, 1.0]), (0.5, [0.0, 0.0])])
-def test_a_coefficient_of_zero_wins_over_an_infinite_term(kernel, alpha, weights):
+@pytest.mark.parametrize(
+    "alpha, weights",
+    [(0.0, [1.0, 1.0]), (1.0, [1.0, 0.5]), (0.5, [0.0, 1.0]), (0.5, [0.0, 0.0])],
+)
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_coefficient_of_zero_wins_over_an_infinite_term(kernel, alpha, weights, marked):
     student, teacher, labels = make_heads(2, 3, 40, device=kernel.device)
     student[0].data[0, 5] = -INF if alpha else 0.0
     teacher[0].data[0, 6] = NAN
     labels[0] = 5
-    kw = {"alpha": alpha, "head_weights": weights, "teacher_ce": [False, False]}
-    torch.testing.assert_close(
-        evaluate(kernel.loss, student, teacher, labels, **kw),
-        evaluate(reference, student, teacher, labels, **kw),
-        equal_nan=True,
-    )
+    if weights[0] == 0:
+        student[0].data[1, 2], student[0].data[2, 3] = NAN, INF
+    kw = {"alpha": alpha, "head_weights": weights, "teacher_ce": [marked, False]}
+    result = evaluate(kernel.loss, student, teacher, labels, **kw)
+    expected = evaluate(reference, student, teacher, labels, **kw)
+    torch.testing.assert_close(result, expected, equal_nan=True)
+    assert weights[0] != 0 or not result[2].any()
+
+
+@pytest.mark.parametrize("classes", [10, 1100])
+def test_an_incoming_gradient_of_zero_is_multiplied_as_any_other(kernel, classes):
+    """0 * NaN is NaN: a row that is spoilt shows, by both backends."""
+    student, teacher, labels = make_heads(1, 3, classes, device=kernel.device)
+    student[0].data[1, 2] = NAN
+    for loss in (kernel.loss, reference):
+        (gradient,) = torch.autograd.grad(0.0 * loss(student, teacher, labels), student)
+        assert gradient[1].isnan().all() and not gradient[[0, 2]].any()
 
 
 def test_equal_logits_have_a_divergence_of_exactly_zero(kernel):
@@ -354,9 +412,9 @@ def test_equal_logits_have_a_divergence_of_exactly_zero(kernel):
     assert terms[:, 0].tolist() == [0.0, 0.0]
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Autograd
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def test_backward_runs_twice_and_gives_the_same_bits(kernel):
@@ -367,8 +425,8 @@ def test_backward_runs_twice_and_gives_the_same_bits(kernel):
 
 
 def test_two_calls_give_the_same_bits(kernel):
-    student, teacher, labels = make_heads(3, 5, 1500, device=kernel.device)
-    assert_equal(evaluate(kernel.loss, student, teacher, labels), evaluate(kernel.loss, student, teacher, labels))
+    heads = make_heads(3, 5, 1500, device=kernel.device)
+    assert_equal(evaluate(kernel.loss, *heads), evaluate(kernel.loss, *heads))
 
 
 def test_gradients_accumulate(kernel):
@@ -382,15 +440,16 @@ def test_gradients_accumulate(kernel):
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_a_loss_scale_reaches_half_precision_gradients_before_they_are_rounded(kernel, classes):
     student, teacher, labels = make_heads(1, 64, classes, device=kernel.device, dtype=torch.float16)
-    teacher = [(student[0].detach() + 1e-2 * teacher[0].detach()).requires_grad_()]  # small gradients
+    teacher = [(student[0].detach() + 1e-2 * teacher[0].detach()).requires_grad_()]  # small ones
     (kernel.loss(student, teacher, labels) * 2.0**14).backward()
     exact = evaluate(reference, student, teacher, labels, dtype=torch.float64)[2] * 2.0**14
-    torch.testing.assert_close(student[0].grad.double(), exact, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(student[0].grad.double(), exact, rtol=1e-3, atol=1e-5)
 
 
 def test_a_second_derivative_names_the_reference_backend(kernel):
     student, teacher, labels = make_heads(1, 2, 5, device=kernel.device)
-    (gradient,) = torch.autograd.grad(kernel.loss(student, teacher, labels), student, create_graph=True)
+    loss = kernel.loss(student, teacher, labels)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match='backend="reference"'):
         gradient.sum().backward()
 
@@ -414,15 +473,15 @@ def test_without_gradients_nothing_is_recorded(kernel):
     assert loss.requires_grad and not terms.requires_grad
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The operator in PyTorch
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def operator(kernel):
     if kernel.name == "emulated":
-        pytest.skip("the emulated library shares its schema, Meta and Autograd with the real one")
+        pytest.skip("the emulated library shares schema, Meta and Autograd with the real one")
     return torch.ops.mhkd.loss.default
 
 
@@ -431,13 +490,17 @@ def test_opcheck_passes(operator, kernel, dtype, classes):
     student, teacher, labels = make_heads(2, 3, classes, device=kernel.device, dtype=dtype)
     arguments = (student, teacher, labels, 4.0, 0.9, [1.0, 0.5], [False, True], -100)
     torch.library.opcheck(operator, arguments)
-    _, _, row_stats = operator(*arguments)
+    _, _, stats = operator(*arguments)
     student, teacher = [z.detach() for z in student], [z.detach() for z in teacher]
-    grad = torch.ones((), device=kernel.device)
+    grad, needs = torch.ones((), device=kernel.device), [True, False, False, True]
     torch.library.opcheck(
         torch.ops.mhkd.loss_backward.default,
-        (grad, student, teacher, labels, row_stats, *arguments[3:], [True, False, False, True]),
+        (grad, student, teacher, labels, stats, *arguments[3:], needs),
     )
+
+
+def auto(*args, **kw):
+    return mhkd.mhkd_loss(*args, **kw)
 
 
 def test_torch_compile_sees_one_operator(operator, kernel):
@@ -448,28 +511,29 @@ def test_torch_compile_sees_one_operator(operator, kernel):
         return graph.forward
 
     torch._dynamo.reset()
-    student, teacher, labels = make_heads(2, 3, 40, device=kernel.device)
-    compiled = torch.compile(lambda s, t, y: kernel.loss(s, t, y), fullgraph=True, backend=backend)
-    compiled(student, teacher, labels).backward()
+    compiled = torch.compile(auto, fullgraph=True, backend=backend)
+    compiled(*make_heads(2, 3, 40, device=kernel.device)).backward()
     assert [name for name in seen if "getitem" not in name] == ["mhkd.loss.default"]
 
 
-def test_torch_compile_of_a_fresh_process_finds_the_kernel(operator, kernel):
+def test_torch_compile_of_a_fresh_process_finds_and_checks_the_kernel(operator, kernel):
     done = run_python(
         "import torch, mhkd\n"
-        f"z, y = [torch.zeros(2, 4, device='{kernel.device}', requires_grad=True)], torch.ones(2, dtype=torch.int64)\n"
+        f"mhkd.TO_BE_CHECKED = ('{kernel.device}',)\n"
+        f"z = [torch.zeros(2, 3, 4, device='{kernel.device}', requires_grad=True)]\n"
+        f"y = torch.ones(2, 3, dtype=torch.int64, device='{kernel.device}')\n"
         "step = torch.compile(mhkd.mhkd_loss, fullgraph=True, backend='aot_eager')\n"
-        f"print(step(z, z, y.to('{kernel.device}')).grad_fn is not None, hasattr(torch.ops.mhkd, 'loss'))\n"
+        "print(step(z, z, y).grad_fn is not None, list(mhkd._found_wrong.values()))\n"
     )
-    assert done.stdout.split() == ["True", "True"], done.stderr
+    assert done.stdout.split() == ["True", "['']"], done.stderr
 
 
 def test_torch_compile_gives_the_same_bits(operator, kernel):
     torch._dynamo.reset()
-    compiled = torch.compile(kernel.loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(auto, fullgraph=True, backend="aot_eager")
     for batch in (3, 5):  # the second shape is dynamic
-        student, teacher, labels = make_heads(2, batch, 40, device=kernel.device)
-        assert_equal(evaluate(compiled, student, teacher, labels), evaluate(kernel.loss, student, teacher, labels))
+        heads = make_heads(2, batch, 40, device=kernel.device)
+        assert_equal(evaluate(compiled, *heads), evaluate(kernel.loss, *heads))
 
 
 def test_meta_tensors_give_shapes_and_dtypes():
@@ -478,71 +542,28 @@ def test_meta_tensors_give_shapes_and_dtypes():
     student, teacher, labels = make_heads(2, 3, 40, device="meta", dtype=torch.float16)
     loss, terms = mhkd.mhkd_loss(student, teacher, labels, backend="fused", return_terms=True)
     loss.backward()
-    assert (loss.shape, loss.dtype, terms.shape, terms.dtype) == ((), torch.float32, (2, 3), torch.float32)
+    found = loss.shape, loss.dtype, terms.shape, terms.dtype
+    assert found == ((), torch.float32, (2, 3), torch.float32)
     assert student[1].grad.shape == (3, 40) and student[1].grad.dtype == torch.float16
 
 
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Wrong input
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
-def with_heads(change):
-    """A call with two heads of which something has been changed."""
-
-    def arguments(device):
-        call = dict(
-            zip(("student_logits", "teacher_logits", "labels"), make_heads(2, 3, 5, device=device), strict=True)
-        )
-        change(call)
-        return call
-
-    return arguments
-
-
-WRONG = {
-    "no heads": (ValueError, lambda c: c.update(student_logits=[], teacher_logits=[], head_weights=[])),
-    "fewer teacher heads": (ValueError, lambda c: c["teacher_logits"].pop()),
-    "too few weights": (ValueError, lambda c: c.update(head_weights=[1.0])),
-    "too many marks": (ValueError, lambda c: c.update(teacher_ce=[True] * 3)),
-    "another number of classes": (ValueError, lambda c: c["student_logits"].__setitem__(1, torch.zeros(3, 6))),
-    "another batch": (ValueError, lambda c: c["teacher_logits"].__setitem__(1, torch.zeros(2, 5))),
-    "labels of another batch": (ValueError, lambda c: c.update(labels=torch.zeros(2, dtype=torch.int64))),
-    "two-dimensional labels": (ValueError, lambda c: c.update(labels=torch.zeros(3, 5, dtype=torch.int64))),
-    "no classes": (
-        ValueError,
-        lambda c: c.update(student_logits=[torch.zeros(3, 0)], teacher_logits=[torch.zeros(3, 0)]),
-    ),
-    "one-dimensional logits": (ValueError, lambda c: c["student_logits"].__setitem__(0, torch.zeros(3))),
-    "tau of 0": (ValueError, lambda c: c.update(tau=0.0)),
-    "tau that is NaN": (ValueError, lambda c: c.update(tau=NAN)),
-    "alpha above 1": (ValueError, lambda c: c.update(alpha=1.5)),
-    "a negative weight": (ValueError, lambda c: c.update(head_weights=[1.0, -1.0])),
-    "labels of 32 bits": (TypeError, lambda c: c.update(labels=c["labels"].int())),
-    "labels that are floating point": (TypeError, lambda c: c.update(labels=c["labels"].float())),
-    "integer logits": (TypeError, lambda c: c["teacher_logits"].__setitem__(0, torch.zeros(3, 5, dtype=torch.int64))),
-    "a teacher on another device": (
-        RuntimeError,
-        lambda c: c["teacher_logits"].__setitem__(0, torch.zeros(3, 5, device="meta")),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_input_is_refused_by_both_backends_alike(kernel, name):
-    error, change = WRONG[name]
+@pytest.mark.parametrize("error, message, change", WRONG)
+def test_both_backends_refuse_wrong_input_with_one_sentence(kernel, error, message, change):
+    A, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    call = {"student_logits": [A], "teacher_logits": [A], "labels": Y} | change
+    if kernel.device != "cpu":
+        pytest.skip("the same checks")
+    said = []
     for loss in (kernel.loss, reference):
-        call = with_heads(change)(kernel.device)
-        if kernel.device != "cpu" and name != "a teacher on another device":
-
-            def move(z):
-                return z.to(kernel.device)
-
-            call = {
-                k: [move(z) for z in v] if "logits" in k else move(v) if k == "labels" else v for k, v in call.items()
-            }
-        with pytest.raises(error, match="mhkd_loss"):
-            loss(call.pop("student_logits"), call.pop("teacher_logits"), call.pop("labels"), **call)
+        with pytest.raises(error, match=message) as caught:
+            loss(**call)
+        said.append(str(caught.value))
+    assert said[0] == said[1] and len(said[0]) < 160
 
 
 def test_more_heads_than_the_kernel_takes_are_refused_and_left_to_the_reference(kernel):
@@ -555,39 +576,29 @@ def test_more_heads_than_the_kernel_takes_are_refused_and_left_to_the_reference(
 @pytest.mark.parametrize("label", [-1, 5, 2**40])
 def test_a_label_that_is_no_class_is_an_error(kernel, label):
     if kernel.name == "cuda":  # the assertion ends the use of the GPU: another process
-        code = (
+        done = run_python(
             "import torch, mhkd; z = torch.zeros(1, 5, device='cuda'); "
-            f"mhkd.mhkd_loss([z], [z], torch.tensor([{label}], device='cuda'), backend='fused').item()"
+            f"y = torch.tensor([{label}], device='cuda'); "
+            "mhkd.mhkd_loss([z], [z], y, backend='fused').item()"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode != 0 and "assert" in done.stderr
         return
     student, teacher, labels = make_heads(1, 3, 5)
     labels[1] = label
-    message = "out of bounds" if kernel.name == "emulated" else f"Target {label} is out of bounds"
-    with pytest.raises(IndexError, match=message):
+    with pytest.raises(IndexError, match="out of bounds"):
         kernel.loss(student, teacher, labels)
 
 
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend"):
-        mhkd.mhkd_loss(*make_heads(1, 2, 5), backend="fastest")
-
-
-# --------------------------------------------------------------------------------------------------
-# Where the kernel comes from
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Where the kernel comes from, and whether it is believed
+# -------------------------------------------------------------------------------------------------
 
 
 def run_python(code, **environment):
     path = os.pathsep.join([str(Path(mhkd.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def test_without_the_kernel_auto_is_plain_pytorch_and_fused_says_what_is_missing():
@@ -600,7 +611,22 @@ def test_without_the_kernel_auto_is_plain_pytorch_and_fused_says_what_is_missing
         "mhkd.mhkd_loss(z, z, y, backend='fused')\n"
     )
     assert done.stdout.startswith("reference (fused kernel not installed) 0.138")
-    assert done.stderr.splitlines()[-1].startswith("RuntimeError: mhkd_loss: the fused kernel is not installed")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("RuntimeError: mhkd_loss: the fused kernel is not installed")
+
+
+def test_a_kernel_of_another_interface_is_not_used():
+    if not mhkd.loss_backend().startswith("fused"):
+        pytest.skip("the fused kernel is not installed")
+    done = run_python(
+        "import torch, mhkd\n"
+        "mhkd.INTERFACE += 1\n"
+        "z, y = [torch.zeros(2, 4)], torch.tensor([1, 2])\n"
+        "mhkd.mhkd_loss(z, z, y)\n"
+        "print(mhkd.mhkd_loss(z, z, y).item(), mhkd.loss_backend())\n"
+    )
+    assert done.stdout.startswith("0.138") and "reference" in done.stdout
+    assert done.stderr.count("has interface") == 1
 
 
 def test_two_copies_of_the_script_share_one_kernel(tmp_path):
@@ -615,22 +641,84 @@ def test_two_copies_of_the_script_share_one_kernel(tmp_path):
     assert torch.equal(copied.mhkd_loss(*call), mhkd.mhkd_loss(*call))
 
 
+@pytest.fixture
+def to_be_checked(emulated):
+    """A process whose kernel is the emulated one, on a device where auto has to check first."""
+    with patch.multiple(
+        mhkd, _fused_is_there=True, _fused_loss=emulated, _found_wrong={}, TO_BE_CHECKED=("cpu",)
+    ):
+        yield emulated
+
+
+def test_auto_takes_the_kernel_once_it_has_agreed_with_plain_pytorch(to_be_checked):
+    heads = make_heads(2, 3, 40)
+    state = torch.get_rng_state()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = mhkd.mhkd_loss(*heads)
+    assert torch.equal(found, with_operator(to_be_checked)(*heads))
+    assert list(mhkd._found_wrong.values()) == [""]
+    assert torch.equal(state, torch.get_rng_state())
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert mhkd.check_kernel("cpu") == ""
+
+
+@pytest.mark.parametrize("wrong_in", ["loss", "terms", "gradients"])
+def test_a_kernel_that_is_wrong_is_found_out_and_plain_pytorch_is_used(to_be_checked, wrong_in):
+    def wrong(student, teacher, *rest):
+        loss, terms, stats = to_be_checked(student, teacher, *rest)
+        if wrong_in == "gradients":  # of bfloat16, a little
+            half = student[0].dtype == torch.bfloat16
+            return loss + (student[0] * 0.02).nanmean() * half * 0, terms, stats
+        return loss * (1 + 1e-4 * (wrong_in == "loss")), terms + 1e-3, stats
+
+    heads = make_heads(2, 3, 40)
+    with patch.object(mhkd, "_fused_loss", wrong):
+        with pytest.warns(UserWarning, match="plain PyTorch is used"):
+            found = mhkd.mhkd_loss(*heads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            mhkd.mhkd_loss(*heads)
+        assert torch.equal(found, reference(*heads))
+        assert "differs from plain PyTorch" in mhkd.loss_backend()
+
+
+@pytest.mark.parametrize(
+    "said, crash",
+    [
+        ("CUDA error: an illegal memory access was encountered\nmore", True),
+        ("CUDA error: no kernel image is available for execution on the device", False),
+    ],
+)
+def test_a_cuda_error_in_the_check_names_the_reference_backend(to_be_checked, said, crash):
+    def failing(*args):
+        raise RuntimeError(said)
+
+    heads = make_heads(1, 3, 40)
+    with patch.object(mhkd, "_fused_loss", failing):
+        if crash:
+            with pytest.raises(mhkd.KernelCrash, match="illegal memory.*--backend reference") as e:
+                mhkd.mhkd_loss(*heads)
+            assert "\n" not in str(e.value)
+        else:  # the GPU goes on working
+            with pytest.warns(UserWarning, match="no kernel image"):
+                assert torch.equal(mhkd.mhkd_loss(*heads), reference(*heads))
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_of_this_processor_agrees_with_the_reference(capability):
+def test_every_instruction_set_of_this_processor_is_accurate(capability):
     """The code is chosen at run time, as PyTorch's is: ATEN_CPU_CAPABILITY lowers the choice."""
-    backend = run_python("import mhkd; print(mhkd.loss_backend())", ATEN_CPU_CAPABILITY=capability).stdout
+    code = "import mhkd; print(mhkd.loss_backend())"
+    backend = run_python(code, ATEN_CPU_CAPABILITY=capability).stdout
     if f"CPU {capability.replace('default', 'plain')}" not in backend:
         pytest.skip(f"{capability} is not available: {backend.strip()}")
     if backend.strip() == mhkd.loss_backend():
         pytest.skip(f"{capability} is what all tests here run with")
-    names = "every_regime or infinite_and_nan"
+    names = "(every_regime or infinite_and_nan or begin_with) and cpu"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"({names}) and cpu"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-    )
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names],
+        capture_output=True, text=True, env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -638,20 +726,108 @@ def test_every_instruction_set_of_this_processor_agrees_with_the_reference(capab
 def test_the_number_of_threads_does_not_change_a_bit(classes):
     if not mhkd.loss_backend().startswith("fused"):
         pytest.skip("the fused kernel is not installed")
-    student, teacher, labels = make_heads(3, 40, classes)
-    threads = torch.get_num_threads()
-    results = []
+    heads, threads, results = make_heads(3, 40, classes), torch.get_num_threads(), []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        results.append(evaluate(mhkd.mhkd_loss, student, teacher, labels, backend="fused"))
+        results.append(evaluate(mhkd.mhkd_loss, *heads, backend="fused"))
     torch.set_num_threads(threads)
     assert_equal(results[0], results[1])
     assert_equal(results[0], results[2])
 
 
-# --------------------------------------------------------------------------------------------------
+def test_csrc_alone_is_built_by_another_project(tmp_path):
+    compiler = cpp_extension.get_cxx_compiler().split()[0]
+    if shutil.which(compiler) is None or shutil.which("ninja") is None or not CSRC.is_dir():
+        pytest.skip("no C++ compiler, no ninja, or no csrc")
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    code = (
+        "import glob, torch\n"
+        "from torch.utils.cpp_extension import load\n"
+        "load('fused_loss', glob.glob('csrc/*.cpp'), is_python_module=False)\n"
+        "z, y = [torch.zeros(2, 4, requires_grad=True)], torch.tensor([1, 2])\n"
+        "loss, terms, _ = torch.ops.mhkd.loss(z, z, y, 4.0, 0.9, [1.0], [False])\n"
+        "loss.backward()\n"
+        "print(loss.item(), z[0].grad.isfinite().all().item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "build")},
+    )  # fmt: skip
+    assert re.search(r"^0\.138\d* True$", done.stdout, re.M), done.stderr[-2000:]
+
+
+# -------------------------------------------------------------------------------------------------
+# The machine code of the CUDA kernels
+# -------------------------------------------------------------------------------------------------
+
+# Instructions for a pair of logits in the loops over 16-byte loads, at tau 4: the most of all,
+# which compute the teacher's own cross-entropy too, and the most of the others. Keys: kernel, bytes
+# of a logit. Another tau takes one exponential a logit more, and the product before it.
+MOST = {
+    ("forward", 2): (24, 22),
+    ("forward", 4): (36, 36),
+    ("backward", 2): (28, 20),
+    ("backward", 4): (40, 40),
+}
+OTHER_TAU = 4
+
+
+def loads_of_16_bytes(operations):
+    return sum(op.startswith("LDG") and "128" in op for op in operations)
+
+
+def innermost_loops(listing):
+    """The instructions of each innermost loop: what a branch backwards comes back to."""
+    pattern = r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P[T\d]+ )?([A-Z0-9_.]+)([^;]*);"
+    code = [(int(at, 16), op, rest) for at, op, rest in re.findall(pattern, listing)]
+    loops = []
+    for at, op, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if op.startswith("BRA") and target and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    for begin, end in loops:
+        if not any((a, b) != (begin, end) and begin <= a and b <= end for a, b in loops):
+            yield [op for at, op, _ in code if begin <= at <= end]
+
+
+def test_the_machine_code_keeps_to_the_instructions_and_registers_promised(tmp_path):
+    spec = importlib.util.find_spec("triton")  # it brings cuobjdump along
+    beside = spec and str(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    dump = shutil.which("cuobjdump") or (beside and shutil.which("cuobjdump", path=beside))
+    if not shutil.which("nvcc") or not dump or not CSRC.is_dir():
+        pytest.skip("no nvcc, no cuobjdump, or no csrc")
+    binary = tmp_path / "kernels.cubin"
+    command = ["nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_90", "-cubin"]
+    command += ["-Xptxas", "-v", *(f"-I{path}" for path in cpp_extension.include_paths())]
+    command += [CSRC / "mhkd_loss_cuda.cu", "-o", binary]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills and set(spills) == {("0", "0")}
+    sass = subprocess.run([dump, "--dump-sass", binary], capture_output=True, text=True, check=True)
+    checked = Counter()
+    for function in re.split(r"\n\s*Function : ", sass.stdout)[1:]:
+        name, listing = function.split("\n", 1)
+        size = 2 if re.search("Half|BFloat16", name) else 4
+        kind = "forward" if "forward_kernel" in name else "backward"
+        if "kernelId" in name:  # of double: bound by its arithmetic
+            continue
+        costs = []
+        for ops in innermost_loops(listing):
+            if loads := loads_of_16_bytes(ops):
+                assert not any(op.startswith(("LDL", "STL")) for op in ops), name
+                costs.append(len(ops) / (loads / 2 * 16 / size))
+        more = OTHER_TAU if "Li0E" in name else 0
+        *others, most = sorted(costs)
+        allowed, allowed_others = MOST[kind, size]
+        assert most <= allowed + more and max(others) <= allowed_others + more, (name, costs)
+        checked[kind] += 1
+    assert checked == {"forward": 12, "backward": 12}
+
+
+# -------------------------------------------------------------------------------------------------
 # CUDA alone
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -686,12 +862,24 @@ def test_a_cuda_graph_replays_the_loss_and_its_gradients(cuda):
         assert_equal([z.detach() for z in recorded], [z.detach() for z in step()])
 
 
+def test_a_graph_that_is_captured_before_the_check_holds_plain_pytorch(cuda):
+    student, teacher, labels = make_heads(2, 8, 300, device=cuda)
+    with patch.object(mhkd, "_found_wrong", {}):
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            loss = mhkd.mhkd_loss(student, teacher, labels)
+        graph.replay()
+        assert not mhkd._found_wrong
+        torch.testing.assert_close(loss, mhkd.mhkd_loss(student, teacher, labels).detach())
+        assert list(mhkd._found_wrong.values()) == [""]
+
+
 def test_forward_and_backward_are_one_launch_each(cuda):
     student, teacher, labels = make_heads(4, 8, 3000, device=cuda)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         mhkd.mhkd_loss(student, teacher, labels, backend="fused").backward()
         torch.cuda.synchronize()
-    ours = [event.name for event in profile.events() if "mhkd" in event.name and "kernel" in event.name]
+    ours = [e.name for e in profile.events() if "mhkd" in e.name and "kernel" in e.name]
     assert len(ours) == 2, ours
 
 
@@ -700,8 +888,9 @@ def test_streams_run_side_by_side(cuda):
     expected = [evaluate(mhkd.mhkd_loss, *call, backend="fused") for call in calls]
     streams = [torch.cuda.Stream() for _ in calls]
     torch.cuda.synchronize()
-    for _, (index, call) in itertools.product(range(5), enumerate(calls)):
-        with torch.cuda.stream(streams[index]):
-            result = evaluate(mhkd.mhkd_loss, *call, backend="fused")
-        streams[index].synchronize()
-        assert_equal(result, expected[index])
+    for _ in range(5):
+        for stream, call, wanted in zip(streams, calls, expected):
+            with torch.cuda.stream(stream):
+                result = evaluate(mhkd.mhkd_loss, *call, backend="fused")
+            stream.synchronize()
+            assert_equal(result, wanted)
