@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ TEXTS = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", "\n".join(TEXTS), re.DOTALL | re.MULTILINE)
 OF_STUDENT = [block for block in BLOCKS if "student.pt" in block and "MultiHead" not in block]
 OF_ONNX = [block for block in BLOCKS if "onnx" in block]
-ALONE = [block for block in BLOCKS if block not in (*OF_STUDENT, *OF_ONNX)]
+OF_TOKENS = [block for block in BLOCKS if "tokens" in block]
+ALONE = [block for block in BLOCKS if "mhkd.METHODS" in block or "MultiHead" in block]
 
 
 @pytest.mark.parametrize("block", ALONE, ids=range(len(ALONE)))
@@ -48,6 +50,17 @@ def test_the_student_is_used_and_exported_as_the_readme_shows(tmp_path, monkeypa
     torch.testing.assert_close(
         torch.from_numpy(logits), names["student"](images).detach(), rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_language_model_is_distilled_as_the_readme_shows():
+    def model(tokens):
+        return types.SimpleNamespace(logits=torch.randn(*tokens.shape, 50, dtype=torch.bfloat16))
+
+    names = {"tokens": torch.randint(50, (2, 7)), "student": model, "teacher": model}
+    names |= {"torch": torch, "F": torch.nn.functional, "mhkd_loss": mhkd.mhkd_loss}
+    (block,) = OF_TOKENS
+    exec(block, names)
+    assert names["loss"].isfinite() and (names["labels"] == -100).sum() == 2
 
 
 def test_every_file_that_the_readme_links_to_is_there():
