@@ -1,7 +1,6 @@
 """The methods as runs build them: their terms, options, gradients; killed and resumed; alone."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -78,17 +77,6 @@ def test_a_step_reaches_the_student_and_what_a_method_adds_and_spares_the_teache
     assert any(p.grad.any() for p in distiller.student.parameters())
     assert all(p.grad is None and not p.requires_grad for p in distiller.teacher.parameters())
     assert all(torch.equal(t, before[k]) for k, t in distiller.teacher.state_dict().items())
-
-
-def test_the_students_initial_weights_depend_on_the_seed_alone():
-    wanted, *others = (
-        make(method, seed=seed)[0].student.model.state_dict()
-        for method, seed in (("kd", 0), ("mhkd", 0), ("crd+dhkd", 0), ("lsh", 0), ("kd", 1))
-    )
-    for found in others[:3]:
-        same = [torch.equal(found[name], wanted[name]) for name in wanted if name in found]
-        assert all(same[:-2]) and len(same) > 20  # lsh has another classifier
-    assert not torch.equal(others[-1]["conv1.weight"], wanted["conv1.weight"])
 
 
 @pytest.mark.parametrize("size_s, size_t, kind, kernel", [
@@ -204,11 +192,7 @@ def test_an_option_of_no_chosen_method_is_refused_by_whose_it_is(method, option,
 
 
 @pytest.mark.parametrize("method, value, message", [
-    ("mhkd", {"tau": 0.0}, "--tau must be a number above 0.*, not 0.0"),
-    ("mhkd", {"alpha": math.nan}, "--alpha must be between 0 and 1, not nan"),
-    ("mhkd", {"beta": -1.0}, "--beta must be a number not below 0"),
     ("mhkd", {"units": (1, 1)}, "--units must be different units: 1,2,3, not 1,1"),
-    ("mhkd", {"head_width": 0}, "--head-width must be at least 1"),
     ("crd", {"negatives": 0}, "--negatives must be at least 1"),
     ("lsh", {"lsh_samples": "some"}, "--lsh-samples must be one of correct, all, not some"),
 ])  # fmt: skip
@@ -268,6 +252,9 @@ def test_lsh_counts_the_samples_that_are_asked_for(samples):
 def test_lsh_widens_the_student_to_the_teachers_width_and_folds_it_back_exactly(student):
     distiller, (images, *_) = make("lsh", "wrn_16_2", student, batch_size=2)
     assert distiller.student.width == distiller.student(images).penultimate.shape[1] == 128
+    usual = make("kd", "wrn_16_2", student)[0].student.model.state_dict()
+    state = distiller.student.model.state_dict()  # as with any method but for the classifier
+    assert all(torch.equal(state[name], usual[name]) for name in list(usual)[:-2])
     widened, x = distiller.double().student.model.eval(), images.double()
     wanted = widened(x)
     fresh = mhkd.build_model(student, K).double().eval()
