@@ -251,10 +251,10 @@ def test_lsh_counts_the_samples_that_are_asked_for(samples):
 @pytest.mark.parametrize("student", ["resnet8", "vgg8", "mobilenetv2", "shufflenetv2"])
 def test_lsh_widens_the_student_to_the_teachers_width_and_folds_it_back_exactly(student):
     distiller, (images, *_) = make("lsh", "wrn_16_2", student, batch_size=2)
-    assert distiller.student.width == distiller.student(images).penultimate.shape[1] == 128
     usual = make("kd", "wrn_16_2", student)[0].student.model.state_dict()
     state = distiller.student.model.state_dict()  # as with any method but for the classifier
     assert all(torch.equal(state[name], usual[name]) for name in list(usual)[:-2])
+    assert distiller.student.width == distiller.student(images).penultimate.shape[1] == 128
     widened, x = distiller.double().student.model.eval(), images.double()
     wanted = widened(x)
     fresh = mhkd.build_model(student, K).double().eval()
