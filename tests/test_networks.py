@@ -60,10 +60,10 @@ def test_a_network_has_the_published_state_dict_logits_and_features_at_every_siz
     assert other.eval()(torch.zeros(1, 3, 16, 16)).shape == (1, 7)
 
 
-@pytest.mark.parametrize("size, side_of_the_last_block", [(16, 2), (32, 4), (48, 6), (64, 4)])
-def test_vgg_pools_a_fourth_time_for_64_pixels_only(size, side_of_the_last_block):
+def test_vgg_pools_a_fourth_time_for_64_pixels_only():
     network = mhkd.FeatureExtractor(mhkd.build_model("vgg8", 10), ["block4"], 10).eval()
-    assert network(torch.zeros(1, 3, size, size)).features[1].shape[-1] == side_of_the_last_block
+    for size, side in ((16, 2), (32, 4), (48, 6), (64, 4)):
+        assert network(torch.zeros(1, 3, size, size)).features[1].shape[-1] == side
 
 
 @pytest.mark.parametrize("wrong, near", [
@@ -97,10 +97,9 @@ def test_weights_start_as_those_of_the_benchmark(name):
 
 def test_shufflenetv2_starts_as_pytorch_does():
     torch.manual_seed(0)
-    conv = mhkd.build_model("shufflenetv2", 10).layer3[0].conv3
-    bound = conv.in_channels**-0.5
-    assert conv.weight.abs().max() <= bound
-    assert conv.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    weight = mhkd.build_model("shufflenetv2", 10).layer3[0].conv3.weight  # uniform
+    assert weight.abs().max() <= weight.shape[1] ** -0.5
+    assert weight.std().item() == pytest.approx((3 * weight.shape[1]) ** -0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -111,15 +110,3 @@ def test_a_published_checkpoint_or_a_bare_state_dict_loads(name, published, tmp_
     torch.save(content if published else state, tmp_path / "teacher.pth")
     loaded = mhkd.load_weights(mhkd.build_model(name, 100), tmp_path / "teacher.pth").state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.items())
-
-
-def test_checkpoints_are_never_unpickled_as_code(tmp_path):
-    class Harm:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "harm",))
-
-    model = mhkd.build_model("resnet8", 10)
-    torch.save({"model": model.state_dict(), "extra": Harm()}, tmp_path / "bad.pt")
-    with pytest.raises(mhkd.UsageError, match="bad.pt"):
-        mhkd.load_weights(model, tmp_path / "bad.pt")
-    assert not (tmp_path / "harm").exists()
