@@ -50,6 +50,8 @@ def test_a_network_has_the_published_state_dict_logits_and_features_at_every_siz
         outputs = {size: network(x) for size, x in inputs.items()}
     logits = torch.tensor(wanted["logits"], dtype=torch.float64)  # of ten digits
     assert (outputs[32].logits[:, :2] - logits).abs().max() < 1e-8 * logits.abs().max()
+    *_, classifier = (m for m in model.modules() if isinstance(m, nn.Linear))
+    torch.testing.assert_close(classifier(outputs[32].penultimate), outputs[32].logits)
     for size, found in outputs.items():
         assert found.logits.shape == (2, 100) and found.logits.isfinite().all()
         shapes = [(C, H * size / 32, W * size / 32) for C, H, W in wanted["units"]]
