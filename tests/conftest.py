@@ -1,7 +1,8 @@
 """The repository root on the path, few threads, and what several test files share."""
 
-import contextlib
 import functools
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,7 @@ torch.set_num_threads(1)
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
-# A run of a few seconds on the CPU: 200 digits of 16 pixels, small heads.
+# A run of a second on the CPU: 200 digits of 16 pixels, small heads.
 TINY = ["--dataset", "digits", "--subset", "200", "--epochs", "2", "--batch-size", "40"]
 TINY += ["--device", "cpu"]
 HEADS = ["--head-width", "8"]
@@ -44,6 +45,37 @@ def script(*arguments, **keywords):
     return subprocess.run(command, text=True, timeout=300, **keywords)
 
 
+def run(out, *arguments):
+    """mhkd.py in this process; its exit status."""
+    import mhkd
+
+    return mhkd.main([*map(str, arguments), "--out", str(out)])
+
+
+@pytest.fixture
+def failing(capsys):
+    """Runs what must fail; gives the one sentence that it says."""
+
+    def sentence(out, *arguments):
+        capsys.readouterr()
+        assert run(out, *arguments) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("mhkd.py: ") and said.endswith("\n") and said.count("\n") == 1, said
+        assert len(said) < 700
+        return said
+
+    return sentence
+
+
+# What runs leave
+
+
+def folder_of(out, student="resnet8", method="*"):
+    """The only run folder of that student and method below --out."""
+    (found,) = out.glob(f"digits-*{student}-{method}-*")
+    return found
+
+
 def listing(folder):
     """What a folder holds: for each path below it the bytes and the time of its last change."""
     return {
@@ -54,6 +86,40 @@ def listing(folder):
     }
 
 
+def log_of(folder):
+    """The epochs of a run, without what depends on the clock."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    clock = ("seconds", "images_per_second")
+    return [{k: v for k, v in entry.items() if k not in clock} for entry in entries]
+
+
+def weights_of(folder):
+    return torch.load(folder / "student.pt", weights_only=True)["model"]
+
+
+def outcome(folder):
+    """What makes two runs the same: every figure of the log, every bit of the weights."""
+    bits = {
+        k: hashlib.sha256(t.numpy().tobytes()).hexdigest() for k, t in weights_of(folder).items()
+    }
+    return log_of(folder), bits
+
+
+# Images
+
+
+def pixels(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=generator).numpy()
+
+
+def save_image(path, array, **keywords):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **keywords)
+
+
 # Processes that can be killed, at a fraction of the start of Python and PyTorch
 
 
@@ -62,10 +128,10 @@ def _child(arguments, output, die, environment):
     import mhkd
 
     os.environ.update(environment)
-    if output is not None:
-        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the foreground
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
     if die:
         name, left = die[0], [die[1]]
         real = getattr(os, name)
@@ -113,21 +179,3 @@ def end_of(process, timeout=120):
         process.kill()
         process.join()
     return status
-
-
-@contextlib.contextmanager
-def no_access(monkeypatch, path):
-    """A path that the system refuses to open or list: root, who runs tests in containers, may."""
-
-    def refusing(real):
-        def function(name, *args, **keywords):
-            if isinstance(name, (str, os.PathLike)) and os.fspath(name) == os.fspath(path):
-                raise PermissionError(13, "Permission denied", os.fspath(path))
-            return real(name, *args, **keywords)
-
-        return function
-
-    with monkeypatch.context() as patch:
-        for name in ("scandir", "listdir"):
-            patch.setattr(os, name, refusing(getattr(os, name)))
-        yield
