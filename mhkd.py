@@ -49,8 +49,9 @@ import time
 import types
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -1719,35 +1720,24 @@ class Data:
     sha256: str  # of all images and labels
     mapped: bool = False
 
-    @property
-    def device(self) -> torch.device:
-        return self.labels.device
-
-    @property
-    def train_labels(self) -> Tensor:
-        return self.labels[self.train]
+    def __post_init__(self) -> None:
+        self.device, self.train_labels = self.labels.device, self.labels[self.train]
+        # On the 0-255 scale; sent to the device once: with each batch the host would wait.
+        statistics = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
+        self.mean_255, self.std_255 = (255 * values for values in statistics)
 
     def to(self, device: torch.device, share: float = 0.5) -> Data:
         """On a device; images stay where they are if they take more of its free memory."""
-        moved = {
-            name: getattr(self, name).to(device) for name in ("labels", "train", "val", "test")
-        }
+        names = ["labels", "train", "val", "test"]
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         if self.images.nbytes <= share * free:
-            moved["images"] = self.images.to(device)
-        mapped = self.mapped and moved.get("images", self.images).device.type == "cpu"
-        return dataclasses.replace(self, **moved, mapped=mapped)
+            names.append("images")
+        return dataclasses.replace(self, **{n: getattr(self, n).to(device) for n in names})
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
-        mean, std = self._statistics
-        images = ((images - mean) / std).permute(0, 3, 1, 2)
+        images = ((images - self.mean_255) / self.std_255).permute(0, 3, 1, 2)
         return images.contiguous(memory_format=memory_format(images.device))
-
-    @functools.cached_property
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and std on the 0-255 scale, sent to the device once: else the host would wait."""
-        return tuple(torch.tensor(v, device=self.device) * 255 for v in (self.mean, self.std))
 
     def pick(self, indices: Tensor) -> Tensor:
         """The images at these places, uint8 [B, M, M, 3], on the device."""
@@ -1845,8 +1835,6 @@ def epoch_batches(
 
 def one_ahead(items: Iterator) -> Iterator:
     """The same items, each made in a thread while the one before is used."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)
         while (item := following.result()) is not None:
@@ -1854,8 +1842,9 @@ def one_ahead(items: Iterator) -> Iterator:
             yield item
 
 
-# What each data set brings: images, labels, how many of them are for training, class names.
-Source = tuple[Tensor, Tensor, int, list[str]]
+# What each data set brings: a function that gives the images at some places, uint8 [N, M, M, 3];
+# labels [N]; how many, the first ones, are for training; class names.
+Source = tuple[Callable[[list[int]], Tensor], Tensor, int, list[str]]
 
 STATISTICS = {  # of the channels: the benchmark's; svhn: the authors'; measured for the others
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -1875,45 +1864,44 @@ def from_torchvision(config: Config) -> Source:
     --data may also hold its images in folders train/ and test/. The order of the images is that
     of their labels and pixels, so that both give the same runs.
     """
-    name, files = TORCHVISION[config.dataset]
-    root, svhn = Path(config.data), config.dataset == "svhn"
+    root = Path(config.data)
     if (root / "train").is_dir():
-        images, labels, count, classes = from_folder(config, side=32)
-        parts = [(images[:count], labels[:count]), (images[count:], labels[count:])]
+        decoded, labels, count, classes = from_folder(config, side=32)
+        images = decoded(list(range(len(labels))))
     else:
-        purpose = f"--dataset {config.dataset}"
-        dataset = getattr(import_optional("torchvision.datasets", "torchvision", purpose), name)
-        if svhn:
-            import_optional("scipy.io", "scipy", purpose)
+        images, labels, count, classes = read_torchvision(config.dataset, root)
+    order: list[int] = []
+    for start, stop in ((0, count), (count, len(labels))):
+        for label in range(len(classes)):  # all pixels as keys at once would take gigabytes
+            places = start + (labels[start:stop] == label).nonzero()[:, 0]
+            order += sorted(places.tolist(), key=lambda i: images[i].numpy().tobytes())
+    places = torch.tensor(order)
+    return lambda chosen: images[places[chosen]], labels[places], count, classes
 
-        def read(download: bool) -> list:
-            splits = [{"split": s} for s in ("train", "test")]
-            splits = splits if svhn else [{"train": True}, {"train": False}]
-            return [dataset(root, **split, download=download) for split in splits]
 
-        try:
-            sets = read(download=False)
-        except Exception:
-            try:
-                with locked(root, "another run is downloading the data"):
-                    sets = read(download=True)
-            except Exception as error:
-                raise UsageError(
-                    f"{name} is not in '{root}' and could not be downloaded ({first_line(error)}): "
-                    f"put {files} there, or try --dataset digits, which needs no data"
-                ) from error
-        pixels = [torch.from_numpy(part.data) for part in sets]  # SVHN's are [N, 3, 32, 32]
-        pixels = [p.permute(0, 2, 3, 1).contiguous() if svhn else p for p in pixels]
-        labels = [torch.as_tensor(part.labels if svhn else part.targets).long() for part in sets]
-        parts = list(zip(pixels, labels))
-        classes = [str(digit) for digit in range(10)] if svhn else list(sets[0].classes)
-    ordered = []
-    for pixels, labels in parts:
-        keys = [(y, image.tobytes()) for y, image in zip(labels.tolist(), pixels.numpy())]
-        order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
-        ordered.append((pixels[order], labels[order]))
-    (train, y), (test, z) = ordered
-    return torch.cat((train, test)), torch.cat((y, z)), len(train), classes
+def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, list[str]]:
+    (name, files), svhn = TORCHVISION[dataset], dataset == "svhn"
+    datasets = import_optional("torchvision.datasets", "torchvision", f"--dataset {dataset}")
+    splits = [{"train": True}, {"train": False}]
+    if svhn:
+        import_optional("scipy.io", "scipy", f"--dataset {dataset}")
+        splits = [{"split": "train"}, {"split": "test"}]
+    try:  # what is there and whole is not downloaded
+        with locked(root, "another run is reading or downloading the data"):
+            sets = [getattr(datasets, name)(root, **split, download=True) for split in splits]
+    except Exception as error:
+        raise UsageError(
+            f"{name} is not in '{root}' and could not be downloaded ({first_line(error)}): put "
+            f"{files} there, or try --dataset digits, which needs no data"
+        ) from error
+    images = torch.cat([torch.from_numpy(part.data) for part in sets])
+    labels = torch.cat([torch.as_tensor(s.labels if svhn else s.targets) for s in sets]).long()
+    if svhn:  # [N, 3, 32, 32]
+        return images.permute(0, 2, 3, 1).contiguous(), labels, len(sets[0]), DIGIT_NAMES
+    return images, labels, len(sets[0]), list(sets[0].classes)
+
+
+DIGIT_NAMES = [str(digit) for digit in range(10)]
 
 
 def from_digits(config: Config) -> Source:
@@ -1922,148 +1910,119 @@ def from_digits(config: Config) -> Source:
     digits = datasets.load_digits()
     grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
     images = grey[..., None].repeat(1, 1, 1, 3)  # [1797, 8, 8, 3]
-    labels = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    order = torch.cat((order[360:], order[:360]))
-    return images[order], labels[order], 1437, [str(digit) for digit in range(10)]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).roll(-360)
+    labels = torch.from_numpy(digits.target).long()[order]
+    return lambda chosen: images[order[chosen]], labels, 1437, DIGIT_NAMES
 
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 
 
-def list_images(root: Path) -> tuple[list[list[tuple[Path, int]]], list[str]]:
-    """The image files and labels of train/<class>/ and test/<class>/ (or val/), and the classes."""
-    if not root.is_dir():
-        raise UsageError(
-            f"there is no data folder '{root}': --data names the one that holds train/ and test/"
-        )
+def from_folder(config: Config, side: int | None = None) -> Source:
+    """The user's images in train/<class>/ and test/<class>/ (or val/), at any depth.
+
+    They are decoded once, into a file below --out that is then mapped.
+    """
+    root = Path(config.data)
     other = next((root / n for n in ("test", "val") if (root / n).is_dir()), root / "test")
-    parts = [root / "train", other]
+    parts, names = [root / "train", other], []
     for part in parts:
         if not part.is_dir():
-            raise UsageError(f"there is no folder '{part}': a data folder holds train/ and test/")
-    names = [sorted(d.name for d in p.iterdir() if d.is_dir() and d.name[0] != ".") for p in parts]
-    for part, found in zip(parts, names):
-        if not found:
-            raise UsageError(f"'{part}' has no classes: it must hold a folder for each class")
-    if names[0] != names[1]:
-        only = [", ".join(sorted({*a} - {*b})[:5]) or "none" for a, b in (names, names[::-1])]
-        raise UsageError(
-            f"'{parts[0]}' and '{parts[1]}' differ in their classes: only in the first {only[0]}; "
-            f"only in the second {only[1]}"
-        )
-    if len(names[0]) < 2:
-        raise UsageError(f"'{parts[0]}' has one class, '{names[0][0]}': a classifier needs two")
-    files: list[list[tuple[Path, int]]] = []
-    others: dict[str, int] = {}
-
-    def refuse(error: OSError) -> None:
-        raise UsageError(f"'{error.filename}' cannot be read ({error.strerror}): mend or remove it")
-
+            raise UsageError(f"there is no folder '{part}': --data must hold train/ and test/")
+        names.append(sorted(d.name for d in part.iterdir() if d.is_dir() and d.name[0] != "."))
+    classes = names[0]
+    if names[1] != classes:
+        differ = ", ".join(sorted({*classes} ^ {*names[1]})[:10])
+        raise UsageError(f"'{parts[0]}' and '{parts[1]}' differ in their classes: {differ}")
+    if len(classes) < 2:
+        raise UsageError(f"'{parts[0]}' holds {len(classes)} class folders: a classifier needs two")
+    files: list[Path] = []
+    labels: list[int] = []
+    others: Counter[str] = Counter()
     for part in parts:
-        files.append([])
-        for label, name in enumerate(names[0]):
-            found = []
-            for folder, below, entries in os.walk(part / name, onerror=refuse):
-                entries += [d for d in below if os.path.islink(os.path.join(folder, d))]
-                for entry in entries:
-                    kind = Path(entry).suffix.lower()
-                    if kind in IMAGE_FILES:
-                        found.append(Path(folder) / entry)
-                    elif entry[0] != ".":
-                        others[kind or entry] = others.get(kind or entry, 0) + 1
-            if not found:
+        count = len(files)  # in the end that of the first part
+        for label, name in enumerate(classes):
+            found = list(files_below(part / name))
+            images = sorted(file for file in found if file.suffix.lower() in IMAGE_FILES)
+            if not images:
                 raise UsageError(f"the class folder '{part / name}' holds no images")
-            files[-1] += [(file, label) for file in sorted(found)]
+            files += images
+            labels += [label] * len(images)
+            rest = (file for file in {*found} - {*images} if file.name[0] != ".")
+            others.update(file.suffix.lower() or file.name for file in rest)
     if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
         say(f"note: files in '{root}' that are no images of a known kind are left out: {kinds}")
-    return files, names[0]
-
-
-def from_folder(config: Config, side: int | None = None) -> Source:
-    """The user's images, decoded once into a file below --out that is then mapped."""
-    (train, test), classes = list_images(Path(config.data))
-    if config.subset and side is None:
-        train, test = ([part[i] for i in subset_of(len(part), config)] for part in (train, test))
-    S = config.image_size
+    S, cache = config.image_size, Path(config.out) / "cache"
     side = side or (S if S < RESIZED_CROP_FROM else round(1.15 * S))
-    store = decode([file for file, _ in train + test], side, Path(config.out) / "cache")
-    return store, torch.tensor([label for _, label in train + test]), len(train), classes
+
+    def load(chosen: list[int]) -> Tensor:
+        return decode([files[i] for i in chosen], side, cache)
+
+    return load, torch.tensor(labels), count, classes
 
 
-def subset_of(count: int, config: Config) -> list[int]:
-    """Which images --subset leaves: the same for every run, in the order of the data set."""
-    generator = torch.Generator().manual_seed(0)
-    return sorted(torch.randperm(count, generator=generator)[: config.subset].tolist())
-
-
-def decode(files: list[Path], side: int, cache: Path) -> Tensor:
-    """Image files as a mapped uint8 tensor [N, side, side, 3], decoded where that is not done yet.
-
-    The shorter side is resized and the middle square cut out. Transparent pixels become black,
-    16-bit grey levels 8-bit. The file is good for these very files, as their names, sizes, places
-    and times tell, and for this version of Pillow; it is checked by its checksums, and made again
-    where it is damaged. A decoding that was killed goes on.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    pil = import_optional("PIL.Image", "pillow", "a folder of images")
-    key = hashlib.sha256(repr((side, import_optional("PIL", "pillow", "it").__version__)).encode())
-    for file in files:
-        try:
-            s = file.stat()
-        except OSError as error:
-            raise UsageError(f"the image '{file}' cannot be read ({error}): remove it") from error
-        if not file.is_file():
-            raise UsageError(f"the image '{file}' is no ordinary file: remove it")
-        facts = (str(file), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns)
-        key.update(repr(facts).encode())
-    folder = cache / key.hexdigest()[:16]
-    images, index, size = folder / "images.u8", folder / "index.json", side * side * 3
-    with locked(folder, "another run is decoding images"):
-        sums = []  # of each chunk
-        with contextlib.suppress(UsageError):
-            sums = (read_json(index, "chunks") or {"chunks": []})["chunks"]
-        if images.is_file():
-            with open(images, "rb") as file:  # a hash of what is there, as far as it is right
-                there = iter(lambda: file.read(CHUNK * size), b"")
-                good = [hashlib.sha256(chunk).hexdigest() for chunk in there]
-            same = next((i for i, (a, b) in enumerate(zip(good, sums)) if a != b), len(good))
-            if same < len(sums):
-                say(f"note: '{images}' is damaged, so it is made again from image {same * CHUNK}")
-            sums = sums[:same]
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files at any depth; of a link, itself. What cannot be read raises an OSError."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            yield from files_below(entry)
         else:
-            sums = []
-        os.truncate(images, min(len(sums) * CHUNK, len(files)) * size) if sums else None
-        todo = range(len(sums) * CHUNK, len(files), CHUNK)
-        if todo:
-            say(f"decodes {len(files) - todo[0]} images into '{folder}'; old ones beside it may go")
-        bar = Progress(len(files), "decoding", len(sums) * CHUNK)
-        try:
-            with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor() as pool:
-                for start in todo:
-                    chunk = files[start : start + CHUNK]
-                    content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunk))
-                    out.write(content)
-                    out.flush()
-                    os.fsync(out.fileno())
-                    sums.append(hashlib.sha256(content).hexdigest())
-                    write_json(index, {"chunks": sums})
-                    bar.update(len(chunk))
-        except OSError as error:
-            raise UsageError(
-                f"'{images}' could not be written ({error}); with that mended, the decoding goes on"
-            ) from error
-    store = torch.from_file(str(images), shared=False, size=len(files) * size, dtype=torch.uint8)
-    return store.view(len(files), side, side, 3)
+            yield entry
 
 
 CHUNK = 512  # images that are decoded, checked and written at a time
 
 
+def decode(files: list[Path], side: int, cache: Path) -> Tensor:
+    """Image files as a mapped uint8 tensor [N, side, side, 3], decoded where that is not done yet.
+
+    The file is good for these very files, as their names, sizes, places and times tell, and for
+    this version of Pillow. A chunk whose checksum is not that of the index is decoded (again).
+    """
+    pil = import_optional("PIL.Image", "pillow", "a folder of images")
+    key = hashlib.sha256(repr((side, pil.__version__)).encode())
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"the image '{file}' is no file, or a link to none: remove it")
+        s = file.stat()
+        facts = (str(file), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns)
+        key.update(repr(facts).encode())
+    folder = cache / key.hexdigest()[:16]
+    images, index, size = folder / "images.u8", folder / "index.json", side * side * 3
+    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
+    with locked(folder, "another run is decoding images"), writing(images):
+        images.touch()
+        sums: list[str | None] = []
+        with contextlib.suppress(UsageError):  # a damaged index is none
+            sums = (read_json(index, "chunks") or {"chunks": []})["chunks"]
+        sums += [None] * (len(chunks) - len(sums))
+        with open(images, "r+b") as store, ThreadPoolExecutor() as pool:
+            there = [hashlib.sha256(store.read(CHUNK * size)).hexdigest() for _ in chunks]
+            todo = [i for i in range(len(chunks)) if there[i] != sums[i]]
+            number = sum(len(chunks[i]) for i in todo)
+            if todo:
+                say(f"decodes {number} images into '{folder}'; old ones beside it may go")
+            bar = Progress(len(files), "decoding", len(files) - number)
+            for i in todo:
+                content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunks[i]))
+                store.seek(i * CHUNK * size)
+                store.write(content)
+                store.flush()
+                os.fsync(store.fileno())
+                sums[i] = hashlib.sha256(content).hexdigest()
+                write_json(index, {"chunks": sums})
+                bar.update(len(chunks[i]))
+    mapped = torch.from_file(str(images), shared=False, size=len(files) * size, dtype=torch.uint8)
+    return mapped.view(len(files), side, side, 3)
+
+
 def decode_one(pil: Any, path: Path, side: int) -> bytes:
-    """The pixels of one image file, uint8 [side, side, 3]."""
+    """The pixels of one image file, uint8 [side, side, 3].
+
+    The shorter side is resized and the middle square cut out. Transparent pixels become black,
+    16-bit grey levels 8-bit.
+    """
     from PIL import ImageOps
 
     try:
@@ -2085,9 +2044,7 @@ def decode_one(pil: Any, path: Path, side: int) -> bytes:
 
 
 SOURCES: dict[str, Callable[[Config], Source]] = {
-    "cifar100": from_torchvision,
-    "cifar10": from_torchvision,
-    "svhn": from_torchvision,
+    **dict.fromkeys(TORCHVISION, from_torchvision),
     "folder": from_folder,
     "digits": from_digits,
 }
@@ -2100,19 +2057,17 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         UsageError: it is not there and cannot be downloaded, or is not as it should be.
     """
     with main_process_first():  # it downloads and decodes; the others find that
-        images, labels, count, classes = SOURCES[config.dataset](config)
+        load, labels, count, classes = SOURCES[config.dataset](config)
+        train, test = subset_of(count, config), subset_of(len(labels) - count, config)
+        chosen, count = [*train, *(count + i for i in test)], len(train)
+        images, labels = load(chosen), labels[chosen]
     S, mapped = config.image_size, config.dataset == "folder"
-    if images.shape[1] < S or not mapped and images.shape[1] != S:
+    if images.shape[1] != S and not mapped:
         small, images = images, torch.empty(len(images), S, S, 3, dtype=torch.uint8)
         for old, new in zip(small.split(1000), images.split(1000)):
-            part = F.interpolate(
-                old.permute(0, 3, 1, 2).float(), (S, S), mode="bilinear", antialias=True
-            )
-            new.copy_(part.round().clamp(0, 255).permute(0, 2, 3, 1))
-    if config.subset and not mapped:
-        train, test = subset_of(count, config), subset_of(len(labels) - count, config)
-        chosen, count = train + [count + i for i in test], len(train)
-        images, labels = images[chosen], labels[chosen]
+            old = old.permute(0, 3, 1, 2).float()
+            resized = F.interpolate(old, (S, S), mode="bilinear", antialias=True)
+            new.copy_(resized.round().clamp(0, 255).permute(0, 2, 3, 1))
     train, test = torch.arange(count), torch.arange(count, len(labels))
     val = train[:0]
     if config.val_fraction:  # of each class its share, the same images for every run
@@ -2125,29 +2080,33 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         val = torch.cat(held).sort().values
         train = train[~torch.isin(train, val)]
     digest = hashlib.sha256(repr((images.shape, classes, count)).encode())
-    digest.update(labels.numpy())
-    for part in images.split(1000):
+    for part in (labels, *images.split(1000)):
         digest.update(part.numpy())
     if len(train) < 2 or config.val_fraction and not len(val):
         raise UsageError(f"there are {len(train)} images to train on and {len(val)} held out")
-    if config.batch_size > len(train):
-        raise UsageError(
-            f"--batch-size {config.batch_size} is larger than the {len(train)} training images"
-        )
+    if (B := config.batch_size) > len(train):
+        raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
     mean, std = normalisation(config) or measure(images, train)
     data = Data(images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(), mapped)
     return data.to(torch.device(device))
 
 
+def subset_of(count: int, config: Config) -> list[int]:
+    """Which images --subset leaves: the same for every run, in the order of the data set."""
+    if not config.subset:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(0)
+    return sorted(torch.randperm(count, generator=generator)[: config.subset].tolist())
+
+
 def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and std that are not measured: the teacher's, for both networks; or the data set's."""
-    if config.teacher_weights:
-        content = load_file(Path(config.teacher_weights))
+    if path := config.teacher_weights:
+        content = load_file(Path(path))
         if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
             try:
-                mean, std = torch.tensor([content["mean"], content["std"]]).view(2, 3).tolist()
+                torch.tensor([content["mean"], content["std"]]).view(2, 3)
             except (TypeError, ValueError, RuntimeError) as error:
-                path = config.teacher_weights
                 raise UsageError(f"'{path}' has a damaged mean or std ({error})") from error
             return tuple(content["mean"]), tuple(content["std"])
     first = "teacher" if config.teacher else "student"
@@ -2368,6 +2327,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of the system into a sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UsageError(
+            f"'{path}' could not be written ({first_line(error)}): with that mended, run the same "
+            "again"
+        ) from error
+
+
 def write_atomically(path: Path, write: Callable[[Any], Any], keep: Path | None = None) -> None:
     """Write beside the file, flush to the disk, then rename: at all times old or new is there.
 
@@ -2375,19 +2346,14 @@ def write_atomically(path: Path, write: Callable[[Any], Any], keep: Path | None 
     """
     part = path.with_name(f"{path.name}.part")
     try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        kept = "; the file of before is untouched" if path.exists() else ""
-        raise UsageError(
-            f"'{path}' could not be written ({first_line(error)}){kept}; with that mended, run "
-            "the same again"
-        ) from error
+        with writing(path):
+            with open(part, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -199,9 +199,9 @@ def test_a_data_folder_without_one_of_its_parts_names_it(missing, refused, image
 
 
 @pytest.mark.parametrize("classes, parts", [
-    (((), ()), ["'{}/train'", "no classes", "a folder for each class"]),
+    (((), ()), ["'{}/train'", "0 class folders", "needs two"]),
     ((("a", "b", "extra"), ("a", "b", "other")), ["extra", "other", "differ"]),
-    ((("a",), ("a",)), ["one class, 'a'", "needs two"]),
+    ((("a",), ("a",)), ["1 class folders", "needs two"]),
 ])  # fmt: skip
 def test_folders_that_make_no_classes_are_named(classes, parts, refused, tmp_path):
     root = make_folder(tmp_path / "images", classes=classes)
