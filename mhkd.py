@@ -32,7 +32,6 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -420,23 +419,23 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
                 handle.remove()
 
 
-def layout_of(feature: Any, image: Any, name: str, layout: str | None) -> str:
+def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
     """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
 
     n is the number of class tokens before the h * w tokens of a square map. The image's aspect
     tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
 
     Raises:
-        UsageError: it is no feature; or its shape could be read in two ways and no layout is given.
+        UsageError: the shape could be read in no way, or in two and no layout is given.
     """
-    shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-    square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
-    if isinstance(shape, list) and len(shape) == 3 and square:
-        for n in (0, 1, 2, 5):
+    shape = tuple(feature.shape)
+    if len(shape) == 3:
+        square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
+        for n in (0, 1, 2, 5) if square else ():
             if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
                 return f"tokens+{n}"
-    if not isinstance(shape, list) or len(shape) != 4:
-        raise UsageError(f"the submodule '{name}' returns {shape}, not a feature [B, C, H, W]")
+        where = f"the submodule '{name}' returns {shape}"
+        raise UsageError(f"{where}: {shape[1]} tokens are no square map")
     if layout:
         return check_name("layout", layout, ("channels_first", "channels_last"))
     height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
@@ -452,11 +451,20 @@ def layout_of(feature: Any, image: Any, name: str, layout: str | None) -> str:
 
 def common_layout(seen: list[tuple], image: Tensor) -> str | None:
     """ "channels_first" for a network in which no map has its channels last beyond doubt."""
-    layouts = set()
     for name, _, out in seen:
         with contextlib.suppress(UsageError):
-            layouts.add(layout_of(out, image, name, None))
-    return None if "channels_last" in layouts else "channels_first"
+            if is_feature(out) and layout_of(out, image, name, None) == "channels_last":
+                return None
+    return "channels_first"
+
+
+def is_feature(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.dim() in (3, 4)
+
+
+def shape_of(output: Any) -> Any:
+    """For messages."""
+    return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
 
 def as_map(feature: Tensor, layout: str) -> Tensor:
@@ -509,7 +517,7 @@ class FeatureExtractor(nn.Module):
         self.layouts, self.shapes = {}, {}
         layout = layout or (common_layout(seen, example_input) if self.units else None)
         for unit, name in self.units.items():
-            feature = self._only(name, seen)
+            feature = self._feature(name, seen)
             self.layouts[unit] = layout_of(feature, example_input, name, layout)
             self.shapes[unit] = tuple(as_map(feature, self.layouts[unit]).shape[1:])
         linear = [name for name, _, _ in seen if isinstance(modules[name], nn.Linear)]
@@ -521,15 +529,18 @@ class FeatureExtractor(nn.Module):
     def _logits(self, result: Any) -> Tensor:
         result = self.output(result) if self.output else result
         if not isinstance(result, Tensor):
-            got = type(result).__name__
+            got = shape_of(result)
             raise UsageError(f"the network returns {got}, not logits [B, K]: give output=...")
         return result
 
-    def _only(self, name: str, seen: list[tuple]) -> Any:
+    def _feature(self, name: str, seen: list[tuple]) -> Tensor:
         runs = [out for other, _, out in seen if other == name]
         if len(runs) != 1:
             times = "did not run" if not runs else f"ran {len(runs)} times"
             raise UsageError(f"the submodule '{name}' {times} in this forward pass, not once")
+        if not is_feature(runs[0]):
+            got = shape_of(runs[0])
+            raise UsageError(f"the submodule '{name}' returns {got}, not a feature [B, C, H, W]")
         return runs[0]
 
     def remove(self) -> nn.Module:
@@ -554,14 +565,11 @@ class FeatureExtractor(nn.Module):
             result, seen = watch(self.model, modules, x)
         logits, features = self._logits(result), {}
         for unit, name in self.units.items():
-            feature, layout = self._only(name, seen), self.layouts[unit]
-            got = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            feature, layout = self._feature(name, seen), self.layouts[unit]
             dims = 3 if layout.startswith("tokens") else 4
-            if isinstance(got, str) or len(got) != dims or got[0] != logits.shape[0]:
-                raise UsageError(
-                    f"the submodule '{name}' returns {got} for {logits.shape[0]} images, not a "
-                    f"feature [B, C, H, W] or what it returned at first ({layout})"
-                )
+            if feature.dim() != dims or len(feature) != len(logits):
+                got = shape_of(feature)
+                raise UsageError(f"the submodule '{name}' returns {got}, not a feature ({layout})")
             features[unit] = as_map(feature, layout)
         inputs = [args for other, args, _ in seen if other == self.classifier]
         return Outputs(logits, features, inputs[-1][0] if inputs else None)
@@ -622,9 +630,8 @@ def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tupl
         with torch.no_grad():
             return watch(model.eval(), modules, x)
     except Exception as error:
-        shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise UsageError(
-            f"the network could not be run on an input of shape {shape} ({first_line(error)}): "
+            f"the network cannot run on an input of shape {shape_of(x)} ({first_line(error)}): "
             "pass an example_input that it accepts"
         ) from error
     finally:
@@ -634,9 +641,9 @@ def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tupl
 
 def check_name(what: str, name: str, names: Iterable[str]) -> str:
     """The name, if it is one of the names; else a UsageError that lists the near ones, or all."""
+    names = list(names)
     if name in names:
         return name
-    names = list(names)
     near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
     some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
@@ -888,8 +895,9 @@ class Option:
     rule: tuple[Callable[[Any], bool], str] | None = None
 
 
-POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0 that float32 can hold")
-NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0 that float32 can hold")
+# Numbers that float32 can hold, too.
+POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0")
+NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0")
 SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
 COUNT = (lambda v: 1 <= v < 2**31, "at least 1 and below 2^31")
 
@@ -1504,101 +1512,109 @@ def build_model(
     Raises:
         UsageError: no such network (with the near names); the library or the weights are missing.
     """
-    prefix, _, rest = name.partition(":")
+    library = name.partition(":")[0] in ("torchvision", "timm")
     if name in MODELS:
         kind, variant = MODELS[name]
         model = kind(num_classes, **variant)
-    elif prefix == "torchvision":
-        models = import_optional("torchvision.models", "torchvision", f"the network {name}")
-        check_name("network torchvision:", rest, models.list_models(module=models))
-        size = {"image_size": image_size} if rest.startswith("vit") and image_size else {}
-        aux = {"init_weights": True} if rest in ("googlenet", "inception_v3") else {}
-        model = models.get_model(rest, weights=None, num_classes=num_classes, **size, **aux)
-        if aux:  # no classifiers of their own at the sides
-            model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
-    elif prefix == "timm":
-        timm = import_optional("timm", "timm", f"the network {name}")
-        check_name("network timm:", rest.split(".")[0], timm.list_models())
-        model = from_timm(rest, image_size, num_classes=num_classes)
+    elif library:
+        model = from_library(name, image_size, num_classes=num_classes)
     elif ".py:" in name:
-        model = build_from_file(*name.rsplit(":", 1), num_classes)
+        model = from_file(name, num_classes)
     else:
         check_name("network", name, MODELS)
     if init == "random":
         return model
     if init.startswith("file:"):
         state = read_state(init[5:])
+    elif library:
+        state = pretrained_state(name, image_size)
     else:
-        state = pretrained_state(name, model, image_size)
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    other = [k for k, s in wanted.items() if k not in state or tuple(state[k].shape) != s]
-    for key in other:  # only a classifier may differ, in its number of classes
+        raise UsageError(f"there are no pretrained weights for {name}: give random or file:PATH")
+    fitting = {}
+    for key, wanted in shapes_of(model.state_dict()).items():
         there = tuple(state[key].shape) if key in state else "missing"
-        if there == "missing" or there[1:] != wanted[key][1:] or wanted[key][0] != num_classes:
+        if there == wanted:
+            fitting[key] = state[key]
+        elif there == "missing" or (num_classes, *there[1:]) != wanted:  # no new classifier
             raise UsageError(
-                f"the weights '{init}' do not fit {name}: '{key}' is {there}, not {wanted[key]}"
+                f"the weights '{init}' do not fit {name}: '{key}' is {there}, not {wanted}"
             )
-    model.load_state_dict({k: state[k] for k in wanted if k not in other}, strict=False)
+    model.load_state_dict(fitting, strict=False)
     return model
 
 
-def from_timm(name: str, image_size: int | None, **keywords: Any) -> nn.Module:
-    import timm
+def from_library(name: str, image_size: int | None, **keywords: Any) -> nn.Module:
+    """A network of torchvision or timm; keywords: num_classes, or pretrained."""
+    library, _, rest = name.partition(":")
+    if library == "timm":
+        timm = import_optional("timm", "timm", f"the network {name}")
+        check_name("network timm:", rest.split(".")[0], timm.list_models())
+        try:  # only those that must know it take an image size
+            return timm.create_model(rest, img_size=image_size, **keywords)
+        except TypeError:
+            return timm.create_model(rest, **keywords)
+    models = import_optional("torchvision.models", "torchvision", f"the network {name}")
+    check_name("network torchvision:", rest, models.list_models(module=models))
+    if keywords.pop("pretrained", False):
+        return models.get_model(rest, weights="DEFAULT")
+    if rest.startswith("vit") and image_size:
+        keywords["image_size"] = image_size
+    if rest not in ("googlenet", "inception_v3"):
+        return models.get_model(rest, weights=None, **keywords)
+    model = models.get_model(rest, weights=None, init_weights=True, **keywords)
+    # No classifiers of their own at the sides.
+    model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
+    return model
 
-    try:  # only those that must know it take an image size
-        return timm.create_model(name, img_size=image_size, **keywords)
-    except TypeError:
-        return timm.create_model(name, **keywords)
 
-
-def build_from_file(path: str, function: str, num_classes: int) -> nn.Module:
-    """The module that a function of a Python file returns for num_classes."""
+def from_file(name: str, num_classes: int) -> nn.Module:
+    """The module that FUNCTION of path/to/file.py:FUNCTION returns for num_classes."""
+    path, _, function = name.rpartition(":")
     try:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model = getattr(module, function)(num_classes)
     except Exception as error:
-        raise UsageError(f"'{path}:{function}' does not work ({first_line(error)})") from error
+        raise UsageError(f"'{name}' does not work ({first_line(error)})") from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"'{path}:{function}' returns {type(model).__name__}, not a module")
+        raise UsageError(f"'{name}' returns {type(model).__name__}, not a module")
     return model
 
 
-def pretrained_state(name: str, model: nn.Module, image_size: int | None) -> dict[str, Tensor]:
+def pretrained_state(name: str, image_size: int | None) -> dict[str, Tensor]:
     """The library's weights for a network of its, downloaded where they are not there."""
-    prefix, _, rest = name.partition(":")
     try:
-        if prefix == "torchvision":
-            from torchvision.models import get_model_weights
-
-            weights = get_model_weights(rest).DEFAULT
-            where = f"{Path(weights.url).name} into '{Path(torch.hub.get_dir()) / 'checkpoints'}'"
-            return weights.get_state_dict(progress=False)
-        if prefix == "timm":
-            cfg = model.pretrained_cfg
-            where = f"the file of {cfg.get('hf_hub_id') or cfg.get('url')} anywhere, and name it"
-            return from_timm(rest, image_size, pretrained=True).state_dict()
+        return from_library(name, image_size, pretrained=True).state_dict()
     except Exception as error:
+        known = library_weights(name)
         raise UsageError(
-            f"the pretrained weights of {name} cannot be had ({first_line(error)}): put {where}, "
-            "or give file:PATH instead of pretrained"
+            f"the pretrained weights of {name} cannot be had ({first_line(error)}): put "
+            f"{known and known.where}, or give file:PATH instead of pretrained"
         ) from error
-    raise UsageError(f"there are no pretrained weights for {name}: give random or file:PATH")
 
 
 def library_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation of the channels that a library's pretrained weights expect."""
-    prefix, _, rest = name.partition(":")
-    if prefix == "torchvision":
+    known = library_weights(name)
+    return known and (tuple(known.mean), tuple(known.std))
+
+
+def library_weights(name: str) -> types.SimpleNamespace | None:
+    """Of a library's pretrained weights: mean, std, and where to put their file."""
+    library, _, rest = name.partition(":")
+    if library == "torchvision":
         models = import_optional("torchvision.models", "torchvision", f"the network {name}")
-        transform = models.get_model_weights(rest).DEFAULT.transforms()
-        return tuple(transform.mean), tuple(transform.std)
-    if prefix == "timm":
+        weights = models.get_model_weights(rest).DEFAULT
+        place = Path(torch.hub.get_dir()) / "checkpoints"
+        facts, where = weights.transforms(), f"{Path(weights.url).name} into '{place}'"
+    elif library == "timm":
         timm = import_optional("timm", "timm", f"the network {name}")
-        cfg = timm.get_pretrained_cfg(rest)
-        return (tuple(cfg.mean), tuple(cfg.std)) if cfg else None
-    return None
+        facts = timm.get_pretrained_cfg(rest)
+        where = facts and f"the file of {facts.hf_hub_id or facts.url} anywhere, and name it"
+    else:
+        return None
+    return facts and types.SimpleNamespace(mean=facts.mean, std=facts.std, where=where)
 
 
 def parents(name: str) -> list[str]:
@@ -2377,7 +2393,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-        if not isinstance(content, dict) or not all(key in content for key in keys):
+        if not isinstance(content, dict) or not content.keys() >= {*keys}:
             raise ValueError(f"it must have {', '.join(keys)}")
         if content.get("sha256") != seal(content):
             raise ValueError("its checksum is not that of its content")
@@ -2410,20 +2426,21 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
     The system lets it go however the process ends, and nothing stays behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if is_main() and os.name == "posix" else None
-    try:
-        if handle is not None:
-            import fcntl
+    if not is_main() or os.name != "posix":
+        yield
+        return
+    import fcntl
 
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"{waiting}: waiting for it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{waiting}: waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def load_file(path: Path) -> Any:
@@ -2439,35 +2456,30 @@ def load_file(path: Path) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"'{path}' is no checkpoint, or holds more than tensors, which could run code: save "
-            "{'model': network.state_dict()} alone"
-        ) from error
     except Exception as error:
-        raise UsageError(f"'{path}' is damaged or no checkpoint ({first_line(error)})") from error
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "more than tensors could run code: save network.state_dict() alone"
+        raise UsageError(f"'{path}' is damaged or no checkpoint ({reason})") from error
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a file: alone, or as "model" or "state_dict" in it."""
     content = load_file(Path(path))
-    if isinstance(content, dict) and "distiller" in content:
-        raise UsageError(f"'{path}' is the state of a run: the network is in student.pt beside it")
     if isinstance(content, dict):
+        if "distiller" in content:
+            raise UsageError(f"'{path}' is the state of a run: take the student.pt beside it")
         content = content.get("model", content.get("state_dict", content))
-    dense = isinstance(content, dict) and all(
+    if not isinstance(content, dict) or not all(
         isinstance(name, str)
         and isinstance(t, Tensor)
         and t.layout == torch.strided
-        and not t.is_complex()
-        and not t.is_meta
+        and not (t.is_complex() or t.is_meta)
         for name, t in content.items()
-    )
-    if not dense:
+    ):
         raise UsageError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
-    for prefix in ("module.", "_orig_mod."):  # from DataParallel, from torch.compile
-        content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return content
+    # Networks in DataParallel or torch.compile have these before their names.
+    return {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in content.items()}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -2477,53 +2489,36 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         UsageError: the file is missing or broken, holds another network or number of classes.
     """
     state = read_state(path)
-    there = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = [k for k in here if there.get(k) != here[k]] + [k for k in there if k not in here]
-    if wrong:
-        last = list(here)[-2:]  # the classifier's weight and bias
-        if {*wrong} <= {*last} and all(k in there and there[k][1:] == here[k][1:] for k in last):
-            n, K = there[last[0]][0], here[last[0]][0]
-            raise UsageError(f"'{path}' has {n} classes where {K} are needed")
-        k = wrong[0]
-        raise UsageError(
-            f"'{path}' holds {which_network(there)}, not this one: '{k}' is "
-            f"{there.get(k, 'missing')} there, {here.get(k, 'missing')} here"
-        )
+    there, here = shapes_of(state), shapes_of(model.state_dict())
+    for key in {**here, **there}:
+        if there.get(key) != here.get(key):
+            raise UsageError(
+                f"'{path}' holds {which_network(there)} where {which_network(here)} is wanted: "
+                f"'{key}' is {there.get(key, 'missing')} there, {here.get(key, 'missing')} here"
+            )
     model.load_state_dict(state)
     return model
 
 
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def which_network(shapes: dict[str, tuple[int, ...]]) -> str:
-    """The name of the one of ours that has these entries, for a message."""
+    """Which of ours has these entries, and for how many classes; for a message."""
+    *_, bias = [(), *shapes.values()]
+    K = bias[0] if bias else 1
     for name in MODELS:
         with torch.device("meta"):
-            state = build_model(name, 1).state_dict()
-        body = {key: tuple(tensor.shape) for key, tensor in list(state.items())[:-2]}
-        if state.keys() == shapes.keys() and body.items() <= shapes.items():
-            return name
-    return "another network"
+            if shapes_of(build_model(name, K).state_dict()) == shapes:
+                return f"{name} of {K} classes"
+    return "a network from elsewhere"
 
 
 def environment(config: Config, device: torch.device) -> dict[str, Any]:
     """What a figure depends on beside the configuration."""
     from importlib import metadata
 
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(here), *arguments]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(
-                command, capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-        return None
-
-    commit = None
-    if git("ls-files", "--error-unmatch", Path(__file__).name):  # a copy elsewhere is of no commit
-        commit = git("rev-parse", "HEAD")
-        if git("status", "--porcelain", "--", "mhkd.py", "mhkd_baselines.py", "csrc"):
-            commit = f"{commit} with changes"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("torchvision", "timm", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -2531,10 +2526,9 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
     hardware = platform.processor() or platform.machine()
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        hardware = names[0] if names else hardware
+    elif (processors := Path("/proc/cpuinfo")).is_file():
+        _, _, name = processors.read_text().partition("model name\t: ")
+        hardware = name.partition("\n")[0].strip() or hardware
     chosen = ("data", "out", "teacher_weights", "compile")
     return {
         "device": str(device),
@@ -2544,10 +2538,26 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         **versions,
         "mhkd": __version__,
-        "commit": commit,
+        "commit": commit_of(Path(__file__).resolve()),
         "loss": loss_backend() if config.backend != "reference" else "reference",
         **{name: getattr(config, name) for name in chosen},
     }
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit of this file, or that there are changes since; None for a copy in no repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, **options).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        changes = git("status", "--porcelain", "--", "mhkd.py", "mhkd_baselines.py", "csrc")
+        return git("rev-parse", "HEAD") + (" with changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 class Progress:
@@ -2566,13 +2576,12 @@ class Progress:
             self.bar.update(images)
 
     def line(self, config: Config, entry: dict[str, Any]) -> None:
-        left = int((config.epochs - entry["epoch"]) * entry["seconds"])
+        left = datetime.timedelta(seconds=int((config.epochs - entry["epoch"]) * entry["seconds"]))
         text = (
             f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
             f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
             f"train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
-            f"{entry['images_per_second']:.0f} images/s  "
-            f"{left // 60}:{left % 60:02d} left"
+            f"{entry['images_per_second']:.0f} images/s  {left} left"
         )
         self.bar.set_postfix_str(text[:60]) if self.bar else say(text)
 
@@ -2653,13 +2662,14 @@ def surroundings(config: Config) -> Iterator[torch.device]:
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.precision in ("auto", "tf32")
     try:
-        if config.batch_size % world_size() or config.batch_size < 2 * world_size():
+        B, count = config.batch_size, world_size()
+        if B % count or B < 2 * count:
             raise UsageError(
-                f"--batch-size {config.batch_size} does not give each of the {world_size()} "
-                "processes the same number of images, two at least"
+                f"--batch-size {B} does not give {count} processes equal shares of two"
             )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield device
+        wait_for_all()  # a process that ends while another one still talks to it aborts it
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
         if start:
