@@ -1617,11 +1617,6 @@ def library_weights(name: str) -> types.SimpleNamespace | None:
     return facts and types.SimpleNamespace(mean=facts.mean, std=facts.std, where=where)
 
 
-def parents(name: str) -> list[str]:
-    """Of "a.b.c", "a" and "a.b"."""
-    return [name[:i] for i, character in enumerate(name) if character == "."]
-
-
 def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tuple[str, ...]:
     """The names of the first units of a network: its own UNITS, timm's, or found by one run.
 
@@ -1638,36 +1633,37 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
         return UNITS[type(model)]
     modules = {name: module for name, module in model.named_modules() if name}
     _, seen = run_once(model, modules, image.repeat(2, 1, 1, 1))
-    runs = [name for name, _, _ in seen]
-    layout = common_layout(seen, image)
+    runs, layout = Counter(name for name, _, _ in seen), common_layout(seen, image)
     maps: dict[str, int] = {}  # submodules that run once and give maps: how often that is halved
-    inside: dict[str, set[int]] = {}  # the same of those inside
     for name, _, out in seen:
         with contextlib.suppress(UsageError):
-            B, _, side, other = as_map(out, layout_of(out, image, name, layout)).shape
-            if runs.count(name) == 1 and B == 2 and side == other > 1:
-                maps[name] = round(math.log2(image.shape[-1] / side))
-                for parent in parents(name):
-                    inside.setdefault(parent, set()).add(maps[name])
+            if runs[name] == 1 and is_feature(out) and len(out) == 2:
+                side, other = as_map(out, layout_of(out, image, name, layout)).shape[2:]
+                if side == other > 1:
+                    maps[name] = round(math.log2(image.shape[-1] / side))
     info = getattr(model, "feature_info", None) or []
     found = [f["module"] for f in info if isinstance(f, dict) and f.get("module") in maps]
-    if len(found) >= 3 and len({maps[name] for name in found}) > 2:
+    if len({maps[name] for name in found}) > 2:
         found = found[-4:-1] if len(found) > 3 else found
     else:
+        sizes_in = {n: {maps[m] for m in maps if m.startswith(f"{n}.")} for n in maps}
+        units = [n for n, sizes in sizes_in.items() if len(sizes) < 3]
         last: dict[int, str] = {}  # by size, in the order of the network
+        for name, size in maps.items():
+            inside = any(name.startswith(f"{unit}.") for unit in units)
+            if not inside and size >= max(last, default=0):
+                last[size] = name
+        found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
+    if len(found) < 3:
         blocks: dict[tuple, list[str]] = {}  # those of one parent, kind and size
         for name, size in maps.items():
-            if not any(parent in maps and len(inside[parent]) < 3 for parent in parents(name)):
-                last[size] = name
             key = (name.rpartition(".")[0], type(modules[name]), size)
             blocks.setdefault(key, []).append(name)
-        found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
-        if len(found) < 3:
-            most = max(blocks.values(), key=len, default=[])
-            found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
+        most = max(blocks.values(), key=len, default=[])
+        found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
     if len(found) < 3:
         raise UsageError(
-            f"the units of the {role} could not be found (seen: {', '.join(found) or 'no map'}): "
+            f"the units of the {role} could not be found (seen: {', '.join(found) or 'none'}): "
             f"name them with --{role}-units"
         )
     say(f"{role} {getattr(config, role)}: heads go after {', '.join(found)}")
