@@ -2217,7 +2217,7 @@ class Config:
     val_fraction: float = images(0.0, "share held out, to choose the best epoch", float, BELOW_1)
     crop_padding: int = images(None, "padding for the crop: 4; digits 2", int, PADDING)
     crop_scale: float = images(0.08, "least area of the crop from 64 pixels up", float, FACTOR)
-    flip: bool = images(None, "do not flip images at random", bool)  # --no-flip
+    flip: bool = images(None, "flip images at random: yes; digits no", bool)
     epochs: int = fit(None, "epochs: 240; svhn 150; digits 30", int, COUNT)
     batch_size: int = fit(None, "images a step (batch norm needs two): 64; svhn 200", int, TWO)
     lr: float = fit(None, "0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001", float, POSITIVE)
@@ -2243,48 +2243,47 @@ class Config:
     tensorboard: bool = machine(False, "write the log's figures for TensorBoard, too", bool)
 
     def __post_init__(self) -> None:
-        fields = [f for f in dataclasses.fields(self) if f.name != "options"]
-        values = {f.name: getattr(self, f.name) for f in fields}
-        given = {f.name: values[f.name] for f in fields if values[f.name] != f.default}
+        fields = {f.name: f.metadata["option"] for f in dataclasses.fields(self) if f.metadata}
+        values = {name: getattr(self, name) for name in fields}
+        given = {name: v for name, v in values.items() if v != fields[name].default}
         self.__dict__["given"] = {**given, "options": dict(self.options)}
         check_name("data set", self.dataset, SOURCES)
         methods = find_methods(self.method)
-        fill = {"method": "+".join(methods)}
+        values["method"] = "+".join(methods)
         if not self.student:
             raise UsageError("--student is missing: python mhkd.py --teacher vgg13 --student vgg8")
         if not any(method.needs_teacher for method in methods.values()):
-            fill |= {f.name: f.default for f in fields if f.name.startswith("teacher")}
+            values |= {n: o.default for n, o in fields.items() if n.startswith("teacher")}
         elif not self.teacher:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
         elif self.teacher_weights is not None:
-            fill |= {"teacher_seed": 0, "teacher_init": "random"}  # nothing is trained with them
-        for name in (self.student, fill.get("teacher", self.teacher)):
+            values |= {"teacher_seed": 0, "teacher_init": "random"}  # nothing is trained with them
+        for name in (self.student, values["teacher"]):
             if name and ":" not in name:
                 check_name("network", name, MODELS)
         recipe = dict(RECIPES[self.dataset])
         if self.student in LOW_LR_MODELS and self.dataset != "svhn":
             recipe["lr"] = LOW_LR
-        epochs = self.epochs or recipe["epochs"]
-        recipe["lr_steps"] = tuple(round(s * epochs / recipe["epochs"]) for s in recipe["lr_steps"])
-        for name, value in {**values, **fill}.items():
-            self.__dict__[name] = recipe.get(name) if value is None else value
+        scale = (self.epochs or recipe["epochs"]) / recipe["epochs"]
+        recipe["lr_steps"] = tuple(round(step * scale) for step in recipe["lr_steps"])
         units = self.student_units or self.teacher_units or (1, 2, 3)
         recipe["units"] = tuple(range(1, len(units) + 1))
         declared = method_options(methods)
         for name in self.options:
             if name not in declared:
                 raise UsageError(foreign_option(name, self.method))
-        self.__dict__["options"] = {
-            name: option.default if option.default is not None else recipe[name]
-            for name, option in declared.items()
-        } | {name: value for name, value in self.options.items() if value is not None}
-        rules = {f.name: f.metadata["option"] for f in fields} | declared
-        for name, option in rules.items():
-            value = self.options[name] if name in declared else getattr(self, name)
-            if option.rule and value is not None and not option.rule[0](value):
-                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} must be {option.rule[1]}, not {shown}")
+        options = {n: self.options.get(n, o.default) for n, o in declared.items()}
+
+        def complete(values: dict[str, Any], rules: dict[str, Option]) -> dict[str, Any]:
+            values = {n: recipe.get(n) if v is None else v for n, v in values.items()}
+            for name, option in rules.items():
+                value = values[name]
+                if option.rule and value is not None and not option.rule[0](value):
+                    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                    raise UsageError(f"{flag_of(name)} must be {option.rule[1]}, not {shown}")
+            return values
+
+        self.__dict__.update(complete(values, fields), options=complete(options, declared))
         if len(self.teacher_units or units) != len(self.student_units or units):
             raise UsageError("--teacher-units and --student-units must be as many as each other")
 
@@ -2320,13 +2319,12 @@ def foreign_option(name: str, method: str) -> str:
     """Why an option cannot be given with a method: whose it is, or what there is."""
     with contextlib.suppress(UsageError):
         find_methods(BASELINES[0])  # loads mhkd_baselines.py, where it is there
-    flag = f"--{name.replace('_', '-')}"
+    flag = flag_of(name)
     owners = [m for m, kind in METHODS.items() if name in {**kind.options, **kind.final_options}]
     if owners:
         return f"{flag} is an option of --method {' or '.join(owners)}, not of {method}"
-    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Config)}
-    flags |= {f"--{n.replace('_', '-')}" for n in method_options(find_methods(method))}
-    near = difflib.get_close_matches(flag, flags, n=3)
+    names = {*Config.__dataclass_fields__, *method_options(find_methods(method))}
+    near = difflib.get_close_matches(flag, map(flag_of, names), n=3)
     return f"there is no option {flag}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
 
@@ -2709,11 +2707,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def add_option(group: Any, name: str, option: Option) -> None:
-    flag, default, help = f"--{name.replace('_', '-')}", option.default, option.help
+    flag, default, help = flag_of(name), option.default, option.help
     if option.parse is bool:
-        flag = flag if default is False else f"--no-{flag[2:]}"
-        action = "store_true" if default is False else "store_false"
+        action = argparse.BooleanOptionalAction
         group.add_argument(flag, dest=name, action=action, default=None, help=help)
         return
     if default is not None:
@@ -2735,12 +2736,11 @@ def parse_config(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--help --method NAME shows the options of that method.",
     )  # fmt: skip
-    groups: dict[str, Any] = {}
-    for f in dataclasses.fields(Config):
-        if f.name != "options":
-            name = f.metadata["group"]
-            groups[name] = groups.get(name) or parser.add_argument_group(name)
-            add_option(groups[name], f.name, f.metadata["option"])
+    fields = [f for f in dataclasses.fields(Config) if f.metadata]
+    names = dict.fromkeys(f.metadata["group"] for f in fields)
+    groups = {name: parser.add_argument_group(name) for name in names}
+    for f in fields:
+        add_option(groups[f.metadata["group"]], f.name, f.metadata["option"])
     declared = method_options(methods)
     for name, option in declared.items():
         add_option(groups["method"], name, option)
@@ -2748,21 +2748,18 @@ def parse_config(
     extra(parser)
     parsed, left = parser.parse_known_args(arguments)
     for word in left:
-        if word.startswith("--"):
-            name = word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-            raise UsageError(foreign_option(name, "+".join(methods)))
-        raise UsageError(f"the argument '{word}' belongs to no option")
-    values = {k: v for k, v in vars(parsed).items() if v is not None}
-    config = {f.name: values[f.name] for f in dataclasses.fields(Config) if f.name in values}
-    options = {name: values[name] for name in declared if name in values}
-    return parsed, {**config, "options": options}
+        if not word.startswith("--"):
+            raise UsageError(f"the argument '{word}' belongs to no option")
+        name = word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        raise UsageError(foreign_option(name, "+".join(methods)))
+    values = {name: value for name, value in vars(parsed).items() if value is not None}
+    config = {f.name: values[f.name] for f in fields if f.name in values}
+    return parsed, {**config, "options": {n: values[n] for n in declared if n in values}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-
     def run() -> None:
-        parsed, values = parse_config(arguments)
+        parsed, values = parse_config(sys.argv[1:] if arguments is None else arguments)
         if parsed.version:
             print(f"mhkd {__version__}, PyTorch {torch.__version__}, loss: {loss_backend()}")
             return
@@ -2775,30 +2772,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line("mhkd.py", run)
 
 
-class Terminated(BaseException):
-    """SIGTERM."""
-
-
 def command_line(program: str, run: Callable[[], Any]) -> int:
     """Run it; what goes wrong ends as one sentence and an exit status."""
 
     def terminate(*_: Any) -> None:
-        raise Terminated
+        raise KeyboardInterrupt("terminated")
 
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, terminate)
     again = "the same command goes on from the last finished epoch"
-    status, sentence = 1, ""
+    status = 1
     try:
         run()
         sys.stdout.flush()
         return 0
     except UsageError as error:
         sentence = str(error)
-    except KeyboardInterrupt:
-        status, sentence = 130, f"interrupted; {again}"
-    except Terminated:
-        status, sentence = 143, f"terminated; {again}"
+    except KeyboardInterrupt as error:
+        status, sentence = (143 if error.args else 130), f"{str(error) or 'interrupted'}; {again}"
     except BrokenPipeError:  # nobody reads what is printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status, sentence = 141, f"the output was closed; {again}"
