@@ -626,14 +626,10 @@ def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tupl
     parameter = next(model.parameters(), torch.empty(0))
     if isinstance(x, Tensor):
         x = x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+    what = f"the network cannot run on an input of shape {shape_of(x)}"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explain(what, "pass an example_input that it accepts"):
             return watch(model.eval(), modules, x)
-    except Exception as error:
-        raise UsageError(
-            f"the network cannot run on an input of shape {shape_of(x)} ({first_line(error)}): "
-            "pass an example_input that it accepts"
-        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -1048,12 +1044,9 @@ def find_methods(method: str) -> dict[str, type[Method]]:
     names = method.split("+")
     for name in names:
         if name in BASELINES and name not in METHODS:
-            try:
+            what = f"--method {name} is in mhkd_baselines.py"
+            with explain(what, "copy it beside mhkd.py", ModuleNotFoundError):
                 importlib.import_module("mhkd_baselines")  # which registers them
-            except ModuleNotFoundError as error:
-                raise UsageError(
-                    f"--method {name} is in mhkd_baselines.py: copy it beside mhkd.py ({error})"
-                ) from error
         check_name("method", name, dict.fromkeys((*METHODS, *BASELINES)))
     if len({*names}) < len(names):
         raise UsageError(f"--method {method} names a method twice")
@@ -1208,7 +1201,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break
                     bar.update(len(labels) * world_size())
-                means = means_of(steps, figures, parameters, folder, epoch)
+                means = means_of(steps, figures, parameters, epoch)
                 entry = {"epoch": epoch, "lr": lr, **means}
                 for name in ("test", "val") if len(data.val) else ("test",):
                     accuracy = evaluate(distiller.student.model, data, getattr(data, name))
@@ -1240,17 +1233,14 @@ def seed_of(*parts: Any) -> int:
 
 
 def means_of(
-    steps: list[Tensor], names: Iterable[str], parameters: list[Tensor], folder: Path, epoch: int
+    steps: list[Tensor], names: Iterable[str], parameters: list[Tensor], epoch: int
 ) -> dict[str, float]:
     """Means over an epoch's steps and the processes, which must be finite, as the weights."""
     figures = average_over_processes(torch.stack(steps)).cpu().double()  # [steps, figures]
     bad = (~figures[:, 0].isfinite()).nonzero()
     where = f"step {bad[0].item() + 1}" if len(bad) else f"after the last step, {len(steps)}"
     if len(bad) or not torch.stack([p.isfinite().all() for p in parameters]).all():
-        raise UsageError(
-            f"the loss is not finite in epoch {epoch}, {where}; '{folder}' keeps the state before "
-            "that epoch: try a lower --lr"
-        )
+        raise UsageError(f"the loss is not finite in epoch {epoch}, {where}: try a lower --lr")
     return dict(zip(names, figures.mean(dim=0).tolist()))
 
 
@@ -1359,18 +1349,17 @@ def find_result(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
 
 def refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse a folder whose record says that it is of another configuration."""
-    old, new = (
-        {**r["config"], **r["config"].get("options", {}), "options": None}
-        | {key: r[key] for key in ("teacher_sha256", "data_sha256")}
-        for r in (before, now)
-    )
-    keys = [k for k in {**old, **new} if old.get(k, "missing") != new.get(k, "missing")]
-    if keys:
-        pairs = (f"{k} {old.get(k, 'missing')} there, {new.get(k, 'missing')} now" for k in keys)
-        raise UsageError(
-            f"'{folder}' was written with another configuration ({'; '.join(pairs)}): move it "
-            "away, or give another --out"
-        )
+
+    def facts(record: dict[str, Any]) -> dict[str, Any]:
+        config = {**record["config"], **record["config"].get("options", {}), "options": None}
+        return config | {key: record[key] for key in ("teacher_sha256", "data_sha256")}
+
+    old, new = facts(before), facts(now)
+    pairs = {k: (old.get(k, "missing"), new.get(k, "missing")) for k in {**old, **new}}
+    differ = [f"{k} {a} there, {b} now" for k, (a, b) in pairs.items() if a != b]
+    if differ:
+        what = f"'{folder}' was written with another configuration ({'; '.join(differ)})"
+        raise UsageError(f"{what}: move it away, or give another --out")
 
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # a damaged one costs an epoch, not a run
@@ -1401,16 +1390,13 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
     paths = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
     log: list[dict[str, Any]] = []
     if paths:
-        try:
+        hint = "remove it, and the run goes on from the one before, if that is there"
+        with explain(f"'{paths[0]}' cannot be used", hint):
             state = load_file(paths[0])
             before, log = json.loads(state["record"]), json.loads(state["log"])
             refuse_another(folder, before, record)
             distiller.load_state_dict(state["distiller"])
             optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:
-            rest = ", and the run goes on from the one before" if paths[1:] else ""
-            reason = first_line(error)
-            raise UsageError(f"'{paths[0]}' cannot be used ({reason}): remove it{rest}") from error
     config, device = distiller.config, next(distiller.student.parameters()).device
     here = environment(config, device)
     written = read_json(folder / "config.json") or {}
@@ -1435,13 +1421,13 @@ def tensorboard(folder: Path, log: list[dict[str, Any]]) -> Callable[[dict], Non
         old.unlink()
     writer = tool.SummaryWriter(folder)
 
-    def show(entry: dict[str, Any]) -> None:
-        for name, value in entry.items():
-            writer.add_scalar(name, value, entry["epoch"])
+    def show(*entries: dict[str, Any]) -> None:
+        for entry in entries:
+            for name, value in entry.items():
+                writer.add_scalar(name, value, entry["epoch"])
         writer.flush()
 
-    for entry in log:
-        show(entry)
+    show(*log)
     return show
 
 
@@ -1491,10 +1477,9 @@ def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
 
 def import_optional(module: str, package: str, purpose: str) -> Any:
     """Import an optional dependency, or say in one sentence how to get it."""
-    try:
+    # Also of what a torchvision that was built for another PyTorch raises.
+    with explain(f"{purpose} needs {package}", f"pip install {package}"):
         return importlib.import_module(module)
-    except Exception as error:  # also what a torchvision built for another PyTorch raises
-        raise UsageError(f"{purpose} needs {package} ({error}): pip install {package}") from error
 
 
 def build_model(
@@ -1536,9 +1521,8 @@ def build_model(
         if there == wanted:
             fitting[key] = state[key]
         elif there == "missing" or (num_classes, *there[1:]) != wanted:  # no new classifier
-            raise UsageError(
-                f"the weights '{init}' do not fit {name}: '{key}' is {there}, not {wanted}"
-            )
+            what = f"the weights '{init}' do not fit {name}"
+            raise UsageError(f"{what}: '{key}' is {there}, not {wanted}")
     model.load_state_dict(fitting, strict=False)
     return model
 
@@ -1570,13 +1554,11 @@ def from_library(name: str, image_size: int | None, **keywords: Any) -> nn.Modul
 def from_file(name: str, num_classes: int) -> nn.Module:
     """The module that FUNCTION of path/to/file.py:FUNCTION returns for num_classes."""
     path, _, function = name.rpartition(":")
-    try:
+    with explain(f"'{name}' does not work", "it must build a network for num_classes"):
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model = getattr(module, function)(num_classes)
-    except Exception as error:
-        raise UsageError(f"'{name}' does not work ({first_line(error)})") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"'{name}' returns {type(model).__name__}, not a module")
     return model
@@ -1662,10 +1644,9 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
         most = max(blocks.values(), key=len, default=[])
         found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
     if len(found) < 3:
-        raise UsageError(
-            f"the units of the {role} could not be found (seen: {', '.join(found) or 'none'}): "
-            f"name them with --{role}-units"
-        )
+        seen = ", ".join(found) or "none"
+        hint = f"name them with --{role}-units"
+        raise UsageError(f"the units of the {role} could not be found (seen: {seen}): {hint}")
     say(f"{role} {getattr(config, role)}: heads go after {', '.join(found)}")
     return tuple(found)
 
@@ -1898,14 +1879,11 @@ def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, lis
     if svhn:
         import_optional("scipy.io", "scipy", f"--dataset {dataset}")
         splits = [{"split": "train"}, {"split": "test"}]
-    try:  # what is there and whole is not downloaded
+    what = f"{name} is not in '{root}' and could not be downloaded"
+    with explain(what, f"put {files} there, or try --dataset digits, which needs no data"):
         with locked(root, "another run is reading or downloading the data"):
+            # What is there and whole is not downloaded.
             sets = [getattr(datasets, name)(root, **split, download=True) for split in splits]
-    except Exception as error:
-        raise UsageError(
-            f"{name} is not in '{root}' and could not be downloaded ({first_line(error)}): put "
-            f"{files} there, or try --dataset digits, which needs no data"
-        ) from error
     images = torch.cat([torch.from_numpy(part.data) for part in sets])
     labels = torch.cat([torch.as_tensor(s.labels if svhn else s.targets) for s in sets]).long()
     if svhn:  # [N, 3, 32, 32]
@@ -2037,22 +2015,19 @@ def decode_one(pil: Any, path: Path, side: int) -> bytes:
     """
     from PIL import ImageOps
 
-    try:
-        with pil.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
-                image = image.convert("I").point(lambda grey: grey / 256).convert("L")
-            if image.mode in ("I", "F"):
-                raise ValueError(f"pixels of mode {image.mode} have no known range")
-            if "A" in image.mode or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = pil.alpha_composite(pil.new("RGBA", image.size, "black"), image)
-            image = image.convert("RGB")
-            if image.size != (side, side):
-                image = ImageOps.fit(image, (side, side), method=pil.Resampling.BILINEAR)
-            return image.tobytes()
-    except Exception as error:
-        raise UsageError(f"the image '{path}' cannot be read ({error}): remove it") from error
+    with explain(f"the image '{path}' cannot be read", "remove it"), pil.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
+            image = image.convert("I").point(lambda grey: grey / 256).convert("L")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no known range")
+        if "A" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = pil.alpha_composite(pil.new("RGBA", image.size, "black"), image)
+        image = image.convert("RGB")
+        if image.size != (side, side):
+            image = ImageOps.fit(image, (side, side), method=pil.Resampling.BILINEAR)
+        return image.tobytes()
 
 
 SOURCES: dict[str, Callable[[Config], Source]] = {
@@ -2116,10 +2091,8 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
     if path := config.teacher_weights:
         content = load_file(Path(path))
         if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
-            try:
+            with explain(f"'{path}' has a damaged mean or std", "take another one"):
                 torch.tensor([content["mean"], content["std"]]).view(2, 3)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise UsageError(f"'{path}' has a damaged mean or std ({error})") from error
             return tuple(content["mean"]), tuple(content["std"])
     first = "teacher" if config.teacher else "student"
     known = None
@@ -2338,15 +2311,17 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the system into a sentence."""
+def explain(what: str, hint: str, kinds: Any = Exception) -> Iterator[None]:
+    """Turn errors inside into a UsageError: what failed, why, and how to mend it."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UsageError(
-            f"'{path}' could not be written ({first_line(error)}): with that mended, run the same "
-            "again"
-        ) from error
+    except kinds as error:
+        raise UsageError(f"{what} ({first_line(error)}): {hint}") from error
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager:
+    kinds = OSError, RuntimeError  # torch.save reports a full disk as a RuntimeError
+    return explain(f"'{path}' could not be written", "with that mended, run the same again", kinds)
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any], keep: Path | None = None) -> None:
@@ -2385,14 +2360,13 @@ def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
     """A record that write_json has written; None where there is none. It must have these keys."""
     if not path.is_file():
         return None
-    try:
+    kinds = ValueError, RecursionError
+    with explain(f"'{path}' is damaged", "move its folder away", kinds):
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or not content.keys() >= {*keys}:
             raise ValueError(f"it must have {', '.join(keys)}")
         if content.get("sha256") != seal(content):
             raise ValueError("its checksum is not that of its content")
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"'{path}' is damaged ({error}): move its folder away") from error
     return content
 
 
@@ -2485,11 +2459,10 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     state = read_state(path)
     there, here = shapes_of(state), shapes_of(model.state_dict())
     for key in {**here, **there}:
-        if there.get(key) != here.get(key):
-            raise UsageError(
-                f"'{path}' holds {which_network(there)} where {which_network(here)} is wanted: "
-                f"'{key}' is {there.get(key, 'missing')} there, {here.get(key, 'missing')} here"
-            )
+        a, b = there.get(key, "missing"), here.get(key, "missing")
+        if a != b:
+            what = f"'{path}' holds {which_network(there)}, not {which_network(here)}"
+            raise UsageError(f"{what}: '{key}' is {a} there, {b} here")
     model.load_state_dict(state)
     return model
 
@@ -2506,7 +2479,7 @@ def which_network(shapes: dict[str, tuple[int, ...]]) -> str:
         with torch.device("meta"):
             if shapes_of(build_model(name, K).state_dict()) == shapes:
                 return f"{name} of {K} classes"
-    return "a network from elsewhere"
+    return "the network of somebody else"
 
 
 def environment(config: Config, device: torch.device) -> dict[str, Any]:
@@ -2659,7 +2632,7 @@ def surroundings(config: Config) -> Iterator[torch.device]:
         B, count = config.batch_size, world_size()
         if B % count or B < 2 * count:
             raise UsageError(
-                f"--batch-size {B} does not give {count} processes equal shares of two"
+                f"--batch-size {B} must be {2 * count}, {3 * count}, ...: {count} processes"
             )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield device
@@ -2675,16 +2648,14 @@ def pick_device(name: str | None, local_rank: int | None = None) -> torch.device
     if name is None:
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
-    try:
+    with explain(f"--device {name} cannot be used", "take cpu, cuda or mps, if they are there"):
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
-            raise ValueError("cpu, cuda and mps are known")
+            raise ValueError("of another kind")
         if device.type == "cuda" and local_rank is not None:
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except Exception as error:
-        raise UsageError(f"--device {name} cannot be used here ({first_line(error)})") from error
     return device
 
 
