@@ -424,9 +424,6 @@ def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str
 
     n is the number of class tokens before the h * w tokens of a square map. The image's aspect
     tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
-
-    Raises:
-        UsageError: the shape could be read in no way, or in two and no layout is given.
     """
     shape = tuple(feature.shape)
     if len(shape) == 3:
@@ -1036,11 +1033,7 @@ BASELINES = ("fitnet", "cc", "rkd", "crd", "lsh", "dhkd")  # in mhkd_baselines.p
 
 
 def find_methods(method: str) -> dict[str, type[Method]]:
-    """The methods that `method` joins by `+`, by ascending rank, of one rank by name.
-
-    Raises:
-        UsageError: one does not exist, is named twice or adds nothing; two set the gradients.
-    """
+    """The methods that `method` joins by `+`, by ascending rank, of one rank by name."""
     names = method.split("+")
     for name in names:
         if name in BASELINES and name not in METHODS:
@@ -1094,13 +1087,14 @@ class Distiller(nn.Module):
                 method.adapt(student, dict(zip(networks, last)))
         self.units, extractors = {}, {}
         for name, network in networks.items():
-            needed = {u for method in methods.values() for u in method.units(config, name)}
+            needed = sorted({u for method in methods.values() for u in method.units(config, name)})
             names = dict(enumerate(find_units(config, name, network, x), 1)) if needed else {}
-            if needed - {*names}:
-                raise UsageError(f"the {name} has no unit {max(needed)}: it has {len(names)}")
-            self.units[name] = {unit: names[unit] for unit in sorted(needed)}
+            if needed and needed[-1] not in names:
+                raise UsageError(f"the {name} has no unit {needed[-1]}: it has {len(names)}")
+            self.units[name] = {unit: names[unit] for unit in needed}
+            frozen = name == "teacher"
             extractors[name] = FeatureExtractor(
-                network, self.units[name], K, frozen=name == "teacher", example_input=x
+                network, self.units[name], K, frozen, example_input=x
             )
         self.student = extractors["student"]
         self.__dict__["teacher"] = extractors.get("teacher")  # not in the state dict: it is frozen
@@ -1119,9 +1113,9 @@ class Distiller(nn.Module):
         terms = self.methods[-1].final_terms(batch)
         for method in self.methods:
             terms |= method.own_terms(batch)
-        accuracy = 100 * (student.logits.argmax(dim=1) == labels).float().mean()
+        hits = student.logits.argmax(dim=1) == labels
         figures = {"loss": sum(terms.values()), **terms, **batch.figures}
-        figures["train_accuracy"] = accuracy
+        figures["train_accuracy"] = 100 * hits.float().mean()
         return terms, {name: figure.detach() for name, figure in figures.items()}
 
     def observe(self, network: FeatureExtractor, images: Tensor) -> Outputs:
@@ -1216,10 +1210,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             return finish(folder, record, config, data, distiller, log)
 
 
-def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
+def autocast(config: Config, device: torch.device) -> torch.autocast:
     """PyTorch's autocast to bfloat16 where --precision asks for it, for networks and heads."""
-    on = config.precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -1238,8 +1231,8 @@ def means_of(
     """Means over an epoch's steps and the processes, which must be finite, as the weights."""
     figures = average_over_processes(torch.stack(steps)).cpu().double()  # [steps, figures]
     bad = (~figures[:, 0].isfinite()).nonzero()
-    where = f"step {bad[0].item() + 1}" if len(bad) else f"after the last step, {len(steps)}"
-    if len(bad) or not torch.stack([p.isfinite().all() for p in parameters]).all():
+    if len(bad) or not all(p.isfinite().all() for p in parameters):
+        where = f"step {bad[0].item() + 1}" if len(bad) else "after its last step"
         raise UsageError(f"the loss is not finite in epoch {epoch}, {where}: try a lower --lr")
     return dict(zip(names, figures.mean(dim=0).tolist()))
 
@@ -1329,11 +1322,7 @@ def in_file_name(value: Any) -> str:
 
 
 def find_result(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a run that has finished.
-
-    Raises:
-        UsageError: the folder holds another run.
-    """
+    """The result of a run that has finished; refuses a folder that holds another run."""
     for name in ("config.json", "result.json"):
         if before := read_json(folder / name, "config", "teacher_sha256", "data_sha256"):
             refuse_another(folder, before, record)
@@ -1390,7 +1379,7 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
     paths = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
     log: list[dict[str, Any]] = []
     if paths:
-        hint = "remove it, and the run goes on from the one before, if that is there"
+        hint = "remove it, and an older one or none is taken"
         with explain(f"'{paths[0]}' cannot be used", hint):
             state = load_file(paths[0])
             before, log = json.loads(state["record"]), json.loads(state["log"])
@@ -1399,12 +1388,11 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
             optimizer.load_state_dict(state["optimizer"])
     config, device = distiller.config, next(distiller.student.parameters()).device
     here = environment(config, device)
-    written = read_json(folder / "config.json") or {}
-    past = written.get("environments", [])
-    last = past[-1] if past else here
-    if changes := [f"{k} {last.get(k)} -> {v}" for k, v in here.items() if last.get(k) != v]:
+    past = (read_json(folder / "config.json") or {}).get("environments") or [here]
+    changes = [f"{k} {past[-1].get(k)} -> {v}" for k, v in here.items() if past[-1].get(k) != v]
+    if changes:
         say(f"note: this run goes on in other surroundings: {', '.join(changes)}")
-    record["environments"] = past if past and not changes else [*past, here]
+    record["environments"] = [*past, here] if changes else past
     if is_main():
         write_json(folder / "config.json", record)
         if log:
@@ -1462,11 +1450,8 @@ def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
                 (folder / name).unlink(missing_ok=True)
     wait_for_all()
     result = read_json(folder / "result.json")
-    say(
-        f"{config.student} ({config.method}): {result['accuracy']:.2f} % after the last epoch "
-        f"(best: {result['best_accuracy']:.2f} % after epoch {result['best_epoch']}), in "
-        f"'{folder / 'student.pt'}'"
-    )
+    best = f"best: {result['best_accuracy']:.2f} % after epoch {result['best_epoch']}"
+    say(f"'{folder / 'student.pt'}': {result['accuracy']:.2f} % after the last epoch ({best})")
     return result
 
 
@@ -1605,9 +1590,6 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
     Found: the last submodule that runs at each size of the map, but not inside of one that changes
     the size; of five sizes or more without the first, the stem's; the first three (section 3.2).
     Where no map shrinks, as in a transformer, blocks at quarters of the depth.
-
-    Raises:
-        UsageError: there are fewer than three (the message tells what was seen).
     """
     if named := getattr(config, f"{role}_units"):
         return named
@@ -2178,12 +2160,10 @@ class Config:
     student_init: str = net("random", f"weights that the student begins with: {INITS}", str, INIT)
     teacher_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
     student_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
-    method: str = field("method")(
-        "mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, or crd+mhkd"
-    )
+    method: str = field("method")("mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, crd+mhkd")
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dataset: str = images(
-        "cifar100", "cifar100, cifar10, svhn, folder (yours), digits (no download)"
+        "cifar100", "cifar100, cifar10, svhn, digits (no download), folder (yours)"
     )
     image_size: int = images(None, "side of the images in pixels: 32; digits 16", int, SIZE)
     subset: int = images(None, "at most so many images to train on, and to test: all", int, TWO)
@@ -2194,18 +2174,15 @@ class Config:
     epochs: int = fit(None, "epochs: 240; svhn 150; digits 30", int, COUNT)
     batch_size: int = fit(None, "images a step (batch norm needs two): 64; svhn 200", int, TWO)
     lr: float = fit(None, "0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001", float, POSITIVE)
-    lr_steps: Sequence[int] = fit(
-        None, "epochs after which the learning rate falls: 150,180,210; svhn 80,110,135; scaled "
-        "with --epochs", integers, ASCENDING,
-    )  # fmt: skip
-    lr_decay: float = fit(0.1, "factor by which it falls", float, FACTOR)
+    lr_steps: Sequence[int] = fit(None, "150,180,210 of 240; svhn 80,110,135", integers, ASCENDING)
+    lr_decay: float = fit(0.1, "factor by which lr falls after lr_steps", float, FACTOR)
     momentum: float = fit(0.9, "of SGD", float, BELOW_1)
     weight_decay: float = fit(5e-4, "of SGD", float, NOT_NEGATIVE)
     seed: int = fit(0, "of initial weights, batch order and augmentation", int, SEED)
     teacher_seed: int = fit(0, "of the teacher, where it is trained here", int, SEED)
     precision: str = fit("auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
     teacher_weights: str = machine(
-        None, "checkpoint of the teacher: it is trained first", str, (len, "a file")
+        None, "its checkpoint: it is trained first", str, (len, "a file")
     )
     data: str = machine("data", "folder of the data; downloads go there")
     out: str = machine("runs", "where run folders go")
@@ -2512,7 +2489,7 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def commit_of(file: Path) -> str | None:
-    """The commit of this file, or that there are changes since; None for a copy in no repository."""
+    """The commit of this file, marked where it has changed since; None for a copy elsewhere."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(file.parent), *arguments]
