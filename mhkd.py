@@ -1276,16 +1276,12 @@ def find_teacher(config: Config, data: Data) -> Teacher:
     if not config.teacher:
         return Teacher()
     model = build_model(config.teacher, len(data.classes), "random", config.image_size)
-    if config.teacher_weights:
-        path, accuracy = Path(config.teacher_weights), None
-    else:
+    if not (path := config.teacher_weights):
         Distiller(config, data, model)  # refuses at once what would fail after the teacher's run
         say(f"teacher {config.teacher}: without --teacher-weights its own run comes first")
-        result = train(config.of_teacher(), data)
-        path, accuracy = Path(config.out) / result["name"] / "student.pt", result["accuracy"]
-    teacher = Teacher(load_weights(model, path).to(data.device), sha256_of(path), accuracy)
-    if accuracy is None:
-        teacher.accuracy = evaluate(model, data)["accuracy"]
+        path = Path(config.out) / train(config.of_teacher(), data)["name"] / "student.pt"
+    load_weights(model, path).to(data.device)
+    teacher = Teacher(model, sha256_of(path), evaluate(model, data)["accuracy"])
     say(f"teacher {config.teacher}: {teacher.accuracy:.2f} % on the test images")
     return teacher
 
@@ -1308,7 +1304,7 @@ def record_of(config: Config, data: Data, teacher: Teacher) -> dict[str, Any]:
     return {
         "name": name,
         "config": {**config.recorded(), "processes": world_size()},
-        "differs": json.loads(json.dumps(differs)),
+        "differs": differs,
         "teacher_sha256": teacher.sha256,
         "teacher_accuracy": teacher.accuracy,
         "data_sha256": data.sha256,
@@ -1421,7 +1417,7 @@ def tensorboard(folder: Path, log: list[dict[str, Any]]) -> Callable[[dict], Non
 
 def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
     """Save the plain student, load it again, and record the accuracy of that."""
-    K, chosen = len(data.classes), "val_accuracy" if len(data.val) else "test_accuracy"
+    chosen = "val_accuracy" if len(data.val) else "test_accuracy"
     best = max(log, key=lambda entry: entry[chosen])
     if is_main():
         student = distiller.plain_student()
@@ -1429,8 +1425,7 @@ def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
         content = {"model": state, "name": config.student, "classes": data.classes}
         content |= {"image_size": config.image_size, "mean": [*data.mean], "std": [*data.std]}
         write_atomically(folder / "student.pt", lambda file: torch.save(content, file))
-        deployed = build_model(config.student, K, "random", config.image_size)
-        deployed = load_weights(deployed, folder / "student.pt").to(data.device)
+        deployed = load_student(folder / "student.pt").model.to(data.device)
         result = {
             **record,
             **evaluate(deployed, data),
@@ -1777,9 +1772,7 @@ def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, Tensor, T
     return order, crops, mirrored & config.flip
 
 
-def epoch_batches(
-    data: Data, config: Config, epoch: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tensor, ...]]:
     """An epoch of images [B, 3, S, S], labels [B] and indices [B], places in the training set.
 
     Of several processes each gets an equal share of every batch.
@@ -2037,17 +2030,15 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
             old = old.permute(0, 3, 1, 2).float()
             resized = F.interpolate(old, (S, S), mode="bilinear", antialias=True)
             new.copy_(resized.round().clamp(0, 255).permute(0, 2, 3, 1))
+    held = []  # out: of each class its share, the same images for every run
+    fixed = torch.Generator().manual_seed(0)
+    for label in range(len(classes)):
+        of_class = (labels[:count] == label).nonzero()[:, 0]
+        number = round(config.val_fraction * len(of_class))
+        held.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
     train, test = torch.arange(count), torch.arange(count, len(labels))
-    val = train[:0]
-    if config.val_fraction:  # of each class its share, the same images for every run
-        fixed = torch.Generator().manual_seed(0)
-        held = []
-        for label in range(len(classes)):
-            of_class = (labels[:count] == label).nonzero()[:, 0]
-            number = round(config.val_fraction * len(of_class))
-            held.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
-        val = torch.cat(held).sort().values
-        train = train[~torch.isin(train, val)]
+    val = torch.cat(held).sort().values
+    train = train[~torch.isin(train, val)]
     digest = hashlib.sha256(repr((images.shape, classes, count)).encode())
     for part in (labels, *images.split(1000)):
         digest.update(part.numpy())
@@ -2162,9 +2153,7 @@ class Config:
     student_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
     method: str = field("method")("mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, crd+mhkd")
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dataset: str = images(
-        "cifar100", "cifar100, cifar10, svhn, digits (no download), folder (yours)"
-    )
+    dataset: str = images("cifar100", "cifar100, cifar10, svhn, folder, digits (no download)")
     image_size: int = images(None, "side of the images in pixels: 32; digits 16", int, SIZE)
     subset: int = images(None, "at most so many images to train on, and to test: all", int, TWO)
     val_fraction: float = images(0.0, "share held out, to choose the best epoch", float, BELOW_1)
@@ -2181,9 +2170,7 @@ class Config:
     seed: int = fit(0, "of initial weights, batch order and augmentation", int, SEED)
     teacher_seed: int = fit(0, "of the teacher, where it is trained here", int, SEED)
     precision: str = fit("auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
-    teacher_weights: str = machine(
-        None, "its checkpoint: it is trained first", str, (len, "a file")
-    )
+    teacher_weights: str = machine(None, "its checkpoint: trained first", str, (len, "a file"))
     data: str = machine("data", "folder of the data; downloads go there")
     out: str = machine("runs", "where run folders go")
     device: str = machine(None, "cpu, cuda, cuda:1, mps: the best there is")
@@ -2473,7 +2460,6 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
     elif (processors := Path("/proc/cpuinfo")).is_file():
         _, _, name = processors.read_text().partition("model name\t: ")
         hardware = name.partition("\n")[0].strip() or hardware
-    chosen = ("data", "out", "teacher_weights", "compile")
     return {
         "device": str(device),
         "hardware": hardware,
@@ -2484,7 +2470,7 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
         "mhkd": __version__,
         "commit": commit_of(Path(__file__).resolve()),
         "loss": loss_backend() if config.backend != "reference" else "reference",
-        **{name: getattr(config, name) for name in chosen},
+        **{name: getattr(config, name) for name in ("data", "out", "teacher_weights", "compile")},
     }
 
 
