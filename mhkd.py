@@ -32,7 +32,6 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -49,8 +48,9 @@ import time
 import types
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -419,23 +419,20 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
                 handle.remove()
 
 
-def layout_of(feature: Any, image: Any, name: str, layout: str | None) -> str:
+def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
     """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
 
     n is the number of class tokens before the h * w tokens of a square map. The image's aspect
     tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
-
-    Raises:
-        UsageError: it is no feature; or its shape could be read in two ways and no layout is given.
     """
-    shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-    square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
-    if isinstance(shape, list) and len(shape) == 3 and square:
-        for n in (0, 1, 2, 5):
+    shape = tuple(feature.shape)
+    if len(shape) == 3:
+        square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
+        for n in (0, 1, 2, 5) if square else ():
             if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
                 return f"tokens+{n}"
-    if not isinstance(shape, list) or len(shape) != 4:
-        raise UsageError(f"the submodule '{name}' returns {shape}, not a feature [B, C, H, W]")
+        where = f"the submodule '{name}' returns {shape}"
+        raise UsageError(f"{where}: {shape[1]} tokens are no square map")
     if layout:
         return check_name("layout", layout, ("channels_first", "channels_last"))
     height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
@@ -451,11 +448,20 @@ def layout_of(feature: Any, image: Any, name: str, layout: str | None) -> str:
 
 def common_layout(seen: list[tuple], image: Tensor) -> str | None:
     """ "channels_first" for a network in which no map has its channels last beyond doubt."""
-    layouts = set()
     for name, _, out in seen:
         with contextlib.suppress(UsageError):
-            layouts.add(layout_of(out, image, name, None))
-    return None if "channels_last" in layouts else "channels_first"
+            if is_feature(out) and layout_of(out, image, name, None) == "channels_last":
+                return None
+    return "channels_first"
+
+
+def is_feature(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.dim() in (3, 4)
+
+
+def shape_of(output: Any) -> Any:
+    """For messages."""
+    return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
 
 def as_map(feature: Tensor, layout: str) -> Tensor:
@@ -508,7 +514,7 @@ class FeatureExtractor(nn.Module):
         self.layouts, self.shapes = {}, {}
         layout = layout or (common_layout(seen, example_input) if self.units else None)
         for unit, name in self.units.items():
-            feature = self._only(name, seen)
+            feature = self._feature(name, seen)
             self.layouts[unit] = layout_of(feature, example_input, name, layout)
             self.shapes[unit] = tuple(as_map(feature, self.layouts[unit]).shape[1:])
         linear = [name for name, _, _ in seen if isinstance(modules[name], nn.Linear)]
@@ -520,15 +526,18 @@ class FeatureExtractor(nn.Module):
     def _logits(self, result: Any) -> Tensor:
         result = self.output(result) if self.output else result
         if not isinstance(result, Tensor):
-            got = type(result).__name__
+            got = shape_of(result)
             raise UsageError(f"the network returns {got}, not logits [B, K]: give output=...")
         return result
 
-    def _only(self, name: str, seen: list[tuple]) -> Any:
+    def _feature(self, name: str, seen: list[tuple]) -> Tensor:
         runs = [out for other, _, out in seen if other == name]
         if len(runs) != 1:
             times = "did not run" if not runs else f"ran {len(runs)} times"
             raise UsageError(f"the submodule '{name}' {times} in this forward pass, not once")
+        if not is_feature(runs[0]):
+            got = shape_of(runs[0])
+            raise UsageError(f"the submodule '{name}' returns {got}, not a feature [B, C, H, W]")
         return runs[0]
 
     def remove(self) -> nn.Module:
@@ -553,14 +562,11 @@ class FeatureExtractor(nn.Module):
             result, seen = watch(self.model, modules, x)
         logits, features = self._logits(result), {}
         for unit, name in self.units.items():
-            feature, layout = self._only(name, seen), self.layouts[unit]
-            got = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            feature, layout = self._feature(name, seen), self.layouts[unit]
             dims = 3 if layout.startswith("tokens") else 4
-            if isinstance(got, str) or len(got) != dims or got[0] != logits.shape[0]:
-                raise UsageError(
-                    f"the submodule '{name}' returns {got} for {logits.shape[0]} images, not a "
-                    f"feature [B, C, H, W] or what it returned at first ({layout})"
-                )
+            if feature.dim() != dims or len(feature) != len(logits):
+                got = shape_of(feature)
+                raise UsageError(f"the submodule '{name}' returns {got}, not a feature ({layout})")
             features[unit] = as_map(feature, layout)
         inputs = [args for other, args, _ in seen if other == self.classifier]
         return Outputs(logits, features, inputs[-1][0] if inputs else None)
@@ -617,15 +623,10 @@ def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tupl
     parameter = next(model.parameters(), torch.empty(0))
     if isinstance(x, Tensor):
         x = x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+    what = f"the network cannot run on an input of shape {shape_of(x)}"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explain(what, "pass an example_input that it accepts"):
             return watch(model.eval(), modules, x)
-    except Exception as error:
-        shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise UsageError(
-            f"the network could not be run on an input of shape {shape} ({first_line(error)}): "
-            "pass an example_input that it accepts"
-        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -633,9 +634,9 @@ def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tupl
 
 def check_name(what: str, name: str, names: Iterable[str]) -> str:
     """The name, if it is one of the names; else a UsageError that lists the near ones, or all."""
+    names = list(names)
     if name in names:
         return name
-    names = list(names)
     near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
     some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
@@ -987,8 +988,9 @@ class Option:
     rule: tuple[Callable[[Any], bool], str] | None = None
 
 
-POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0 that float32 can hold")
-NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0 that float32 can hold")
+# Numbers that float32 can hold, too.
+POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0")
+NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0")
 SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
 COUNT = (lambda v: 1 <= v < 2**31, "at least 1 and below 2^31")
 
@@ -1131,20 +1133,13 @@ BASELINES = ("fitnet", "cc", "rkd", "crd", "lsh", "dhkd")  # in mhkd_baselines.p
 
 
 def find_methods(method: str) -> dict[str, type[Method]]:
-    """The methods that `method` joins by `+`, by ascending rank, of one rank by name.
-
-    Raises:
-        UsageError: one does not exist, is named twice or adds nothing; two set the gradients.
-    """
+    """The methods that `method` joins by `+`, by ascending rank, of one rank by name."""
     names = method.split("+")
     for name in names:
         if name in BASELINES and name not in METHODS:
-            try:
+            what = f"--method {name} is in mhkd_baselines.py"
+            with explain(what, "copy it beside mhkd.py", ModuleNotFoundError):
                 importlib.import_module("mhkd_baselines")  # which registers them
-            except ModuleNotFoundError as error:
-                raise UsageError(
-                    f"--method {name} is in mhkd_baselines.py: copy it beside mhkd.py ({error})"
-                ) from error
         check_name("method", name, dict.fromkeys((*METHODS, *BASELINES)))
     if len({*names}) < len(names):
         raise UsageError(f"--method {method} names a method twice")
@@ -1192,13 +1187,14 @@ class Distiller(nn.Module):
                 method.adapt(student, dict(zip(networks, last)))
         self.units, extractors = {}, {}
         for name, network in networks.items():
-            needed = {u for method in methods.values() for u in method.units(config, name)}
+            needed = sorted({u for method in methods.values() for u in method.units(config, name)})
             names = dict(enumerate(find_units(config, name, network, x), 1)) if needed else {}
-            if needed - {*names}:
-                raise UsageError(f"the {name} has no unit {max(needed)}: it has {len(names)}")
-            self.units[name] = {unit: names[unit] for unit in sorted(needed)}
+            if needed and needed[-1] not in names:
+                raise UsageError(f"the {name} has no unit {needed[-1]}: it has {len(names)}")
+            self.units[name] = {unit: names[unit] for unit in needed}
+            frozen = name == "teacher"
             extractors[name] = FeatureExtractor(
-                network, self.units[name], K, frozen=name == "teacher", example_input=x
+                network, self.units[name], K, frozen, example_input=x
             )
         self.student = extractors["student"]
         self.__dict__["teacher"] = extractors.get("teacher")  # not in the state dict: it is frozen
@@ -1217,9 +1213,9 @@ class Distiller(nn.Module):
         terms = self.methods[-1].final_terms(batch)
         for method in self.methods:
             terms |= method.own_terms(batch)
-        accuracy = 100 * (student.logits.argmax(dim=1) == labels).float().mean()
+        hits = student.logits.argmax(dim=1) == labels
         figures = {"loss": sum(terms.values()), **terms, **batch.figures}
-        figures["train_accuracy"] = accuracy
+        figures["train_accuracy"] = 100 * hits.float().mean()
         return terms, {name: figure.detach() for name, figure in figures.items()}
 
     def observe(self, network: FeatureExtractor, images: Tensor) -> Outputs:
@@ -1299,7 +1295,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break
                     bar.update(len(labels) * world_size())
-                means = means_of(steps, figures, parameters, folder, epoch)
+                means = means_of(steps, figures, parameters, epoch)
                 entry = {"epoch": epoch, "lr": lr, **means}
                 for name in ("test", "val") if len(data.val) else ("test",):
                     accuracy = evaluate(distiller.student.model, data, getattr(data, name))
@@ -1314,10 +1310,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             return finish(folder, record, config, data, distiller, log)
 
 
-def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
+def autocast(config: Config, device: torch.device) -> torch.autocast:
     """PyTorch's autocast to bfloat16 where --precision asks for it, for networks and heads."""
-    on = config.precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -1331,17 +1326,14 @@ def seed_of(*parts: Any) -> int:
 
 
 def means_of(
-    steps: list[Tensor], names: Iterable[str], parameters: list[Tensor], folder: Path, epoch: int
+    steps: list[Tensor], names: Iterable[str], parameters: list[Tensor], epoch: int
 ) -> dict[str, float]:
     """Means over an epoch's steps and the processes, which must be finite, as the weights."""
     figures = average_over_processes(torch.stack(steps)).cpu().double()  # [steps, figures]
     bad = (~figures[:, 0].isfinite()).nonzero()
-    where = f"step {bad[0].item() + 1}" if len(bad) else f"after the last step, {len(steps)}"
-    if len(bad) or not torch.stack([p.isfinite().all() for p in parameters]).all():
-        raise UsageError(
-            f"the loss is not finite in epoch {epoch}, {where}; '{folder}' keeps the state before "
-            "that epoch: try a lower --lr"
-        )
+    if len(bad) or not all(p.isfinite().all() for p in parameters):
+        where = f"step {bad[0].item() + 1}" if len(bad) else "after its last step"
+        raise UsageError(f"the loss is not finite in epoch {epoch}, {where}: try a lower --lr")
     return dict(zip(names, figures.mean(dim=0).tolist()))
 
 
@@ -1384,16 +1376,12 @@ def find_teacher(config: Config, data: Data) -> Teacher:
     if not config.teacher:
         return Teacher()
     model = build_model(config.teacher, len(data.classes), "random", config.image_size)
-    if config.teacher_weights:
-        path, accuracy = Path(config.teacher_weights), None
-    else:
+    if not (path := config.teacher_weights):
         Distiller(config, data, model)  # refuses at once what would fail after the teacher's run
         say(f"teacher {config.teacher}: without --teacher-weights its own run comes first")
-        result = train(config.of_teacher(), data)
-        path, accuracy = Path(config.out) / result["name"] / "student.pt", result["accuracy"]
-    teacher = Teacher(load_weights(model, path).to(data.device), sha256_of(path), accuracy)
-    if accuracy is None:
-        teacher.accuracy = evaluate(model, data)["accuracy"]
+        path = Path(config.out) / train(config.of_teacher(), data)["name"] / "student.pt"
+    load_weights(model, path).to(data.device)
+    teacher = Teacher(model, sha256_of(path), evaluate(model, data)["accuracy"])
     say(f"teacher {config.teacher}: {teacher.accuracy:.2f} % on the test images")
     return teacher
 
@@ -1416,7 +1404,7 @@ def record_of(config: Config, data: Data, teacher: Teacher) -> dict[str, Any]:
     return {
         "name": name,
         "config": {**config.recorded(), "processes": world_size()},
-        "differs": json.loads(json.dumps(differs)),
+        "differs": differs,
         "teacher_sha256": teacher.sha256,
         "teacher_accuracy": teacher.accuracy,
         "data_sha256": data.sha256,
@@ -1430,11 +1418,7 @@ def in_file_name(value: Any) -> str:
 
 
 def find_result(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a run that has finished.
-
-    Raises:
-        UsageError: the folder holds another run.
-    """
+    """The result of a run that has finished; refuses a folder that holds another run."""
     for name in ("config.json", "result.json"):
         if before := read_json(folder / name, "config", "teacher_sha256", "data_sha256"):
             refuse_another(folder, before, record)
@@ -1450,18 +1434,17 @@ def find_result(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
 
 def refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse a folder whose record says that it is of another configuration."""
-    old, new = (
-        {**r["config"], **r["config"].get("options", {}), "options": None}
-        | {key: r[key] for key in ("teacher_sha256", "data_sha256")}
-        for r in (before, now)
-    )
-    keys = [k for k in {**old, **new} if old.get(k, "missing") != new.get(k, "missing")]
-    if keys:
-        pairs = (f"{k} {old.get(k, 'missing')} there, {new.get(k, 'missing')} now" for k in keys)
-        raise UsageError(
-            f"'{folder}' was written with another configuration ({'; '.join(pairs)}): move it "
-            "away, or give another --out"
-        )
+
+    def facts(record: dict[str, Any]) -> dict[str, Any]:
+        config = {**record["config"], **record["config"].get("options", {}), "options": None}
+        return config | {key: record[key] for key in ("teacher_sha256", "data_sha256")}
+
+    old, new = facts(before), facts(now)
+    pairs = {k: (old.get(k, "missing"), new.get(k, "missing")) for k in {**old, **new}}
+    differ = [f"{k} {a} there, {b} now" for k, (a, b) in pairs.items() if a != b]
+    if differ:
+        what = f"'{folder}' was written with another configuration ({'; '.join(differ)})"
+        raise UsageError(f"{what}: move it away, or give another --out")
 
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # a damaged one costs an epoch, not a run
@@ -1492,24 +1475,20 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
     paths = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
     log: list[dict[str, Any]] = []
     if paths:
-        try:
+        hint = "remove it, and an older one or none is taken"
+        with explain(f"'{paths[0]}' cannot be used", hint):
             state = load_file(paths[0])
             before, log = json.loads(state["record"]), json.loads(state["log"])
             refuse_another(folder, before, record)
             distiller.load_state_dict(state["distiller"])
             optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:
-            rest = ", and the run goes on from the one before" if paths[1:] else ""
-            reason = first_line(error)
-            raise UsageError(f"'{paths[0]}' cannot be used ({reason}): remove it{rest}") from error
     config, device = distiller.config, next(distiller.student.parameters()).device
     here = environment(config, device)
-    written = read_json(folder / "config.json") or {}
-    past = written.get("environments", [])
-    last = past[-1] if past else here
-    if changes := [f"{k} {last.get(k)} -> {v}" for k, v in here.items() if last.get(k) != v]:
+    past = (read_json(folder / "config.json") or {}).get("environments") or [here]
+    changes = [f"{k} {past[-1].get(k)} -> {v}" for k, v in here.items() if past[-1].get(k) != v]
+    if changes:
         say(f"note: this run goes on in other surroundings: {', '.join(changes)}")
-    record["environments"] = past if past and not changes else [*past, here]
+    record["environments"] = [*past, here] if changes else past
     if is_main():
         write_json(folder / "config.json", record)
         if log:
@@ -1526,19 +1505,19 @@ def tensorboard(folder: Path, log: list[dict[str, Any]]) -> Callable[[dict], Non
         old.unlink()
     writer = tool.SummaryWriter(folder)
 
-    def show(entry: dict[str, Any]) -> None:
-        for name, value in entry.items():
-            writer.add_scalar(name, value, entry["epoch"])
+    def show(*entries: dict[str, Any]) -> None:
+        for entry in entries:
+            for name, value in entry.items():
+                writer.add_scalar(name, value, entry["epoch"])
         writer.flush()
 
-    for entry in log:
-        show(entry)
+    show(*log)
     return show
 
 
 def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
     """Save the plain student, load it again, and record the accuracy of that."""
-    K, chosen = len(data.classes), "val_accuracy" if len(data.val) else "test_accuracy"
+    chosen = "val_accuracy" if len(data.val) else "test_accuracy"
     best = max(log, key=lambda entry: entry[chosen])
     if is_main():
         student = distiller.plain_student()
@@ -1546,8 +1525,7 @@ def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
         content = {"model": state, "name": config.student, "classes": data.classes}
         content |= {"image_size": config.image_size, "mean": [*data.mean], "std": [*data.std]}
         write_atomically(folder / "student.pt", lambda file: torch.save(content, file))
-        deployed = build_model(config.student, K, "random", config.image_size)
-        deployed = load_weights(deployed, folder / "student.pt").to(data.device)
+        deployed = load_student(folder / "student.pt").model.to(data.device)
         result = {
             **record,
             **evaluate(deployed, data),
@@ -1567,11 +1545,8 @@ def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
                 (folder / name).unlink(missing_ok=True)
     wait_for_all()
     result = read_json(folder / "result.json")
-    say(
-        f"{config.student} ({config.method}): {result['accuracy']:.2f} % after the last epoch "
-        f"(best: {result['best_accuracy']:.2f} % after epoch {result['best_epoch']}), in "
-        f"'{folder / 'student.pt'}'"
-    )
+    best = f"best: {result['best_accuracy']:.2f} % after epoch {result['best_epoch']}"
+    say(f"'{folder / 'student.pt'}': {result['accuracy']:.2f} % after the last epoch ({best})")
     return result
 
 
@@ -1582,10 +1557,9 @@ def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
 
 def import_optional(module: str, package: str, purpose: str) -> Any:
     """Import an optional dependency, or say in one sentence how to get it."""
-    try:
+    # Also of what a torchvision that was built for another PyTorch raises.
+    with explain(f"{purpose} needs {package}", f"pip install {package}"):
         return importlib.import_module(module)
-    except Exception as error:  # also what a torchvision built for another PyTorch raises
-        raise UsageError(f"{purpose} needs {package} ({error}): pip install {package}") from error
 
 
 def build_model(
@@ -1603,106 +1577,106 @@ def build_model(
     Raises:
         UsageError: no such network (with the near names); the library or the weights are missing.
     """
-    prefix, _, rest = name.partition(":")
+    library = name.partition(":")[0] in ("torchvision", "timm")
     if name in MODELS:
         kind, variant = MODELS[name]
         model = kind(num_classes, **variant)
-    elif prefix == "torchvision":
-        models = import_optional("torchvision.models", "torchvision", f"the network {name}")
-        check_name("network torchvision:", rest, models.list_models(module=models))
-        size = {"image_size": image_size} if rest.startswith("vit") and image_size else {}
-        aux = {"init_weights": True} if rest in ("googlenet", "inception_v3") else {}
-        model = models.get_model(rest, weights=None, num_classes=num_classes, **size, **aux)
-        if aux:  # no classifiers of their own at the sides
-            model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
-    elif prefix == "timm":
-        timm = import_optional("timm", "timm", f"the network {name}")
-        check_name("network timm:", rest.split(".")[0], timm.list_models())
-        model = from_timm(rest, image_size, num_classes=num_classes)
+    elif library:
+        model = from_library(name, image_size, num_classes=num_classes)
     elif ".py:" in name:
-        model = build_from_file(*name.rsplit(":", 1), num_classes)
+        model = from_file(name, num_classes)
     else:
         check_name("network", name, MODELS)
     if init == "random":
         return model
     if init.startswith("file:"):
         state = read_state(init[5:])
+    elif library:
+        state = pretrained_state(name, image_size)
     else:
-        state = pretrained_state(name, model, image_size)
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    other = [k for k, s in wanted.items() if k not in state or tuple(state[k].shape) != s]
-    for key in other:  # only a classifier may differ, in its number of classes
+        raise UsageError(f"there are no pretrained weights for {name}: give random or file:PATH")
+    fitting = {}
+    for key, wanted in shapes_of(model.state_dict()).items():
         there = tuple(state[key].shape) if key in state else "missing"
-        if there == "missing" or there[1:] != wanted[key][1:] or wanted[key][0] != num_classes:
-            raise UsageError(
-                f"the weights '{init}' do not fit {name}: '{key}' is {there}, not {wanted[key]}"
-            )
-    model.load_state_dict({k: state[k] for k in wanted if k not in other}, strict=False)
+        if there == wanted:
+            fitting[key] = state[key]
+        elif there == "missing" or (num_classes, *there[1:]) != wanted:  # no new classifier
+            what = f"the weights '{init}' do not fit {name}"
+            raise UsageError(f"{what}: '{key}' is {there}, not {wanted}")
+    model.load_state_dict(fitting, strict=False)
     return model
 
 
-def from_timm(name: str, image_size: int | None, **keywords: Any) -> nn.Module:
-    import timm
+def from_library(name: str, image_size: int | None, **keywords: Any) -> nn.Module:
+    """A network of torchvision or timm; keywords: num_classes, or pretrained."""
+    library, _, rest = name.partition(":")
+    if library == "timm":
+        timm = import_optional("timm", "timm", f"the network {name}")
+        check_name("network timm:", rest.split(".")[0], timm.list_models())
+        try:  # only those that must know it take an image size
+            return timm.create_model(rest, img_size=image_size, **keywords)
+        except TypeError:
+            return timm.create_model(rest, **keywords)
+    models = import_optional("torchvision.models", "torchvision", f"the network {name}")
+    check_name("network torchvision:", rest, models.list_models(module=models))
+    if keywords.pop("pretrained", False):
+        return models.get_model(rest, weights="DEFAULT")
+    if rest.startswith("vit") and image_size:
+        keywords["image_size"] = image_size
+    if rest not in ("googlenet", "inception_v3"):
+        return models.get_model(rest, weights=None, **keywords)
+    model = models.get_model(rest, weights=None, init_weights=True, **keywords)
+    # No classifiers of their own at the sides.
+    model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
+    return model
 
-    try:  # only those that must know it take an image size
-        return timm.create_model(name, img_size=image_size, **keywords)
-    except TypeError:
-        return timm.create_model(name, **keywords)
 
-
-def build_from_file(path: str, function: str, num_classes: int) -> nn.Module:
-    """The module that a function of a Python file returns for num_classes."""
-    try:
+def from_file(name: str, num_classes: int) -> nn.Module:
+    """The module that FUNCTION of path/to/file.py:FUNCTION returns for num_classes."""
+    path, _, function = name.rpartition(":")
+    with explain(f"'{name}' does not work", "it must build a network for num_classes"):
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model = getattr(module, function)(num_classes)
-    except Exception as error:
-        raise UsageError(f"'{path}:{function}' does not work ({first_line(error)})") from error
     if not isinstance(model, nn.Module):
-        raise UsageError(f"'{path}:{function}' returns {type(model).__name__}, not a module")
+        raise UsageError(f"'{name}' returns {type(model).__name__}, not a module")
     return model
 
 
-def pretrained_state(name: str, model: nn.Module, image_size: int | None) -> dict[str, Tensor]:
+def pretrained_state(name: str, image_size: int | None) -> dict[str, Tensor]:
     """The library's weights for a network of its, downloaded where they are not there."""
-    prefix, _, rest = name.partition(":")
     try:
-        if prefix == "torchvision":
-            from torchvision.models import get_model_weights
-
-            weights = get_model_weights(rest).DEFAULT
-            where = f"{Path(weights.url).name} into '{Path(torch.hub.get_dir()) / 'checkpoints'}'"
-            return weights.get_state_dict(progress=False)
-        if prefix == "timm":
-            cfg = model.pretrained_cfg
-            where = f"the file of {cfg.get('hf_hub_id') or cfg.get('url')} anywhere, and name it"
-            return from_timm(rest, image_size, pretrained=True).state_dict()
+        return from_library(name, image_size, pretrained=True).state_dict()
     except Exception as error:
+        known = library_weights(name)
         raise UsageError(
-            f"the pretrained weights of {name} cannot be had ({first_line(error)}): put {where}, "
-            "or give file:PATH instead of pretrained"
+            f"the pretrained weights of {name} cannot be had ({first_line(error)}): put "
+            f"{known and known.where}, or give file:PATH instead of pretrained"
         ) from error
-    raise UsageError(f"there are no pretrained weights for {name}: give random or file:PATH")
 
 
 def library_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation of the channels that a library's pretrained weights expect."""
-    prefix, _, rest = name.partition(":")
-    if prefix == "torchvision":
+    known = library_weights(name)
+    return known and (tuple(known.mean), tuple(known.std))
+
+
+def library_weights(name: str) -> types.SimpleNamespace | None:
+    """Of a library's pretrained weights: mean, std, and where to put their file."""
+    library, _, rest = name.partition(":")
+    if library == "torchvision":
         models = import_optional("torchvision.models", "torchvision", f"the network {name}")
-        transform = models.get_model_weights(rest).DEFAULT.transforms()
-        return tuple(transform.mean), tuple(transform.std)
-    if prefix == "timm":
+        weights = models.get_model_weights(rest).DEFAULT
+        place = Path(torch.hub.get_dir()) / "checkpoints"
+        facts, where = weights.transforms(), f"{Path(weights.url).name} into '{place}'"
+    elif library == "timm":
         timm = import_optional("timm", "timm", f"the network {name}")
-        cfg = timm.get_pretrained_cfg(rest)
-        return (tuple(cfg.mean), tuple(cfg.std)) if cfg else None
-    return None
-
-
-def parents(name: str) -> list[str]:
-    """Of "a.b.c", "a" and "a.b"."""
-    return [name[:i] for i, character in enumerate(name) if character == "."]
+        facts = timm.get_pretrained_cfg(rest)
+        where = facts and f"the file of {facts.hf_hub_id or facts.url} anywhere, and name it"
+    else:
+        return None
+    return facts and types.SimpleNamespace(mean=facts.mean, std=facts.std, where=where)
 
 
 def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tuple[str, ...]:
@@ -1711,9 +1685,6 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
     Found: the last submodule that runs at each size of the map, but not inside of one that changes
     the size; of five sizes or more without the first, the stem's; the first three (section 3.2).
     Where no map shrinks, as in a transformer, blocks at quarters of the depth.
-
-    Raises:
-        UsageError: there are fewer than three (the message tells what was seen).
     """
     if named := getattr(config, f"{role}_units"):
         return named
@@ -1721,38 +1692,38 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
         return UNITS[type(model)]
     modules = {name: module for name, module in model.named_modules() if name}
     _, seen = run_once(model, modules, image.repeat(2, 1, 1, 1))
-    runs = [name for name, _, _ in seen]
-    layout = common_layout(seen, image)
+    runs, layout = Counter(name for name, _, _ in seen), common_layout(seen, image)
     maps: dict[str, int] = {}  # submodules that run once and give maps: how often that is halved
-    inside: dict[str, set[int]] = {}  # the same of those inside
     for name, _, out in seen:
         with contextlib.suppress(UsageError):
-            B, _, side, other = as_map(out, layout_of(out, image, name, layout)).shape
-            if runs.count(name) == 1 and B == 2 and side == other > 1:
-                maps[name] = round(math.log2(image.shape[-1] / side))
-                for parent in parents(name):
-                    inside.setdefault(parent, set()).add(maps[name])
+            if runs[name] == 1 and is_feature(out) and len(out) == 2:
+                side, other = as_map(out, layout_of(out, image, name, layout)).shape[2:]
+                if side == other > 1:
+                    maps[name] = round(math.log2(image.shape[-1] / side))
     info = getattr(model, "feature_info", None) or []
     found = [f["module"] for f in info if isinstance(f, dict) and f.get("module") in maps]
-    if len(found) >= 3 and len({maps[name] for name in found}) > 2:
+    if len({maps[name] for name in found}) > 2:
         found = found[-4:-1] if len(found) > 3 else found
     else:
+        sizes_in = {n: {maps[m] for m in maps if m.startswith(f"{n}.")} for n in maps}
+        units = [n for n, sizes in sizes_in.items() if len(sizes) < 3]
         last: dict[int, str] = {}  # by size, in the order of the network
+        for name, size in maps.items():
+            inside = any(name.startswith(f"{unit}.") for unit in units)
+            if not inside and size >= max(last, default=0):
+                last[size] = name
+        found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
+    if len(found) < 3:
         blocks: dict[tuple, list[str]] = {}  # those of one parent, kind and size
         for name, size in maps.items():
-            if not any(parent in maps and len(inside[parent]) < 3 for parent in parents(name)):
-                last[size] = name
             key = (name.rpartition(".")[0], type(modules[name]), size)
             blocks.setdefault(key, []).append(name)
-        found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
-        if len(found) < 3:
-            most = max(blocks.values(), key=len, default=[])
-            found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
+        most = max(blocks.values(), key=len, default=[])
+        found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
     if len(found) < 3:
-        raise UsageError(
-            f"the units of the {role} could not be found (seen: {', '.join(found) or 'no map'}): "
-            f"name them with --{role}-units"
-        )
+        seen = ", ".join(found) or "none"
+        hint = f"name them with --{role}-units"
+        raise UsageError(f"the units of the {role} could not be found (seen: {seen}): {hint}")
     say(f"{role} {getattr(config, role)}: heads go after {', '.join(found)}")
     return tuple(found)
 
@@ -1819,35 +1790,24 @@ class Data:
     sha256: str  # of all images and labels
     mapped: bool = False
 
-    @property
-    def device(self) -> torch.device:
-        return self.labels.device
-
-    @property
-    def train_labels(self) -> Tensor:
-        return self.labels[self.train]
+    def __post_init__(self) -> None:
+        self.device, self.train_labels = self.labels.device, self.labels[self.train]
+        # On the 0-255 scale; sent to the device once: with each batch the host would wait.
+        statistics = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
+        self.mean_255, self.std_255 = (255 * values for values in statistics)
 
     def to(self, device: torch.device, share: float = 0.5) -> Data:
         """On a device; images stay where they are if they take more of its free memory."""
-        moved = {
-            name: getattr(self, name).to(device) for name in ("labels", "train", "val", "test")
-        }
+        names = ["labels", "train", "val", "test"]
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         if self.images.nbytes <= share * free:
-            moved["images"] = self.images.to(device)
-        mapped = self.mapped and moved.get("images", self.images).device.type == "cpu"
-        return dataclasses.replace(self, **moved, mapped=mapped)
+            names.append("images")
+        return dataclasses.replace(self, **{n: getattr(self, n).to(device) for n in names})
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
-        mean, std = self._statistics
-        images = ((images - mean) / std).permute(0, 3, 1, 2)
+        images = ((images - self.mean_255) / self.std_255).permute(0, 3, 1, 2)
         return images.contiguous(memory_format=memory_format(images.device))
-
-    @functools.cached_property
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and std on the 0-255 scale, sent to the device once: else the host would wait."""
-        return tuple(torch.tensor(v, device=self.device) * 255 for v in (self.mean, self.std))
 
     def pick(self, indices: Tensor) -> Tensor:
         """The images at these places, uint8 [B, M, M, 3], on the device."""
@@ -1912,9 +1872,7 @@ def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, Tensor, T
     return order, crops, mirrored & config.flip
 
 
-def epoch_batches(
-    data: Data, config: Config, epoch: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tensor, ...]]:
     """An epoch of images [B, 3, S, S], labels [B] and indices [B], places in the training set.
 
     Of several processes each gets an equal share of every batch.
@@ -1945,8 +1903,6 @@ def epoch_batches(
 
 def one_ahead(items: Iterator) -> Iterator:
     """The same items, each made in a thread while the one before is used."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)
         while (item := following.result()) is not None:
@@ -1954,8 +1910,9 @@ def one_ahead(items: Iterator) -> Iterator:
             yield item
 
 
-# What each data set brings: images, labels, how many of them are for training, class names.
-Source = tuple[Tensor, Tensor, int, list[str]]
+# What each data set brings: a function that gives the images at some places, uint8 [N, M, M, 3];
+# labels [N]; how many, the first ones, are for training; class names.
+Source = tuple[Callable[[list[int]], Tensor], Tensor, int, list[str]]
 
 STATISTICS = {  # of the channels: the benchmark's; svhn: the authors'; measured for the others
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -1975,45 +1932,41 @@ def from_torchvision(config: Config) -> Source:
     --data may also hold its images in folders train/ and test/. The order of the images is that
     of their labels and pixels, so that both give the same runs.
     """
-    name, files = TORCHVISION[config.dataset]
-    root, svhn = Path(config.data), config.dataset == "svhn"
+    root = Path(config.data)
     if (root / "train").is_dir():
-        images, labels, count, classes = from_folder(config, side=32)
-        parts = [(images[:count], labels[:count]), (images[count:], labels[count:])]
+        decoded, labels, count, classes = from_folder(config, side=32)
+        images = decoded(list(range(len(labels))))
     else:
-        purpose = f"--dataset {config.dataset}"
-        dataset = getattr(import_optional("torchvision.datasets", "torchvision", purpose), name)
-        if svhn:
-            import_optional("scipy.io", "scipy", purpose)
+        images, labels, count, classes = read_torchvision(config.dataset, root)
+    order: list[int] = []
+    for start, stop in ((0, count), (count, len(labels))):
+        for label in range(len(classes)):  # all pixels as keys at once would take gigabytes
+            places = start + (labels[start:stop] == label).nonzero()[:, 0]
+            order += sorted(places.tolist(), key=lambda i: images[i].numpy().tobytes())
+    places = torch.tensor(order)
+    return lambda chosen: images[places[chosen]], labels[places], count, classes
 
-        def read(download: bool) -> list:
-            splits = [{"split": s} for s in ("train", "test")]
-            splits = splits if svhn else [{"train": True}, {"train": False}]
-            return [dataset(root, **split, download=download) for split in splits]
 
-        try:
-            sets = read(download=False)
-        except Exception:
-            try:
-                with locked(root, "another run is downloading the data"):
-                    sets = read(download=True)
-            except Exception as error:
-                raise UsageError(
-                    f"{name} is not in '{root}' and could not be downloaded ({first_line(error)}): "
-                    f"put {files} there, or try --dataset digits, which needs no data"
-                ) from error
-        pixels = [torch.from_numpy(part.data) for part in sets]  # SVHN's are [N, 3, 32, 32]
-        pixels = [p.permute(0, 2, 3, 1).contiguous() if svhn else p for p in pixels]
-        labels = [torch.as_tensor(part.labels if svhn else part.targets).long() for part in sets]
-        parts = list(zip(pixels, labels))
-        classes = [str(digit) for digit in range(10)] if svhn else list(sets[0].classes)
-    ordered = []
-    for pixels, labels in parts:
-        keys = [(y, image.tobytes()) for y, image in zip(labels.tolist(), pixels.numpy())]
-        order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
-        ordered.append((pixels[order], labels[order]))
-    (train, y), (test, z) = ordered
-    return torch.cat((train, test)), torch.cat((y, z)), len(train), classes
+def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, list[str]]:
+    (name, files), svhn = TORCHVISION[dataset], dataset == "svhn"
+    datasets = import_optional("torchvision.datasets", "torchvision", f"--dataset {dataset}")
+    splits = [{"train": True}, {"train": False}]
+    if svhn:
+        import_optional("scipy.io", "scipy", f"--dataset {dataset}")
+        splits = [{"split": "train"}, {"split": "test"}]
+    what = f"{name} is not in '{root}' and could not be downloaded"
+    with explain(what, f"put {files} there, or try --dataset digits, which needs no data"):
+        with locked(root, "another run is reading or downloading the data"):
+            # What is there and whole is not downloaded.
+            sets = [getattr(datasets, name)(root, **split, download=True) for split in splits]
+    images = torch.cat([torch.from_numpy(part.data) for part in sets])
+    labels = torch.cat([torch.as_tensor(s.labels if svhn else s.targets) for s in sets]).long()
+    if svhn:  # [N, 3, 32, 32]
+        return images.permute(0, 2, 3, 1).contiguous(), labels, len(sets[0]), DIGIT_NAMES
+    return images, labels, len(sets[0]), list(sets[0].classes)
+
+
+DIGIT_NAMES = [str(digit) for digit in range(10)]
 
 
 def from_digits(config: Config) -> Source:
@@ -2022,172 +1975,138 @@ def from_digits(config: Config) -> Source:
     digits = datasets.load_digits()
     grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
     images = grey[..., None].repeat(1, 1, 1, 3)  # [1797, 8, 8, 3]
-    labels = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    order = torch.cat((order[360:], order[:360]))
-    return images[order], labels[order], 1437, [str(digit) for digit in range(10)]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).roll(-360)
+    labels = torch.from_numpy(digits.target).long()[order]
+    return lambda chosen: images[order[chosen]], labels, 1437, DIGIT_NAMES
 
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 
 
-def list_images(root: Path) -> tuple[list[list[tuple[Path, int]]], list[str]]:
-    """The image files and labels of train/<class>/ and test/<class>/ (or val/), and the classes."""
-    if not root.is_dir():
-        raise UsageError(
-            f"there is no data folder '{root}': --data names the one that holds train/ and test/"
-        )
+def from_folder(config: Config, side: int | None = None) -> Source:
+    """The user's images in train/<class>/ and test/<class>/ (or val/), at any depth.
+
+    They are decoded once, into a file below --out that is then mapped.
+    """
+    root = Path(config.data)
     other = next((root / n for n in ("test", "val") if (root / n).is_dir()), root / "test")
-    parts = [root / "train", other]
+    parts, names = [root / "train", other], []
     for part in parts:
         if not part.is_dir():
-            raise UsageError(f"there is no folder '{part}': a data folder holds train/ and test/")
-    names = [sorted(d.name for d in p.iterdir() if d.is_dir() and d.name[0] != ".") for p in parts]
-    for part, found in zip(parts, names):
-        if not found:
-            raise UsageError(f"'{part}' has no classes: it must hold a folder for each class")
-    if names[0] != names[1]:
-        only = [", ".join(sorted({*a} - {*b})[:5]) or "none" for a, b in (names, names[::-1])]
-        raise UsageError(
-            f"'{parts[0]}' and '{parts[1]}' differ in their classes: only in the first {only[0]}; "
-            f"only in the second {only[1]}"
-        )
-    if len(names[0]) < 2:
-        raise UsageError(f"'{parts[0]}' has one class, '{names[0][0]}': a classifier needs two")
-    files: list[list[tuple[Path, int]]] = []
-    others: dict[str, int] = {}
-
-    def refuse(error: OSError) -> None:
-        raise UsageError(f"'{error.filename}' cannot be read ({error.strerror}): mend or remove it")
-
+            raise UsageError(f"there is no folder '{part}': --data must hold train/ and test/")
+        names.append(sorted(d.name for d in part.iterdir() if d.is_dir() and d.name[0] != "."))
+    classes = names[0]
+    if names[1] != classes:
+        differ = ", ".join(sorted({*classes} ^ {*names[1]})[:10])
+        raise UsageError(f"'{parts[0]}' and '{parts[1]}' differ in their classes: {differ}")
+    if len(classes) < 2:
+        raise UsageError(f"'{parts[0]}' holds {len(classes)} class folders: a classifier needs two")
+    files: list[Path] = []
+    labels: list[int] = []
+    others: Counter[str] = Counter()
     for part in parts:
-        files.append([])
-        for label, name in enumerate(names[0]):
-            found = []
-            for folder, below, entries in os.walk(part / name, onerror=refuse):
-                entries += [d for d in below if os.path.islink(os.path.join(folder, d))]
-                for entry in entries:
-                    kind = Path(entry).suffix.lower()
-                    if kind in IMAGE_FILES:
-                        found.append(Path(folder) / entry)
-                    elif entry[0] != ".":
-                        others[kind or entry] = others.get(kind or entry, 0) + 1
-            if not found:
+        count = len(files)  # in the end that of the first part
+        for label, name in enumerate(classes):
+            found = list(files_below(part / name))
+            images = sorted(file for file in found if file.suffix.lower() in IMAGE_FILES)
+            if not images:
                 raise UsageError(f"the class folder '{part / name}' holds no images")
-            files[-1] += [(file, label) for file in sorted(found)]
+            files += images
+            labels += [label] * len(images)
+            rest = (file for file in {*found} - {*images} if file.name[0] != ".")
+            others.update(file.suffix.lower() or file.name for file in rest)
     if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
         say(f"note: files in '{root}' that are no images of a known kind are left out: {kinds}")
-    return files, names[0]
-
-
-def from_folder(config: Config, side: int | None = None) -> Source:
-    """The user's images, decoded once into a file below --out that is then mapped."""
-    (train, test), classes = list_images(Path(config.data))
-    if config.subset and side is None:
-        train, test = ([part[i] for i in subset_of(len(part), config)] for part in (train, test))
-    S = config.image_size
+    S, cache = config.image_size, Path(config.out) / "cache"
     side = side or (S if S < RESIZED_CROP_FROM else round(1.15 * S))
-    store = decode([file for file, _ in train + test], side, Path(config.out) / "cache")
-    return store, torch.tensor([label for _, label in train + test]), len(train), classes
+
+    def load(chosen: list[int]) -> Tensor:
+        return decode([files[i] for i in chosen], side, cache)
+
+    return load, torch.tensor(labels), count, classes
 
 
-def subset_of(count: int, config: Config) -> list[int]:
-    """Which images --subset leaves: the same for every run, in the order of the data set."""
-    generator = torch.Generator().manual_seed(0)
-    return sorted(torch.randperm(count, generator=generator)[: config.subset].tolist())
-
-
-def decode(files: list[Path], side: int, cache: Path) -> Tensor:
-    """Image files as a mapped uint8 tensor [N, side, side, 3], decoded where that is not done yet.
-
-    The shorter side is resized and the middle square cut out. Transparent pixels become black,
-    16-bit grey levels 8-bit. The file is good for these very files, as their names, sizes, places
-    and times tell, and for this version of Pillow; it is checked by its checksums, and made again
-    where it is damaged. A decoding that was killed goes on.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    pil = import_optional("PIL.Image", "pillow", "a folder of images")
-    key = hashlib.sha256(repr((side, import_optional("PIL", "pillow", "it").__version__)).encode())
-    for file in files:
-        try:
-            s = file.stat()
-        except OSError as error:
-            raise UsageError(f"the image '{file}' cannot be read ({error}): remove it") from error
-        if not file.is_file():
-            raise UsageError(f"the image '{file}' is no ordinary file: remove it")
-        facts = (str(file), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns)
-        key.update(repr(facts).encode())
-    folder = cache / key.hexdigest()[:16]
-    images, index, size = folder / "images.u8", folder / "index.json", side * side * 3
-    with locked(folder, "another run is decoding images"):
-        sums = []  # of each chunk
-        with contextlib.suppress(UsageError):
-            sums = (read_json(index, "chunks") or {"chunks": []})["chunks"]
-        if images.is_file():
-            with open(images, "rb") as file:  # a hash of what is there, as far as it is right
-                there = iter(lambda: file.read(CHUNK * size), b"")
-                good = [hashlib.sha256(chunk).hexdigest() for chunk in there]
-            same = next((i for i, (a, b) in enumerate(zip(good, sums)) if a != b), len(good))
-            if same < len(sums):
-                say(f"note: '{images}' is damaged, so it is made again from image {same * CHUNK}")
-            sums = sums[:same]
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files at any depth; of a link, itself. What cannot be read raises an OSError."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            yield from files_below(entry)
         else:
-            sums = []
-        os.truncate(images, min(len(sums) * CHUNK, len(files)) * size) if sums else None
-        todo = range(len(sums) * CHUNK, len(files), CHUNK)
-        if todo:
-            say(f"decodes {len(files) - todo[0]} images into '{folder}'; old ones beside it may go")
-        bar = Progress(len(files), "decoding", len(sums) * CHUNK)
-        try:
-            with open(images, "ab" if sums else "wb") as out, ThreadPoolExecutor() as pool:
-                for start in todo:
-                    chunk = files[start : start + CHUNK]
-                    content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunk))
-                    out.write(content)
-                    out.flush()
-                    os.fsync(out.fileno())
-                    sums.append(hashlib.sha256(content).hexdigest())
-                    write_json(index, {"chunks": sums})
-                    bar.update(len(chunk))
-        except OSError as error:
-            raise UsageError(
-                f"'{images}' could not be written ({error}); with that mended, the decoding goes on"
-            ) from error
-    store = torch.from_file(str(images), shared=False, size=len(files) * size, dtype=torch.uint8)
-    return store.view(len(files), side, side, 3)
+            yield entry
 
 
 CHUNK = 512  # images that are decoded, checked and written at a time
 
 
+def decode(files: list[Path], side: int, cache: Path) -> Tensor:
+    """Image files as a mapped uint8 tensor [N, side, side, 3], decoded where that is not done yet.
+
+    The file is good for these very files, as their names, sizes, places and times tell, and for
+    this version of Pillow. A chunk whose checksum is not that of the index is decoded (again).
+    """
+    pil = import_optional("PIL.Image", "pillow", "a folder of images")
+    key = hashlib.sha256(repr((side, pil.__version__)).encode())
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"the image '{file}' is no file, or a link to none: remove it")
+        s = file.stat()
+        facts = (str(file), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns)
+        key.update(repr(facts).encode())
+    folder = cache / key.hexdigest()[:16]
+    images, index, size = folder / "images.u8", folder / "index.json", side * side * 3
+    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
+    with locked(folder, "another run is decoding images"), writing(images):
+        images.touch()
+        sums: list[str | None] = []
+        with contextlib.suppress(UsageError):  # a damaged index is none
+            sums = (read_json(index, "chunks") or {"chunks": []})["chunks"]
+        sums += [None] * (len(chunks) - len(sums))
+        with open(images, "r+b") as store, ThreadPoolExecutor() as pool:
+            there = [hashlib.sha256(store.read(CHUNK * size)).hexdigest() for _ in chunks]
+            todo = [i for i in range(len(chunks)) if there[i] != sums[i]]
+            number = sum(len(chunks[i]) for i in todo)
+            if todo:
+                say(f"decodes {number} images into '{folder}'; old ones beside it may go")
+            bar = Progress(len(files), "decoding", len(files) - number)
+            for i in todo:
+                content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunks[i]))
+                store.seek(i * CHUNK * size)
+                store.write(content)
+                store.flush()
+                os.fsync(store.fileno())
+                sums[i] = hashlib.sha256(content).hexdigest()
+                write_json(index, {"chunks": sums})
+                bar.update(len(chunks[i]))
+    mapped = torch.from_file(str(images), shared=False, size=len(files) * size, dtype=torch.uint8)
+    return mapped.view(len(files), side, side, 3)
+
+
 def decode_one(pil: Any, path: Path, side: int) -> bytes:
-    """The pixels of one image file, uint8 [side, side, 3]."""
+    """The pixels of one image file, uint8 [side, side, 3].
+
+    The shorter side is resized and the middle square cut out. Transparent pixels become black,
+    16-bit grey levels 8-bit.
+    """
     from PIL import ImageOps
 
-    try:
-        with pil.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
-                image = image.convert("I").point(lambda grey: grey / 256).convert("L")
-            if image.mode in ("I", "F"):
-                raise ValueError(f"pixels of mode {image.mode} have no known range")
-            if "A" in image.mode or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = pil.alpha_composite(pil.new("RGBA", image.size, "black"), image)
-            image = image.convert("RGB")
-            if image.size != (side, side):
-                image = ImageOps.fit(image, (side, side), method=pil.Resampling.BILINEAR)
-            return image.tobytes()
-    except Exception as error:
-        raise UsageError(f"the image '{path}' cannot be read ({error}): remove it") from error
+    with explain(f"the image '{path}' cannot be read", "remove it"), pil.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
+            image = image.convert("I").point(lambda grey: grey / 256).convert("L")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no known range")
+        if "A" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = pil.alpha_composite(pil.new("RGBA", image.size, "black"), image)
+        image = image.convert("RGB")
+        if image.size != (side, side):
+            image = ImageOps.fit(image, (side, side), method=pil.Resampling.BILINEAR)
+        return image.tobytes()
 
 
 SOURCES: dict[str, Callable[[Config], Source]] = {
-    "cifar100": from_torchvision,
-    "cifar10": from_torchvision,
-    "svhn": from_torchvision,
+    **dict.fromkeys(TORCHVISION, from_torchvision),
     "folder": from_folder,
     "digits": from_digits,
 }
@@ -2200,55 +2119,53 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         UsageError: it is not there and cannot be downloaded, or is not as it should be.
     """
     with main_process_first():  # it downloads and decodes; the others find that
-        images, labels, count, classes = SOURCES[config.dataset](config)
+        load, labels, count, classes = SOURCES[config.dataset](config)
+        train, test = subset_of(count, config), subset_of(len(labels) - count, config)
+        chosen, count = [*train, *(count + i for i in test)], len(train)
+        images, labels = load(chosen), labels[chosen]
     S, mapped = config.image_size, config.dataset == "folder"
-    if images.shape[1] < S or not mapped and images.shape[1] != S:
+    if images.shape[1] != S and not mapped:
         small, images = images, torch.empty(len(images), S, S, 3, dtype=torch.uint8)
         for old, new in zip(small.split(1000), images.split(1000)):
-            part = F.interpolate(
-                old.permute(0, 3, 1, 2).float(), (S, S), mode="bilinear", antialias=True
-            )
-            new.copy_(part.round().clamp(0, 255).permute(0, 2, 3, 1))
-    if config.subset and not mapped:
-        train, test = subset_of(count, config), subset_of(len(labels) - count, config)
-        chosen, count = train + [count + i for i in test], len(train)
-        images, labels = images[chosen], labels[chosen]
+            old = old.permute(0, 3, 1, 2).float()
+            resized = F.interpolate(old, (S, S), mode="bilinear", antialias=True)
+            new.copy_(resized.round().clamp(0, 255).permute(0, 2, 3, 1))
+    held = []  # out: of each class its share, the same images for every run
+    fixed = torch.Generator().manual_seed(0)
+    for label in range(len(classes)):
+        of_class = (labels[:count] == label).nonzero()[:, 0]
+        number = round(config.val_fraction * len(of_class))
+        held.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
     train, test = torch.arange(count), torch.arange(count, len(labels))
-    val = train[:0]
-    if config.val_fraction:  # of each class its share, the same images for every run
-        fixed = torch.Generator().manual_seed(0)
-        held = []
-        for label in range(len(classes)):
-            of_class = (labels[:count] == label).nonzero()[:, 0]
-            number = round(config.val_fraction * len(of_class))
-            held.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
-        val = torch.cat(held).sort().values
-        train = train[~torch.isin(train, val)]
+    val = torch.cat(held).sort().values
+    train = train[~torch.isin(train, val)]
     digest = hashlib.sha256(repr((images.shape, classes, count)).encode())
-    digest.update(labels.numpy())
-    for part in images.split(1000):
+    for part in (labels, *images.split(1000)):
         digest.update(part.numpy())
     if len(train) < 2 or config.val_fraction and not len(val):
         raise UsageError(f"there are {len(train)} images to train on and {len(val)} held out")
-    if config.batch_size > len(train):
-        raise UsageError(
-            f"--batch-size {config.batch_size} is larger than the {len(train)} training images"
-        )
+    if (B := config.batch_size) > len(train):
+        raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
     mean, std = normalisation(config) or measure(images, train)
     data = Data(images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(), mapped)
     return data.to(torch.device(device))
 
 
+def subset_of(count: int, config: Config) -> list[int]:
+    """Which images --subset leaves: the same for every run, in the order of the data set."""
+    if not config.subset:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(0)
+    return sorted(torch.randperm(count, generator=generator)[: config.subset].tolist())
+
+
 def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and std that are not measured: the teacher's, for both networks; or the data set's."""
-    if config.teacher_weights:
-        content = load_file(Path(config.teacher_weights))
+    if path := config.teacher_weights:
+        content = load_file(Path(path))
         if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
-            try:
-                mean, std = torch.tensor([content["mean"], content["std"]]).view(2, 3).tolist()
-            except (TypeError, ValueError, RuntimeError) as error:
-                path = config.teacher_weights
-                raise UsageError(f"'{path}' has a damaged mean or std ({error})") from error
+            with explain(f"'{path}' has a damaged mean or std", "take another one"):
+                torch.tensor([content["mean"], content["std"]]).view(2, 3)
             return tuple(content["mean"]), tuple(content["std"])
     first = "teacher" if config.teacher else "student"
     known = None
@@ -2334,35 +2251,26 @@ class Config:
     student_init: str = net("random", f"weights that the student begins with: {INITS}", str, INIT)
     teacher_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
     student_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
-    method: str = field("method")(
-        "mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, or crd+mhkd"
-    )
+    method: str = field("method")("mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, crd+mhkd")
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dataset: str = images(
-        "cifar100", "cifar100, cifar10, svhn, folder (yours), digits (no download)"
-    )
+    dataset: str = images("cifar100", "cifar100, cifar10, svhn, folder, digits (no download)")
     image_size: int = images(None, "side of the images in pixels: 32; digits 16", int, SIZE)
     subset: int = images(None, "at most so many images to train on, and to test: all", int, TWO)
     val_fraction: float = images(0.0, "share held out, to choose the best epoch", float, BELOW_1)
     crop_padding: int = images(None, "padding for the crop: 4; digits 2", int, PADDING)
     crop_scale: float = images(0.08, "least area of the crop from 64 pixels up", float, FACTOR)
-    flip: bool = images(None, "do not flip images at random", bool)  # --no-flip
+    flip: bool = images(None, "flip images at random: yes; digits no", bool)
     epochs: int = fit(None, "epochs: 240; svhn 150; digits 30", int, COUNT)
     batch_size: int = fit(None, "images a step (batch norm needs two): 64; svhn 200", int, TWO)
     lr: float = fit(None, "0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001", float, POSITIVE)
-    lr_steps: Sequence[int] = fit(
-        None, "epochs after which the learning rate falls: 150,180,210; svhn 80,110,135; scaled "
-        "with --epochs", integers, ASCENDING,
-    )  # fmt: skip
-    lr_decay: float = fit(0.1, "factor by which it falls", float, FACTOR)
+    lr_steps: Sequence[int] = fit(None, "150,180,210 of 240; svhn 80,110,135", integers, ASCENDING)
+    lr_decay: float = fit(0.1, "factor by which lr falls after lr_steps", float, FACTOR)
     momentum: float = fit(0.9, "of SGD", float, BELOW_1)
     weight_decay: float = fit(5e-4, "of SGD", float, NOT_NEGATIVE)
     seed: int = fit(0, "of initial weights, batch order and augmentation", int, SEED)
     teacher_seed: int = fit(0, "of the teacher, where it is trained here", int, SEED)
     precision: str = fit("auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
-    teacher_weights: str = machine(
-        None, "checkpoint of the teacher: it is trained first", str, (len, "a file")
-    )
+    teacher_weights: str = machine(None, "its checkpoint: trained first", str, (len, "a file"))
     data: str = machine("data", "folder of the data; downloads go there")
     out: str = machine("runs", "where run folders go")
     device: str = machine(None, "cpu, cuda, cuda:1, mps: the best there is")
@@ -2372,48 +2280,47 @@ class Config:
     tensorboard: bool = machine(False, "write the log's figures for TensorBoard, too", bool)
 
     def __post_init__(self) -> None:
-        fields = [f for f in dataclasses.fields(self) if f.name != "options"]
-        values = {f.name: getattr(self, f.name) for f in fields}
-        given = {f.name: values[f.name] for f in fields if values[f.name] != f.default}
+        fields = {f.name: f.metadata["option"] for f in dataclasses.fields(self) if f.metadata}
+        values = {name: getattr(self, name) for name in fields}
+        given = {name: v for name, v in values.items() if v != fields[name].default}
         self.__dict__["given"] = {**given, "options": dict(self.options)}
         check_name("data set", self.dataset, SOURCES)
         methods = find_methods(self.method)
-        fill = {"method": "+".join(methods)}
+        values["method"] = "+".join(methods)
         if not self.student:
             raise UsageError("--student is missing: python mhkd.py --teacher vgg13 --student vgg8")
         if not any(method.needs_teacher for method in methods.values()):
-            fill |= {f.name: f.default for f in fields if f.name.startswith("teacher")}
+            values |= {n: o.default for n, o in fields.items() if n.startswith("teacher")}
         elif not self.teacher:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
         elif self.teacher_weights is not None:
-            fill |= {"teacher_seed": 0, "teacher_init": "random"}  # nothing is trained with them
-        for name in (self.student, fill.get("teacher", self.teacher)):
+            values |= {"teacher_seed": 0, "teacher_init": "random"}  # nothing is trained with them
+        for name in (self.student, values["teacher"]):
             if name and ":" not in name:
                 check_name("network", name, MODELS)
         recipe = dict(RECIPES[self.dataset])
         if self.student in LOW_LR_MODELS and self.dataset != "svhn":
             recipe["lr"] = LOW_LR
-        epochs = self.epochs or recipe["epochs"]
-        recipe["lr_steps"] = tuple(round(s * epochs / recipe["epochs"]) for s in recipe["lr_steps"])
-        for name, value in {**values, **fill}.items():
-            self.__dict__[name] = recipe.get(name) if value is None else value
+        scale = (self.epochs or recipe["epochs"]) / recipe["epochs"]
+        recipe["lr_steps"] = tuple(round(step * scale) for step in recipe["lr_steps"])
         units = self.student_units or self.teacher_units or (1, 2, 3)
         recipe["units"] = tuple(range(1, len(units) + 1))
         declared = method_options(methods)
         for name in self.options:
             if name not in declared:
                 raise UsageError(foreign_option(name, self.method))
-        self.__dict__["options"] = {
-            name: option.default if option.default is not None else recipe[name]
-            for name, option in declared.items()
-        } | {name: value for name, value in self.options.items() if value is not None}
-        rules = {f.name: f.metadata["option"] for f in fields} | declared
-        for name, option in rules.items():
-            value = self.options[name] if name in declared else getattr(self, name)
-            if option.rule and value is not None and not option.rule[0](value):
-                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} must be {option.rule[1]}, not {shown}")
+        options = {n: self.options.get(n, o.default) for n, o in declared.items()}
+
+        def complete(values: dict[str, Any], rules: dict[str, Option]) -> dict[str, Any]:
+            values = {n: recipe.get(n) if v is None else v for n, v in values.items()}
+            for name, option in rules.items():
+                value = values[name]
+                if option.rule and value is not None and not option.rule[0](value):
+                    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                    raise UsageError(f"{flag_of(name)} must be {option.rule[1]}, not {shown}")
+            return values
+
+        self.__dict__.update(complete(values, fields), options=complete(options, declared))
         if len(self.teacher_units or units) != len(self.student_units or units):
             raise UsageError("--teacher-units and --student-units must be as many as each other")
 
@@ -2449,13 +2356,12 @@ def foreign_option(name: str, method: str) -> str:
     """Why an option cannot be given with a method: whose it is, or what there is."""
     with contextlib.suppress(UsageError):
         find_methods(BASELINES[0])  # loads mhkd_baselines.py, where it is there
-    flag = f"--{name.replace('_', '-')}"
+    flag = flag_of(name)
     owners = [m for m, kind in METHODS.items() if name in {**kind.options, **kind.final_options}]
     if owners:
         return f"{flag} is an option of --method {' or '.join(owners)}, not of {method}"
-    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Config)}
-    flags |= {f"--{n.replace('_', '-')}" for n in method_options(find_methods(method))}
-    near = difflib.get_close_matches(flag, flags, n=3)
+    names = {*Config.__dataclass_fields__, *method_options(find_methods(method))}
+    near = difflib.get_close_matches(flag, map(flag_of, names), n=3)
     return f"there is no option {flag}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
 
@@ -2468,6 +2374,20 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@contextlib.contextmanager
+def explain(what: str, hint: str, kinds: Any = Exception) -> Iterator[None]:
+    """Turn errors inside into a UsageError: what failed, why, and how to mend it."""
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(f"{what} ({first_line(error)}): {hint}") from error
+
+
+def writing(path: Path) -> contextlib.AbstractContextManager:
+    kinds = OSError, RuntimeError  # torch.save reports a full disk as a RuntimeError
+    return explain(f"'{path}' could not be written", "with that mended, run the same again", kinds)
+
+
 def write_atomically(path: Path, write: Callable[[Any], Any], keep: Path | None = None) -> None:
     """Write beside the file, flush to the disk, then rename: at all times old or new is there.
 
@@ -2475,19 +2395,14 @@ def write_atomically(path: Path, write: Callable[[Any], Any], keep: Path | None 
     """
     part = path.with_name(f"{path.name}.part")
     try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        kept = "; the file of before is untouched" if path.exists() else ""
-        raise UsageError(
-            f"'{path}' could not be written ({first_line(error)}){kept}; with that mended, run "
-            "the same again"
-        ) from error
+        with writing(path):
+            with open(part, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -2509,14 +2424,13 @@ def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
     """A record that write_json has written; None where there is none. It must have these keys."""
     if not path.is_file():
         return None
-    try:
+    kinds = ValueError, RecursionError
+    with explain(f"'{path}' is damaged", "move its folder away", kinds):
         content = json.loads(path.read_text())
-        if not isinstance(content, dict) or not all(key in content for key in keys):
+        if not isinstance(content, dict) or not content.keys() >= {*keys}:
             raise ValueError(f"it must have {', '.join(keys)}")
         if content.get("sha256") != seal(content):
             raise ValueError("its checksum is not that of its content")
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"'{path}' is damaged ({error}): move its folder away") from error
     return content
 
 
@@ -2544,20 +2458,21 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
     The system lets it go however the process ends, and nothing stays behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if is_main() and os.name == "posix" else None
-    try:
-        if handle is not None:
-            import fcntl
+    if not is_main() or os.name != "posix":
+        yield
+        return
+    import fcntl
 
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"{waiting}: waiting for it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{waiting}: waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def load_file(path: Path) -> Any:
@@ -2573,35 +2488,30 @@ def load_file(path: Path) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"'{path}' is no checkpoint, or holds more than tensors, which could run code: save "
-            "{'model': network.state_dict()} alone"
-        ) from error
     except Exception as error:
-        raise UsageError(f"'{path}' is damaged or no checkpoint ({first_line(error)})") from error
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "more than tensors could run code: save network.state_dict() alone"
+        raise UsageError(f"'{path}' is damaged or no checkpoint ({reason})") from error
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a file: alone, or as "model" or "state_dict" in it."""
     content = load_file(Path(path))
-    if isinstance(content, dict) and "distiller" in content:
-        raise UsageError(f"'{path}' is the state of a run: the network is in student.pt beside it")
     if isinstance(content, dict):
+        if "distiller" in content:
+            raise UsageError(f"'{path}' is the state of a run: take the student.pt beside it")
         content = content.get("model", content.get("state_dict", content))
-    dense = isinstance(content, dict) and all(
+    if not isinstance(content, dict) or not all(
         isinstance(name, str)
         and isinstance(t, Tensor)
         and t.layout == torch.strided
-        and not t.is_complex()
-        and not t.is_meta
+        and not (t.is_complex() or t.is_meta)
         for name, t in content.items()
-    )
-    if not dense:
+    ):
         raise UsageError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
-    for prefix in ("module.", "_orig_mod."):  # from DataParallel, from torch.compile
-        content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return content
+    # Networks in DataParallel or torch.compile have these before their names.
+    return {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in content.items()}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -2611,53 +2521,35 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         UsageError: the file is missing or broken, holds another network or number of classes.
     """
     state = read_state(path)
-    there = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = [k for k in here if there.get(k) != here[k]] + [k for k in there if k not in here]
-    if wrong:
-        last = list(here)[-2:]  # the classifier's weight and bias
-        if {*wrong} <= {*last} and all(k in there and there[k][1:] == here[k][1:] for k in last):
-            n, K = there[last[0]][0], here[last[0]][0]
-            raise UsageError(f"'{path}' has {n} classes where {K} are needed")
-        k = wrong[0]
-        raise UsageError(
-            f"'{path}' holds {which_network(there)}, not this one: '{k}' is "
-            f"{there.get(k, 'missing')} there, {here.get(k, 'missing')} here"
-        )
+    there, here = shapes_of(state), shapes_of(model.state_dict())
+    for key in {**here, **there}:
+        a, b = there.get(key, "missing"), here.get(key, "missing")
+        if a != b:
+            what = f"'{path}' holds {which_network(there)}, not {which_network(here)}"
+            raise UsageError(f"{what}: '{key}' is {a} there, {b} here")
     model.load_state_dict(state)
     return model
 
 
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def which_network(shapes: dict[str, tuple[int, ...]]) -> str:
-    """The name of the one of ours that has these entries, for a message."""
+    """Which of ours has these entries, and for how many classes; for a message."""
+    *_, bias = [(), *shapes.values()]
+    K = bias[0] if bias else 1
     for name in MODELS:
         with torch.device("meta"):
-            state = build_model(name, 1).state_dict()
-        body = {key: tuple(tensor.shape) for key, tensor in list(state.items())[:-2]}
-        if state.keys() == shapes.keys() and body.items() <= shapes.items():
-            return name
-    return "another network"
+            if shapes_of(build_model(name, K).state_dict()) == shapes:
+                return f"{name} of {K} classes"
+    return "the network of somebody else"
 
 
 def environment(config: Config, device: torch.device) -> dict[str, Any]:
     """What a figure depends on beside the configuration."""
     from importlib import metadata
 
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(here), *arguments]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(
-                command, capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-        return None
-
-    commit = None
-    if git("ls-files", "--error-unmatch", Path(__file__).name):  # a copy elsewhere is of no commit
-        commit = git("rev-parse", "HEAD")
-        if git("status", "--porcelain", "--", "mhkd.py", "mhkd_baselines.py", "csrc"):
-            commit = f"{commit} with changes"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("torchvision", "timm", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -2665,11 +2557,9 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
     hardware = platform.processor() or platform.machine()
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        hardware = names[0] if names else hardware
-    chosen = ("data", "out", "teacher_weights", "compile")
+    elif (processors := Path("/proc/cpuinfo")).is_file():
+        _, _, name = processors.read_text().partition("model name\t: ")
+        hardware = name.partition("\n")[0].strip() or hardware
     return {
         "device": str(device),
         "hardware": hardware,
@@ -2678,10 +2568,26 @@ def environment(config: Config, device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         **versions,
         "mhkd": __version__,
-        "commit": commit,
+        "commit": commit_of(Path(__file__).resolve()),
         "loss": loss_backend() if config.backend != "reference" else "reference",
-        **{name: getattr(config, name) for name in chosen},
+        **{name: getattr(config, name) for name in ("data", "out", "teacher_weights", "compile")},
     }
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit of this file, marked where it has changed since; None for a copy elsewhere."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, **options).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        changes = git("status", "--porcelain", "--", "mhkd.py", "mhkd_baselines.py", "csrc")
+        return git("rev-parse", "HEAD") + (" with changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 class Progress:
@@ -2700,13 +2606,12 @@ class Progress:
             self.bar.update(images)
 
     def line(self, config: Config, entry: dict[str, Any]) -> None:
-        left = int((config.epochs - entry["epoch"]) * entry["seconds"])
+        left = datetime.timedelta(seconds=int((config.epochs - entry["epoch"]) * entry["seconds"]))
         text = (
             f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
             f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
             f"train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
-            f"{entry['images_per_second']:.0f} images/s  "
-            f"{left // 60}:{left % 60:02d} left"
+            f"{entry['images_per_second']:.0f} images/s  {left} left"
         )
         self.bar.set_postfix_str(text[:60]) if self.bar else say(text)
 
@@ -2787,13 +2692,14 @@ def surroundings(config: Config) -> Iterator[torch.device]:
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.precision in ("auto", "tf32")
     try:
-        if config.batch_size % world_size() or config.batch_size < 2 * world_size():
+        B, count = config.batch_size, world_size()
+        if B % count or B < 2 * count:
             raise UsageError(
-                f"--batch-size {config.batch_size} does not give each of the {world_size()} "
-                "processes the same number of images, two at least"
+                f"--batch-size {B} must be {2 * count}, {3 * count}, ...: {count} processes"
             )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield device
+        wait_for_all()  # a process that ends while another one still talks to it aborts it
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
         if start:
@@ -2805,16 +2711,14 @@ def pick_device(name: str | None, local_rank: int | None = None) -> torch.device
     if name is None:
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
-    try:
+    with explain(f"--device {name} cannot be used", "take cpu, cuda or mps, if they are there"):
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
-            raise ValueError("cpu, cuda and mps are known")
+            raise ValueError("of another kind")
         if device.type == "cuda" and local_rank is not None:
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except Exception as error:
-        raise UsageError(f"--device {name} cannot be used here ({first_line(error)})") from error
     return device
 
 
@@ -2837,11 +2741,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def add_option(group: Any, name: str, option: Option) -> None:
-    flag, default, help = f"--{name.replace('_', '-')}", option.default, option.help
+    flag, default, help = flag_of(name), option.default, option.help
     if option.parse is bool:
-        flag = flag if default is False else f"--no-{flag[2:]}"
-        action = "store_true" if default is False else "store_false"
+        action = argparse.BooleanOptionalAction
         group.add_argument(flag, dest=name, action=action, default=None, help=help)
         return
     if default is not None:
@@ -2863,12 +2770,11 @@ def parse_config(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--help --method NAME shows the options of that method.",
     )  # fmt: skip
-    groups: dict[str, Any] = {}
-    for f in dataclasses.fields(Config):
-        if f.name != "options":
-            name = f.metadata["group"]
-            groups[name] = groups.get(name) or parser.add_argument_group(name)
-            add_option(groups[name], f.name, f.metadata["option"])
+    fields = [f for f in dataclasses.fields(Config) if f.metadata]
+    names = dict.fromkeys(f.metadata["group"] for f in fields)
+    groups = {name: parser.add_argument_group(name) for name in names}
+    for f in fields:
+        add_option(groups[f.metadata["group"]], f.name, f.metadata["option"])
     declared = method_options(methods)
     for name, option in declared.items():
         add_option(groups["method"], name, option)
@@ -2876,21 +2782,18 @@ def parse_config(
     extra(parser)
     parsed, left = parser.parse_known_args(arguments)
     for word in left:
-        if word.startswith("--"):
-            name = word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-            raise UsageError(foreign_option(name, "+".join(methods)))
-        raise UsageError(f"the argument '{word}' belongs to no option")
-    values = {k: v for k, v in vars(parsed).items() if v is not None}
-    config = {f.name: values[f.name] for f in dataclasses.fields(Config) if f.name in values}
-    options = {name: values[name] for name in declared if name in values}
-    return parsed, {**config, "options": options}
+        if not word.startswith("--"):
+            raise UsageError(f"the argument '{word}' belongs to no option")
+        name = word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        raise UsageError(foreign_option(name, "+".join(methods)))
+    values = {name: value for name, value in vars(parsed).items() if value is not None}
+    config = {f.name: values[f.name] for f in fields if f.name in values}
+    return parsed, {**config, "options": {n: values[n] for n in declared if n in values}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-
     def run() -> None:
-        parsed, values = parse_config(arguments)
+        parsed, values = parse_config(sys.argv[1:] if arguments is None else arguments)
         if parsed.version:
             print(f"mhkd {__version__}, PyTorch {torch.__version__}, loss: {loss_backend()}")
             return
@@ -2903,30 +2806,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return command_line("mhkd.py", run)
 
 
-class Terminated(BaseException):
-    """SIGTERM."""
-
-
 def command_line(program: str, run: Callable[[], Any]) -> int:
     """Run it; what goes wrong ends as one sentence and an exit status."""
 
     def terminate(*_: Any) -> None:
-        raise Terminated
+        raise KeyboardInterrupt("terminated")
 
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, terminate)
     again = "the same command goes on from the last finished epoch"
-    status, sentence = 1, ""
+    status = 1
     try:
         run()
         sys.stdout.flush()
         return 0
     except UsageError as error:
         sentence = str(error)
-    except KeyboardInterrupt:
-        status, sentence = 130, f"interrupted; {again}"
-    except Terminated:
-        status, sentence = 143, f"terminated; {again}"
+    except KeyboardInterrupt as error:
+        status, sentence = (143 if error.args else 130), f"{str(error) or 'interrupted'}; {again}"
     except BrokenPipeError:  # nobody reads what is printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status, sentence = 141, f"the output was closed; {again}"

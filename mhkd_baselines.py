@@ -414,7 +414,7 @@ class DualHead(mhkd.Method):
             "nonlinear", "second classifier, nonlinear or linear",
             str, mhkd.one_of("nonlinear", "linear"),
         ),
-        "dhkd_align": Option(True, "do not align the gradients", bool),  # --no-dhkd-align
+        "dhkd_align": Option(True, "align the gradients", bool),
     }  # fmt: skip
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):

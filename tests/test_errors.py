@@ -154,9 +154,9 @@ def more_classes(root):
     (lambda root: shutil.rmtree(root), "{}'|--data|train"),
     (lambda root: shutil.rmtree(root / "train"), "{}/train'|train/|test/"),
     (lambda root: shutil.rmtree(root / "test"), "{}/test'|train/|test/"),
-    (lambda root: empty(root / "train"), "'{}/train'|no classes|a folder for each class"),
+    (lambda root: empty(root / "train"), "'{}/train'|0 class folders|needs two"),
     (more_classes, "extra|other|differ"),
-    (lambda root: [shutil.rmtree(b) for b in root.glob("*/b")], "one class, 'a'|needs two"),
+    (lambda root: [shutil.rmtree(b) for b in root.glob("*/b")], "1 class folders|needs two"),
     (lambda root: empty(root / "test" / "b"), "{}/test/b'|no images"),
 ])  # fmt: skip
 def test_a_folder_that_is_no_data_set_is_named_with_what_is_missing(harm, parts, refused, images):
