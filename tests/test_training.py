@@ -16,6 +16,7 @@ import torch
 from conftest import (
     ALONE,
     HEADS,
+    MHKD,
     PAIR,
     ROOT,
     SCRIPT,
@@ -38,7 +39,7 @@ import mhkd
 pytest.importorskip("sklearn")
 FILES = {"config.json", "log.jsonl", "student.pt", "result.json"}
 EPOCHS = 4
-DISTIL = [*PAIR, *TINY, *HEADS, "--epochs", str(EPOCHS)]
+DISTIL = [*MHKD, "--epochs", str(EPOCHS)]
 KD = [*PAIR, *TINY, "--epochs", EPOCHS, "--method", "kd"]
 
 
@@ -131,16 +132,12 @@ def test_the_log_has_a_line_for_each_epoch_with_the_figures_of_each_head(finishe
         assert entry["loss"] > parts[0] + 0.5 * sum(parts[1:]) > 0
 
 
-def test_output_that_is_no_terminal_has_one_line_for_each_epoch(finished):
-    for network in ("resnet14 ce", "resnet8 mhkd"):
+def test_output_that_is_no_terminal_has_one_line_for_each_epoch_and_the_training_learns(finished):
+    for folder, network in zip(sorted(finished[0].iterdir()), ("resnet8 mhkd", "resnet14 ce")):
         assert len(epochs_said(finished[1].stdout, network)) == EPOCHS
-    assert finished[1].stderr == ""
-
-
-def test_the_training_learns(finished):
-    for folder in finished[0].iterdir():
         losses = [entry["loss"] for entry in log_of(folder)]
         assert losses == sorted(losses, reverse=True)
+    assert finished[1].stderr == ""
 
 
 def test_config_json_holds_every_value_used_the_surroundings_and_the_teachers_checksum(finished):
@@ -166,25 +163,18 @@ def test_config_json_holds_every_value_used_the_surroundings_and_the_teachers_ch
 def test_the_commit_is_none_for_a_copy_in_another_repository_and_marked_where_csrc_changed(
     tmp_path, monkeypatch
 ):
-    def git(*arguments):
-        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
-        subprocess.run(["git", *who, *arguments], check=True)
-
-    def commit():
+    def commit(*added):
+        git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+        for command in (["init", "-q"], ["add", *added], ["commit", "-qm", "a"]) if added else ():
+            subprocess.run([*git, *command], check=True)
         config = mhkd.Config(student="resnet8", method="ce")
         return mhkd.environment(config, torch.device("cpu"))["commit"]
 
+    monkeypatch.setattr(mhkd, "__file__", str(shutil.copy(SCRIPT, tmp_path)))
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "a.cpp").write_text("int a;")
-    shutil.copy(SCRIPT, tmp_path)
-    monkeypatch.setattr(mhkd, "__file__", str(tmp_path / "mhkd.py"))
-    git("init", "-q")
-    git("add", "csrc")
-    git("commit", "-qm", "another repository")
-    assert commit() is None
-    git("add", "mhkd.py")
-    git("commit", "-qm", "ours")
-    assert len(commit()) == 40
+    assert commit("csrc") is None
+    assert len(commit("mhkd.py")) == 40
     (tmp_path / "csrc" / "a.cpp").write_text("int b;")
     assert commit().endswith(" with changes")
 
@@ -249,24 +239,17 @@ def test_on_a_terminal_a_bar_shows_rate_and_time_left(tmp_path, monkeypatch, cap
     assert epochs_said(said.out, "resnet8 ce") == []
 
 
-def test_train_returns_the_content_of_result_json_and_leaves_the_generator_alone(tmp_path):
-    before = torch.get_rng_state()
-    settings = {"dataset": "digits", "subset": 60, "epochs": 1, "batch_size": 30, "device": "cpu"}
-    config = mhkd.Config(student="resnet8", method="ce", out=str(tmp_path), **settings)
-    result = mhkd.train(config)
-    assert result == read(folder_of(tmp_path) / "result.json")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_ce_trains_the_network_alone_and_says_that_a_teacher_has_no_effect(tmp_path, capsys):
-    assert run(tmp_path, *ALONE, "--teacher", "resnet14") == 0
+    before = torch.get_rng_state()
+    assert run(tmp_path, *ALONE, "--epochs", "1", "--teacher", "resnet14") == 0
     assert [*tmp_path.iterdir()] == [folder_of(tmp_path, method="ce")]
     assert "resnet14" not in folder_of(tmp_path).name
     assert "no effect" in capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), before)  # that of the caller
 
 
 def test_in_bfloat16_the_record_says_so_and_the_student_is_saved_in_float32(tmp_path):
-    assert run(tmp_path, *PAIR, *TINY, *HEADS, "--epochs", "1", "--precision", "bfloat16") == 0
+    assert run(tmp_path, *MHKD, "--epochs", "1", "--precision", "bfloat16") == 0
     for folder in (student_folder(tmp_path), *teacher_folders(tmp_path)):
         result = read(folder / "result.json")
         assert result["config"]["precision"] == result["differs"]["precision"] == "bfloat16"
@@ -507,7 +490,7 @@ def test_initial_weights_batches_and_augmentation_depend_on_seed_and_neither_met
 def test_two_processes_of_torchrun_killed_and_started_again_train_one_and_the_same_student(
     tmp_path,
 ):
-    options = [*PAIR, *TINY, *HEADS, "--method", "crd+mhkd", "--beta", "0", "--negatives", "50"]
+    options = [*MHKD, "--method", "crd+mhkd", "--beta", "0", "--negatives", "50"]
     options += ["--out", str(tmp_path / "killed")]
     for die in (("replace", 5), ("replace", 8)):  # the teacher's epochs, the student's
         first, second = (start(*options, die=d, environment=e) for d, e in
@@ -558,10 +541,14 @@ def test_each_of_two_processes_has_its_share_of_every_batch_and_draws_of_its_own
             assert torch.equal(a[order], b[indices.argsort()])
 
 
-def test_world_size_alone_makes_no_run_one_of_several_processes(tmp_path, monkeypatch):
+def test_world_size_alone_makes_no_run_one_of_several_processes_and_train_returns_its_result(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(tmp_path, *ALONE, "--epochs", "1") == 0
-    result = read(folder_of(tmp_path) / "result.json")
+    settings = {"dataset": "digits", "subset": 60, "epochs": 1, "batch_size": 30, "device": "cpu"}
+    config = mhkd.Config(student="resnet8", method="ce", out=str(tmp_path), **settings)
+    result = mhkd.train(config)
+    assert result == read(folder_of(tmp_path) / "result.json")
     assert result["config"]["processes"] == 1 and "processes" not in result["name"]
 
 
