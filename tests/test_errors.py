@@ -10,19 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import (
-    ALONE,
-    FOLDER,
-    MHKD,
-    end_of,
-    folder_of,
-    listing,
-    pixels,
-    run,
-    save_image,
-    script,
-    start,
-)
+from conftest import ALONE, FOLDER, MHKD, end_of, listing, pixels, run, save_image, script, start
 
 import mhkd
 
@@ -30,19 +18,15 @@ pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
 
-def contents(folder):
-    return {path: entry and entry[0] for path, entry in listing(folder).items()}
-
-
 @pytest.fixture
 def refused(tmp_path, failing):
     """Runs what makes no sense: the one sentence has these parts, and no file is harmed."""
 
     def check(arguments, *parts, made=False):
-        before = contents(tmp_path)
+        before = listing(tmp_path)
         sentence = failing(tmp_path / "out", *arguments)
         assert all(str(part) in sentence for part in parts), sentence
-        after = contents(tmp_path)
+        after = listing(tmp_path)
         assert {p: after.get(p) for p in before} == before  # nothing overwritten, nothing gone
         assert made or before.keys() == after.keys()
         return sentence
@@ -268,7 +252,7 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture
 def interrupted(stopped, tmp_path):
-    return folder_of(shutil.copytree(stopped, tmp_path / "out"))
+    return next(shutil.copytree(stopped, tmp_path / "out").iterdir())
 
 
 def rewrite(name, change):
