@@ -30,7 +30,11 @@ TINY = ["--dataset", "digits", "--subset", "200", "--epochs", "2", "--batch-size
 TINY += ["--device", "cpu"]
 HEADS = ["--head-width", "8"]
 PAIR = ["--teacher", "resnet14", "--student", "resnet8"]
+MHKD = [*PAIR, *TINY, *HEADS]
 ALONE = ["--student", "resnet8", "--method", "ce", *TINY]
+# A run of an epoch on images in files: --data is to follow.
+FOLDER = ["--student", "resnet8", "--method", "ce", "--dataset", "folder", "--epochs", "1"]
+FOLDER += ["--batch-size", "4", "--image-size", "16", "--device", "cpu", "--data"]
 
 
 @pytest.fixture(params=DEVICES)
@@ -78,12 +82,8 @@ def folder_of(out, student="resnet8", method="*"):
 
 def listing(folder):
     """What a folder holds: for each path below it the bytes and the time of its last change."""
-    return {
-        p.relative_to(folder).as_posix(): (
-            (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None
-        )
-        for p in sorted(Path(folder).rglob("*"))
-    }
+    paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*"))}
+    return {n: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for n, p in paths.items()}
 
 
 def log_of(folder):

@@ -16,6 +16,7 @@ import torch
 from conftest import (
     ALONE,
     HEADS,
+    MHKD,
     PAIR,
     ROOT,
     SCRIPT,
@@ -38,7 +39,7 @@ import mhkd
 pytest.importorskip("sklearn")
 FILES = {"config.json", "log.jsonl", "student.pt", "result.json"}
 EPOCHS = 4
-DISTIL = [*PAIR, *TINY, *HEADS, "--epochs", str(EPOCHS)]
+DISTIL = [*MHKD, "--epochs", str(EPOCHS)]
 KD = [*PAIR, *TINY, "--epochs", EPOCHS, "--method", "kd"]
 
 
@@ -131,28 +132,23 @@ def test_the_log_has_a_line_for_each_epoch_with_the_figures_of_each_head(finishe
         assert entry["loss"] > parts[0] + 0.5 * sum(parts[1:]) > 0
 
 
-def test_output_that_is_no_terminal_has_one_line_for_each_epoch(finished):
-    for network in ("resnet14 ce", "resnet8 mhkd"):
+def test_output_that_is_no_terminal_has_one_line_for_each_epoch_and_the_training_learns(finished):
+    for folder, network in zip(sorted(finished[0].iterdir()), ("resnet8 mhkd", "resnet14 ce")):
         assert len(epochs_said(finished[1].stdout, network)) == EPOCHS
-    assert finished[1].stderr == ""
-
-
-def test_the_training_learns(finished):
-    for folder in finished[0].iterdir():
         losses = [entry["loss"] for entry in log_of(folder)]
         assert losses == sorted(losses, reverse=True)
+    assert finished[1].stderr == ""
 
 
 def test_config_json_holds_every_value_used_the_surroundings_and_the_teachers_checksum(finished):
     record = read(student_folder(finished[0]) / "config.json")
-    wanted = {"teacher": "resnet14", "student": "resnet8", "method": "mhkd", "dataset": "digits"}
-    wanted |= {"epochs": EPOCHS, "batch_size": 40, "lr": 0.05, "lr_steps": [3, 3, 3], "seed": 0}
-    wanted |= {"teacher_seed": 0, "subset": 200, "image_size": 16, "momentum": 0.9, "processes": 1}
-    wanted |= {"weight_decay": 5e-4, "precision": "auto", "flip": False, "val_fraction": 0.0}
-    assert record["config"].items() >= wanted.items()
-    options = {"tau": 4.0, "alpha": 0.9, "beta": 0.5, "units": [1, 2, 3], "head_width": 8}
-    assert record["config"]["options"] == options | {"head_stride": 2}
-    assert record["differs"] == {"subset": 200, "epochs": 4, "batch_size": 40, "head_width": 8}
+    wanted = dict(teacher="resnet14", student="resnet8", method="mhkd", dataset="digits", lr=0.05)
+    wanted |= dict(epochs=EPOCHS, batch_size=40, lr_steps=[3, 3, 3], seed=0, teacher_seed=0)
+    wanted |= dict(subset=200, image_size=16, momentum=0.9, processes=1, weight_decay=5e-4)
+    wanted |= dict(precision="auto", flip=False, val_fraction=0.0)
+    options = dict(tau=4.0, alpha=0.9, beta=0.5, units=[1, 2, 3], head_width=8, head_stride=2)
+    assert record["config"].items() >= (wanted | {"options": options}).items()
+    assert record["differs"] == dict(subset=200, epochs=4, batch_size=40, head_width=8)
     assert record["units"]["student"] == {"1": "layer1", "2": "layer2", "3": "layer3"}
     teacher = (teacher_folders(finished[0])[0] / "student.pt").read_bytes()
     assert record["teacher_sha256"] == hashlib.sha256(teacher).hexdigest()
@@ -166,25 +162,18 @@ def test_config_json_holds_every_value_used_the_surroundings_and_the_teachers_ch
 def test_the_commit_is_none_for_a_copy_in_another_repository_and_marked_where_csrc_changed(
     tmp_path, monkeypatch
 ):
-    def git(*arguments):
-        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
-        subprocess.run(["git", *who, *arguments], check=True)
-
-    def commit():
+    def commit(*added):
+        git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+        for command in (["init", "-q"], ["add", *added], ["commit", "-qm", "a"]) if added else ():
+            subprocess.run([*git, *command], check=True)
         config = mhkd.Config(student="resnet8", method="ce")
         return mhkd.environment(config, torch.device("cpu"))["commit"]
 
+    monkeypatch.setattr(mhkd, "__file__", str(shutil.copy(SCRIPT, tmp_path)))
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "a.cpp").write_text("int a;")
-    shutil.copy(SCRIPT, tmp_path)
-    monkeypatch.setattr(mhkd, "__file__", str(tmp_path / "mhkd.py"))
-    git("init", "-q")
-    git("add", "csrc")
-    git("commit", "-qm", "another repository")
-    assert commit() is None
-    git("add", "mhkd.py")
-    git("commit", "-qm", "ours")
-    assert len(commit()) == 40
+    assert commit("csrc") is None
+    assert len(commit("mhkd.py")) == 40
     (tmp_path / "csrc" / "a.cpp").write_text("int b;")
     assert commit().endswith(" with changes")
 
@@ -249,24 +238,17 @@ def test_on_a_terminal_a_bar_shows_rate_and_time_left(tmp_path, monkeypatch, cap
     assert epochs_said(said.out, "resnet8 ce") == []
 
 
-def test_train_returns_the_content_of_result_json_and_leaves_the_generator_alone(tmp_path):
-    before = torch.get_rng_state()
-    settings = {"dataset": "digits", "subset": 60, "epochs": 1, "batch_size": 30, "device": "cpu"}
-    config = mhkd.Config(student="resnet8", method="ce", out=str(tmp_path), **settings)
-    result = mhkd.train(config)
-    assert result == read(folder_of(tmp_path) / "result.json")
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_ce_trains_the_network_alone_and_says_that_a_teacher_has_no_effect(tmp_path, capsys):
-    assert run(tmp_path, *ALONE, "--teacher", "resnet14") == 0
+    before = torch.get_rng_state()
+    assert run(tmp_path, *ALONE, "--epochs", "1", "--teacher", "resnet14") == 0
     assert [*tmp_path.iterdir()] == [folder_of(tmp_path, method="ce")]
     assert "resnet14" not in folder_of(tmp_path).name
     assert "no effect" in capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), before)  # that of the caller
 
 
 def test_in_bfloat16_the_record_says_so_and_the_student_is_saved_in_float32(tmp_path):
-    assert run(tmp_path, *PAIR, *TINY, *HEADS, "--epochs", "1", "--precision", "bfloat16") == 0
+    assert run(tmp_path, *MHKD, "--epochs", "1", "--precision", "bfloat16") == 0
     for folder in (student_folder(tmp_path), *teacher_folders(tmp_path)):
         result = read(folder / "result.json")
         assert result["config"]["precision"] == result["differs"]["precision"] == "bfloat16"
@@ -282,7 +264,9 @@ def test_pytorchs_switch_for_tf32_is_set_in_a_run_and_put_back(monkeypatch):
     assert torch.backends.cudnn.allow_tf32 is True
 
 
-def test_tensorboard_shows_the_log_once_also_after_an_interruption(half, tmp_path):
+def test_tensorboard_shows_the_log_once_also_after_an_interruption_and_is_named_where_it_is_missing(
+    half, tmp_path, monkeypatch, failing
+):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -294,11 +278,8 @@ def test_tensorboard_shows_the_log_once_also_after_an_interruption(half, tmp_pat
     for name in ("loss", "lr", "train_accuracy", "test_accuracy"):
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert found == [(entry["epoch"], pytest.approx(entry[name])) for entry in log]
-
-
-def test_where_tensorboard_is_missing_one_sentence_says_so(tmp_path, monkeypatch, failing):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in failing(tmp_path, *ALONE, "--tensorboard")
+    assert "pip install tensorboard" in failing(tmp_path / "other", *ALONE, "--tensorboard")
 
 
 # Interruption
@@ -358,13 +339,10 @@ def test_a_run_goes_on_in_a_folder_that_was_moved_and_notes_it(half, tmp_path, c
     assert [here["out"] for here in environments] == [str(tmp_path / n) for n in ("here", "there")]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step(tmp_path, failing):
-    assert "not finite in epoch 1, step " in failing(tmp_path, *ALONE, "--lr", "1e30")
-
-
-def test_the_last_good_checkpoint_stays_when_the_loss_becomes_nan_later(
+def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_step_and_keeps_the_last_checkpoint(
     tmp_path, monkeypatch, failing
 ):
+    assert "not finite in epoch 1, step " in failing(tmp_path / "high", *ALONE, "--lr", "1e30")
     steps, forward = [], mhkd.CrossEntropy.final_terms
 
     def poisoned(self, *arguments):
@@ -373,8 +351,7 @@ def test_the_last_good_checkpoint_stays_when_the_loss_becomes_nan_later(
         return {name: term * factor for name, term in forward(self, *arguments).items()}
 
     monkeypatch.setattr(mhkd.CrossEntropy, "final_terms", poisoned)
-    # 200 images, 40 a step: the third step of the second epoch
-    assert "epoch 2, step 3" in failing(tmp_path, *ALONE)
+    assert "epoch 2, step 3" in failing(tmp_path, *ALONE)  # 200 images, 40 a step
     state = mhkd.load_file(folder_of(tmp_path) / "checkpoint.pt")
     assert state["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in state["distiller"].values())
@@ -463,31 +440,26 @@ def test_a_student_of_the_same_teacher_from_a_file_is_the_same_student_named_by_
 # Methods are compared fairly
 
 
-@pytest.fixture
-def steps_of(tmp_path, monkeypatch):
-    """Runs, and gives the bits of the student's initial weights and of the steps' batches."""
+def test_initial_weights_batches_and_augmentation_depend_on_seed_and_neither_method_nor_teacher(
+    finished, tmp_path, monkeypatch
+):
+    forward = mhkd.Distiller.forward
 
-    def steps(*arguments):
-        seen, forward = [], mhkd.Distiller.forward
+    def steps_of(*arguments):
+        """The bits of the student's initial weights and of the steps' images and labels."""
+        seen = []
 
         def spy(self, images, labels, indices):
-            initial = [] if seen else [[*self.student.model.state_dict().values()]]
+            initial = [] if seen else [self.student.model.state_dict().values()]
             for tensors in (*initial, (images, labels)):
                 seen.append([t.numpy().tobytes() for t in tensors])
             return forward(self, images, labels, indices)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(mhkd.Distiller, "forward", spy)
-            out = tmp_path / str(time.monotonic_ns())
-            assert run(out, "--student", "resnet8", *TINY, "--epochs", "1", *arguments) == 0
+        monkeypatch.setattr(mhkd.Distiller, "forward", spy)
+        out = tmp_path / str(time.monotonic_ns())
+        assert run(out, "--student", "resnet8", *TINY, "--epochs", "1", *arguments) == 0
         return seen
 
-    return steps
-
-
-def test_initial_weights_batches_and_augmentation_depend_on_seed_and_neither_method_nor_teacher(
-    steps_of, finished, tmp_path
-):
     torch.save(mhkd.build_model("vgg8", 10).state_dict(), tmp_path / "vgg8.pt")
     resnet14 = ("resnet14", teacher_folders(finished[0])[0] / "student.pt")
     wanted, other = steps_of("--method", "ce"), steps_of("--method", "ce", "--seed", "1")
@@ -507,7 +479,7 @@ def test_initial_weights_batches_and_augmentation_depend_on_seed_and_neither_met
 def test_two_processes_of_torchrun_killed_and_started_again_train_one_and_the_same_student(
     tmp_path,
 ):
-    options = [*PAIR, *TINY, *HEADS, "--method", "crd+mhkd", "--beta", "0", "--negatives", "50"]
+    options = [*MHKD, "--method", "crd+mhkd", "--beta", "0", "--negatives", "50"]
     options += ["--out", str(tmp_path / "killed")]
     for die in (("replace", 5), ("replace", 8)):  # the teacher's epochs, the student's
         first, second = (start(*options, die=d, environment=e) for d, e in
@@ -558,10 +530,14 @@ def test_each_of_two_processes_has_its_share_of_every_batch_and_draws_of_its_own
             assert torch.equal(a[order], b[indices.argsort()])
 
 
-def test_world_size_alone_makes_no_run_one_of_several_processes(tmp_path, monkeypatch):
+def test_world_size_alone_makes_no_run_one_of_several_processes_and_train_returns_its_result(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(tmp_path, *ALONE, "--epochs", "1") == 0
-    result = read(folder_of(tmp_path) / "result.json")
+    settings = {"dataset": "digits", "subset": 60, "epochs": 1, "batch_size": 30, "device": "cpu"}
+    config = mhkd.Config(student="resnet8", method="ce", out=str(tmp_path), **settings)
+    result = mhkd.train(config)
+    assert result == read(folder_of(tmp_path) / "result.json")
     assert result["config"]["processes"] == 1 and "processes" not in result["name"]
 
 
