@@ -507,10 +507,7 @@ class FeatureExtractor(nn.Module):
             first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
             example_input = torch.zeros(1, first.in_channels if first else 3, 32, 32)
         result, seen = run_once(model, modules, example_input)
-        logits = self._logits(result)
-        if logits.dim() != 2 or logits.shape[1] != num_classes:
-            got = list(logits.shape)
-            raise UsageError(f"the network returns {got}, not logits [B, {num_classes}]")
+        self._logits(result)  # refuses what is none
         self.layouts, self.shapes = {}, {}
         layout = layout or (common_layout(seen, example_input) if self.units else None)
         for unit, name in self.units.items():
@@ -524,10 +521,10 @@ class FeatureExtractor(nn.Module):
             model.requires_grad_(False).eval()
 
     def _logits(self, result: Any) -> Tensor:
-        result = self.output(result) if self.output else result
-        if not isinstance(result, Tensor):
+        result, K = self.output(result) if self.output else result, self.num_classes
+        if not isinstance(result, Tensor) or result.dim() != 2 or result.shape[1] != K:
             got = shape_of(result)
-            raise UsageError(f"the network returns {got}, not logits [B, K]: give output=...")
+            raise UsageError(f"the network returns {got}, not logits [B, {K}]: give output=...")
         return result
 
     def _feature(self, name: str, seen: list[tuple]) -> Tensor:

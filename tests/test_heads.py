@@ -325,8 +325,8 @@ def test_a_text_network_works_with_no_units_and_its_integers_stay_integers(dtype
     (([""], 5), "no submodule ''"),
     ((["twice"], 5), "'twice' ran 2 times"),
     ((["spare"], 5), "'spare' did not run"),
-    ((["flat"], 5), "'flat' returns .1, 6., not a feature"),
-    ((["unit"], 7), r"\[1, 5\], not logits \[B, 7\]"),
+    ((["flat"], 5), r"'flat' returns \(1, 6\), not a feature"),
+    ((["unit"], 7), r"\(1, 5\), not logits \[B, 7\]"),
     (("unit", 5), r"\['unit'\]"),
 ])  # fmt: skip
 def test_units_that_cannot_carry_a_head_are_refused_and_leave_no_trace(arguments, message):

@@ -12,7 +12,9 @@ from conftest import ROOT
 
 import mhkd
 
-TEXTS = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs/methods.md")]
+TEXTS = [
+    path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs/methods.md")
+]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", "\n".join(TEXTS), re.DOTALL | re.MULTILINE)
 OF_STUDENT = [block for block in BLOCKS if "student.pt" in block and "MultiHead" not in block]
 OF_ONNX = [block for block in BLOCKS if "onnx" in block]
