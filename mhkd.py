@@ -2174,7 +2174,7 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
 def measure(images: Tensor, places: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exactly."""
     count = torch.zeros(3, 256, dtype=torch.float64)
-    for part in places.split(1000):
+    for part in places.split(100):
         for channel, pixels in enumerate(images[part].unbind(dim=3)):
             count[channel] += torch.bincount(pixels.flatten(), minlength=256)
     value = torch.arange(256, dtype=torch.float64) / 255
@@ -2793,6 +2793,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed, values = parse_config(sys.argv[1:] if arguments is None else arguments)
         if parsed.version:
             print(f"mhkd {__version__}, PyTorch {torch.__version__}, loss: {loss_backend()}")
+            for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+                print(f"fused loss on {device}: {check_kernel(device) or 'agrees with PyTorch'}")
             return
         config = Config(**values)
         if parsed.teacher and not config.teacher:
@@ -2809,15 +2811,16 @@ def command_line(program: str, run: Callable[[], Any]) -> int:
     def terminate(*_: Any) -> None:
         raise KeyboardInterrupt("terminated")
 
+    before = None
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, terminate)
+        before = signal.signal(signal.SIGTERM, terminate)
     again = "the same command goes on from the last finished epoch"
     status = 1
     try:
         run()
         sys.stdout.flush()
         return 0
-    except UsageError as error:
+    except (UsageError, KernelCrash) as error:
         sentence = str(error)
     except KeyboardInterrupt as error:
         status, sentence = (143 if error.args else 130), f"{str(error) or 'interrupted'}; {again}"
@@ -2829,9 +2832,15 @@ def command_line(program: str, run: Callable[[], Any]) -> int:
     except (MemoryError, RuntimeError) as error:
         text = first_line(error)
         known = ("allocate", "out of memory", "too large", "overflow", "Invalid size")
-        if not isinstance(error, MemoryError) and not any(word in text for word in known):
+        if "CUDA error" in text:
+            sentence = f"{text}; if it is the fused loss, --backend reference goes without it"
+        elif isinstance(error, MemoryError) or any(word in text for word in known):
+            sentence = f"there is not enough memory ({text}): try a smaller batch, image or head"
+        else:
             raise
-        sentence = f"there is not enough memory ({text}): a smaller batch, image or head needs less"
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     with contextlib.suppress(OSError):
         print(f"{program}: {sentence}", file=sys.stderr, flush=True)
     return status

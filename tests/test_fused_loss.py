@@ -290,7 +290,11 @@ def test_any_leading_dimensions_are_rows(kernel):
     expected = evaluate(kernel.loss, student, teacher, labels)
     for lead in ((2, 3), (1, 6, 1), (3, 2)):
         *_, last = results = evaluate(
-            kernel.loss, student, teacher, labels.view(lead), layout=lambda z: z.view(*lead, 40)
+            kernel.loss,
+            student,
+            teacher,
+            labels.view(lead),
+            layout=lambda z, lead=lead: z.view(*lead, 40),
         )
         assert_equal(results, expected)
     first, _, _ = make_heads(1, 1, 40, device=kernel.device)
