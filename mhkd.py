@@ -1472,7 +1472,7 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
     paths = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
     log: list[dict[str, Any]] = []
     if paths:
-        hint = "remove it, and an older one or none is taken"
+        hint = "remove it" + (", and the one before is taken" if paths[1:] else "")
         with explain(f"'{paths[0]}' cannot be used", hint):
             state = load_file(paths[0])
             before, log = json.loads(state["record"]), json.loads(state["log"])
