@@ -129,10 +129,10 @@ def more_classes(root):
 
 
 @pytest.mark.parametrize("harm, parts", [
-    (lambda root: shutil.rmtree(root), "{}'|--data|train"),
+    (lambda root: shutil.rmtree(root), "{}/train'|--data must hold train/ and test/"),
     (lambda root: shutil.rmtree(root / "train"), "{}/train'|train/|test/"),
     (lambda root: shutil.rmtree(root / "test"), "{}/test'|train/|test/"),
-    (lambda root: empty(root / "train"), "'{}/train'|0 class folders|needs two"),
+    (lambda root: empty(root / "train"), "'{}/train'|differ in their classes: a, b"),
     (more_classes, "extra|other|differ"),
     (lambda root: [shutil.rmtree(b) for b in root.glob("*/b")], "1 class folders|needs two"),
     (lambda root: empty(root / "test" / "b"), "{}/test/b'|no images"),

@@ -312,7 +312,7 @@ def test_a_text_network_works_with_no_units_and_its_integers_stay_integers(dtype
     network = mhkd.MultiHead(plain, [], 3, **settings)
     (logits,), feature = network(tokens, penultimate=True)
     assert torch.equal(logits, plain(tokens).logits) and feature.shape == (2, 8)
-    with pytest.raises(mhkd.UsageError, match=r"'embedding' returns .2, 16, 8., not a feature"):
+    with pytest.raises(mhkd.UsageError, match="'embedding' returns .2, 16, 8.: 16 tokens"):
         mhkd.MultiHead(plain, ["embedding"], 3, **settings)
 
 
