@@ -1,5 +1,6 @@
 """Damage to any file that a run leaves or reads: the undisturbed end, or one sentence. A soak.
 
+python tests/test_damage.py 40                       # a table: kinds, tried, held
 TRIALS=1000 pytest tests/test_damage.py -k damage    # examples of each state
 SOAK=1000 pytest tests/test_damage.py -k soak        # epochs
 """
@@ -11,6 +12,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,7 @@ class Scene:
         return None if ends(self.out) == self.wanted else "another end with status 0"
 
 
+STATES = ("finished", "interrupted", "images", "weights")
 KINDS = ("truncated", "flipped bit", "zeroed block", "empty", "another file")
 
 
@@ -119,7 +122,7 @@ def scene(tmp_path_factory):
     return find
 
 
-@pytest.mark.parametrize("state", ["finished", "interrupted", "images", "weights"])
+@pytest.mark.parametrize("state", STATES)
 @settings(max_examples=int(os.environ.get("TRIALS", 15)), deadline=None)
 @given(pick=st.integers(0, 99), kind=st.sampled_from(KINDS),
        place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))  # fmt: skip
@@ -178,3 +181,25 @@ def test_in_a_soak_with_kills_memory_handles_and_files_stay_flat(tmp_path):
     left = ["config.json", "log.jsonl", "result.json", "student.pt"]
     assert sorted(path.name for path in folder.iterdir()) == left
     assert len((folder / "log.jsonl").read_text().splitlines()) == epochs
+
+
+def table(trials):
+    """Print for each state of a run and kind of damage: tried, held; then what did not hold."""
+    chance, wrong = random.Random(0), []
+    print("| a run that is | damage | tried | held |\n|---|---|---:|---:|")
+    for state in STATES:
+        with tempfile.TemporaryDirectory() as root:
+            it = Scene(Path(root), state)
+            for kind in KINDS:
+                ends_ = []
+                for _ in range(trials):
+                    path = chance.choice([*it.kept])
+                    draw = (kind, chance.random(), chance.randrange(8))
+                    ends_.append(it.try_damage(path, *draw))
+                    wrong += [(state, path.name, *draw, ends_[-1])] if ends_[-1] else []
+                print(f"| {state} | {kind} | {trials} | {ends_.count(None)} |", flush=True)
+    print(*wrong, sep="\n")
+
+
+if __name__ == "__main__":
+    table(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
