@@ -157,15 +157,20 @@ one_run() { # "number<tab>arguments": a failure is noted and does not stop the o
     fi
 }
 
-records() { # the small files of what has run, to be kept in the repository
-    local folder
-    mkdir -p results
-    for folder in "${OUT:-runs}"/*/; do
-        if [ ! -f "$folder/result.json" ] || [ ! -f "$folder/log.jsonl" ]; then continue; fi
-        mkdir -p "results/$(basename "$folder")"
-        cp "$folder/result.json" "$folder/log.jsonl" "results/$(basename "$folder")/"
-    done
-    ls results
+records() { # the small files of what has run, to be kept in the repository, without its folders
+    "$python" - "${OUT:-runs}" <<'EOF'
+import shutil, sys
+from pathlib import Path
+import mhkd
+for path in sorted(Path(sys.argv[1]).glob("*/result.json")):
+    record, folder = mhkd.read_json(path), Path("results") / path.parent.name
+    for here in record["environments"]:
+        here |= {key: Path(here[key]).name for key in ("data", "out", "teacher_weights") if here[key]}
+    folder.mkdir(parents=True, exist_ok=True)
+    mhkd.write_json(folder / "result.json", record)
+    shutil.copy(path.with_name("log.jsonl"), folder)
+    print(folder.name)
+EOF
 }
 
 commas() { # "a b c" as a,b,c
@@ -184,7 +189,10 @@ case "${1:-help}" in
     small) setup; small "${@:2}" ;;
     table1 | table2 | table3) setup; tables "$1" "${2:-}" ;;
     all) setup; tables table1,table2,table3 "${2:-}" ;;
-    records) records ;;
+    records)
+        setup
+        records
+        ;;
     help | -h | --help) usage ;;
     *)
         echo "run_all.sh: there is no '$1': there are demo, small, table1, table2, table3, all," \
