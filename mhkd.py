@@ -17,10 +17,10 @@ The method (Wang, Lohit, Jones, Fu: "Multi-head knowledge distillation for model
 matches each pair as the final outputs are matched in ordinary distillation: by the KL divergence
 between softened probabilities, and the cross-entropy. The heads are dropped after the training.
 
-This file works alone, for the methods ce, kd and mhkd, and needs torch only: copy it.
-Rooms: 1 networks, 2 heads, 3 loss (reading to there is reading the paper), 4 methods, 5 training
-(to there: the experiment), 6 networks from elsewhere, 7 data, 8 configuration, 9 files and
-processes, 10 command line.
+This file works alone, for the methods ce, kd and mhkd: copy it. It needs torch only to import; to
+train, numpy and what the data set is read with. Sections: 1 networks, 2 heads, 3 loss (to there:
+the paper), 4 methods, 5 training (to there: the experiment), 6 networks from elsewhere, 7 data,
+8 configuration, 9 files and processes, 10 command line.
 """
 
 from __future__ import annotations
@@ -1012,7 +1012,7 @@ class Batch:
 
 
 class Method(nn.Module):
-    """A way to train the student. Register a subclass in METHODS and `--method` knows it.
+    """A way to train the student. Register a subclass in METHODS and Config(method=...) knows it.
 
     The loss is a sum of named terms: those on the final outputs, which methods joined by `+` take
     from one of them, and each method's own. Few need more than `units` and `own_terms`; the values
@@ -1405,6 +1405,7 @@ def record_of(config: Config, data: Data, teacher: Teacher) -> dict[str, Any]:
         "teacher_sha256": teacher.sha256,
         "teacher_accuracy": teacher.accuracy,
         "data_sha256": data.sha256,
+        "normalisation": {"mean": data.mean, "std": data.std},
     }
 
 
@@ -1476,7 +1477,8 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
         with explain(f"'{paths[0]}' cannot be used", hint):
             state = load_file(paths[0])
             before, log = json.loads(state["record"]), json.loads(state["log"])
-            refuse_another(folder, before, record)
+        refuse_another(folder, before, record)
+        with explain(f"'{paths[0]}' cannot be used", hint):
             distiller.load_state_dict(state["distiller"])
             optimizer.load_state_dict(state["optimizer"])
     config, device = distiller.config, next(distiller.student.parameters()).device
@@ -1587,7 +1589,7 @@ def build_model(
     if init == "random":
         return model
     if init.startswith("file:"):
-        state = read_state(init[5:])
+        state = read_state(init[5:], model.state_dict())
     elif library:
         state = pretrained_state(name, image_size)
     else:
@@ -2211,7 +2213,7 @@ FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
 INITS = "random, pretrained or file:PATH"
 INIT = (lambda v: v in ("random", "pretrained") or v.startswith("file:"), INITS)
-PRECISION = "float32, tf32 or bfloat16 (autocast), faster on GPUs, AVX512_BF16 and AMX; " \
+PRECISION = "float32, tf32 or bfloat16 (autocast; time a large x @ x in it first); " \
     "auto: float32, with tf32 in CUDA's convolutions"  # fmt: skip
 
 
@@ -2253,7 +2255,7 @@ class Config:
     dataset: str = images("cifar100", "cifar100, cifar10, svhn, folder, digits (no download)")
     image_size: int = images(None, "side of the images in pixels: 32; digits 16", int, SIZE)
     subset: int = images(None, "at most so many images to train on, and to test: all", int, TWO)
-    val_fraction: float = images(0.0, "share held out, to choose the best epoch", float, BELOW_1)
+    val_fraction: float = images(0.0, "share held out, which tells the best epoch", float, BELOW_1)
     crop_padding: int = images(None, "padding for the crop: 4; digits 2", int, PADDING)
     crop_scale: float = images(0.08, "least area of the crop from 64 pixels up", float, FACTOR)
     flip: bool = images(None, "flip images at random: yes; digits no", bool)
@@ -2492,8 +2494,8 @@ def load_file(path: Path) -> Any:
         raise UsageError(f"'{path}' is damaged or no checkpoint ({reason})") from error
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a file: alone, or as "model" or "state_dict" in it."""
+def read_state(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """A state dict from a file, alone or as "model" or "state_dict", for entries of these names."""
     content = load_file(Path(path))
     if isinstance(content, dict):
         if "distiller" in content:
@@ -2507,8 +2509,13 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         for name, t in content.items()
     ):
         raise UsageError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
-    # Networks in DataParallel or torch.compile have these before their names.
-    return {n.removeprefix("module.").removeprefix("_orig_mod."): t for n, t in content.items()}
+    if not {*content} & {
+        *names
+    }:  # a network in DataParallel or torch.compile has these before them
+        strip = ("module.", "_orig_mod.")
+        for prefix in strip:
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return content
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -2517,7 +2524,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         UsageError: the file is missing or broken, holds another network or number of classes.
     """
-    state = read_state(path)
+    state = read_state(path, model.state_dict())
     there, here = shapes_of(state), shapes_of(model.state_dict())
     for key in {**here, **there}:
         a, b = there.get(key, "missing"), here.get(key, "missing")
@@ -2610,7 +2617,12 @@ class Progress:
             f"train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
             f"{entry['images_per_second']:.0f} images/s  {left} left"
         )
-        self.bar.set_postfix_str(text[:60]) if self.bar else say(text)
+        if not self.bar:
+            say(text)
+            return
+        self.bar.set_postfix_str(f"test {entry['test_accuracy']:.2f} %, lr {entry['lr']:.3g}")
+        if entry["epoch"] == config.epochs:
+            self.bar.close()
 
 
 def say(text: str) -> None:
@@ -2720,7 +2732,7 @@ def pick_device(name: str | None, local_rank: int | None = None) -> torch.device
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors: else every step's page faults cost 10 %."""
+    """Let glibc keep the memory of freed tensors: else page faults cost some 7 % of a step."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -503,7 +503,8 @@ def row_in_paper(run: dict[str, Any]) -> str | None:
     number, one = CLASSES.get(run["config"]["dataset"], (0, ""))
     units, rest = run["own"].get("units", []), {*run["own"]} - {"units"}
     images = len(run["class_accuracy"]) == number and one in run["class_accuracy"]
-    if run["differs"] or rest or len(units) > 1 or not images:
+    apart = {*run["differs"]} - {"teacher_weights", "teacher_seed"}  # another teacher is no recipe
+    if apart or rest or len(units) > 1 or not images:
         return None
     return run["config"]["method"] + "".join(f":{unit}" for unit in units)
 

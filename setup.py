@@ -149,9 +149,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    install_requires=["torch>=2.6"],
+    install_requires=["torch>=2.6", "numpy"],
     extras_require={
-        "all": ["torchvision", "numpy", "tqdm", "scikit-learn", "scipy", "matplotlib"],
+        "all": ["torchvision", "tqdm", "scikit-learn", "scipy", "matplotlib"],
         "test": ["pytest", "hypothesis", "ruff"],
     },
     py_modules=[name for name in MODULES if (here / f"{name}.py").is_file()],

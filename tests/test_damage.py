@@ -165,14 +165,15 @@ def _soak(folder, epochs):
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
 def test_in_a_soak_with_kills_memory_handles_and_files_stay_flat(tmp_path):
     epochs, moments = int(os.environ.get("SOAK", 60)), random.Random(0)
-    for _ in range(max(2, epochs // 100)):
+    kills = max(2, epochs // 100)
+    for _ in range(kills):
         process = fork(_soak, tmp_path, epochs)
         process.join(moments.uniform(1.5, 3))
         process.kill()
         end_of(process)
     assert end_of(fork(_soak, tmp_path, epochs), timeout=3600) == 0
     figures = [json.loads(line) for line in (tmp_path / "figures").read_text().splitlines()]
-    assert len(figures) >= epochs
+    assert len(figures) >= epochs - kills  # one may fall between an epoch and its figures
     memory, handles, files = zip(*figures[-epochs // 2 :])
     third = len(memory) // 3
     assert sum(memory[-third:]) / third - sum(memory[:third]) / third < 8, memory  # MiB

@@ -171,7 +171,7 @@ def test_a_copy_made_while_the_network_runs_works_disturbs_nothing_and_keeps_no_
     same = [torch.equal(copies[0](y), network.model(y))]
     before = tensors_alive()
     same.append(torch.equal(copies[0](y), network.model(y)))
-    assert all(same) and tensors_alive() == before
+    assert all(same) and tensors_alive() <= before
     assert equal(found, wanted) and equal(network(X), wanted)
 
 

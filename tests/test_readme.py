@@ -61,7 +61,7 @@ def test_a_language_model_is_distilled_as_the_readme_shows():
     names = {"tokens": torch.randint(50, (2, 7)), "student": model, "teacher": model}
     names |= {"torch": torch, "F": torch.nn.functional, "mhkd_loss": mhkd.mhkd_loss}
     (block,) = OF_TOKENS
-    exec(block, names)
+    exec(block.partition("\n# csrc/ alone")[0], names)
     assert names["loss"].isfinite() and (names["labels"] == -100).sum() == 2
 
 
