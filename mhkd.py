@@ -2512,8 +2512,7 @@ def read_state(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
     if not {*content} & {
         *names
     }:  # a network in DataParallel or torch.compile has these before them
-        strip = ("module.", "_orig_mod.")
-        for prefix in strip:
+        for prefix in ("module.", "_orig_mod."):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
     return content
 
