@@ -420,42 +420,6 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
                 handle.remove()
 
 
-def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
-    """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
-
-    n is the number of class tokens before the h * w tokens of a square map. The image's aspect
-    tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
-    """
-    shape = tuple(feature.shape)
-    if len(shape) == 3:
-        square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
-        for n in (0, 1, 2, 5) if square else ():
-            if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
-                return f"tokens+{n}"
-        where = f"the submodule '{name}' returns {shape}"
-        raise UsageError(f"{where}: {shape[1]} tokens are no square map")
-    if layout:
-        return check_name("layout", layout, ("channels_first", "channels_last"))
-    height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
-    near = max(height, width)  # a map may be rounded by a pixel
-    last, first = (abs(h * width - w * height) < near for h, w in (shape[1:3], shape[2:4]))
-    if first and last and shape[1] > 1:
-        raise UsageError(
-            f"the submodule '{name}' returns {shape}, which could have its channels first or last: "
-            'give layout="channels_first" or layout="channels_last"'
-        )
-    return "channels_last" if last and not first else "channels_first"
-
-
-def common_layout(seen: list[tuple], image: Tensor) -> str | None:
-    """ "channels_first" for a network in which no map has its channels last beyond doubt."""
-    for name, _, out in seen:
-        with contextlib.suppress(UsageError):
-            if is_feature(out) and layout_of(out, image, name, None) == "channels_last":
-                return None
-    return "channels_first"
-
-
 def is_feature(output: Any) -> bool:
     return isinstance(output, Tensor) and output.dim() in (3, 4)
 
@@ -463,16 +427,6 @@ def is_feature(output: Any) -> bool:
 def shape_of(output: Any) -> Any:
     """For messages."""
     return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-
-
-def as_map(feature: Tensor, layout: str) -> Tensor:
-    """A feature as a map [B, C, H, W]."""
-    if layout == "channels_first":
-        return feature
-    if layout == "channels_last":
-        return feature.permute(0, 3, 1, 2)
-    tokens = feature[:, int(layout[7:]) :]  # [B, h * w, C]
-    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 
 class FeatureExtractor(nn.Module):
@@ -628,17 +582,6 @@ def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tupl
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def check_name(what: str, name: str, names: Iterable[str]) -> str:
-    """The name, if it is one of the names; else a UsageError that lists the near ones, or all."""
-    names = list(names)
-    if name in names:
-        return name
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
-    some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
-    raise UsageError(f"there is no {what} '{name}': {hint}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1714,6 +1657,52 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
     return tuple(found)
 
 
+def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
+    """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
+
+    n is the number of class tokens before the h * w tokens of a square map. The image's aspect
+    tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
+    """
+    shape = tuple(feature.shape)
+    if len(shape) == 3:
+        square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
+        for n in (0, 1, 2, 5) if square else ():
+            if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
+                return f"tokens+{n}"
+        where = f"the submodule '{name}' returns {shape}"
+        raise UsageError(f"{where}: {shape[1]} tokens are no square map")
+    if layout:
+        return check_name("layout", layout, ("channels_first", "channels_last"))
+    height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
+    near = max(height, width)  # a map may be rounded by a pixel
+    last, first = (abs(h * width - w * height) < near for h, w in (shape[1:3], shape[2:4]))
+    if first and last and shape[1] > 1:
+        raise UsageError(
+            f"the submodule '{name}' returns {shape}, which could have its channels first or last: "
+            'give layout="channels_first" or layout="channels_last"'
+        )
+    return "channels_last" if last and not first else "channels_first"
+
+
+def common_layout(seen: list[tuple], image: Tensor) -> str | None:
+    """ "channels_first" for a network in which no map has its channels last beyond doubt."""
+    for name, _, out in seen:
+        with contextlib.suppress(UsageError):
+            if is_feature(out) and layout_of(out, image, name, None) == "channels_last":
+                return None
+    return "channels_first"
+
+
+def as_map(feature: Tensor, layout: str) -> Tensor:
+    """A feature as a map [B, C, H, W]."""
+    if layout == "channels_first":
+        return feature
+    if layout == "channels_last":
+        return feature.permute(0, 3, 1, 2)
+    tokens = feature[:, int(layout[7:]) :]  # [B, h * w, C]
+    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+
+
 class Deployed(nn.Module):
     """A saved student that normalises by itself. Args: see load_student."""
 
@@ -2162,15 +2151,13 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 def measure(images: Tensor, places: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exactly."""
-    count = torch.zeros(3, 256, dtype=torch.float64)
+    sums = torch.zeros(2, 3, dtype=torch.int64)
     for part in places.split(100):
-        for channel, pixels in enumerate(images[part].unbind(dim=3)):
-            count[channel] += torch.bincount(pixels.flatten(), minlength=256)
-    value = torch.arange(256, dtype=torch.float64) / 255
-    share = count / count.sum(dim=1, keepdim=True)
-    mean = share @ value
-    std = (share * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
-    return tuple(round(m, 6) for m in mean.tolist()), tuple(round(s, 6) for s in std.tolist())
+        pixels = images[part].flatten(0, 2).int()
+        sums += torch.stack((pixels.sum(dim=0), pixels.square().sum(dim=0)))
+    mean, square = sums.double() / (len(places) * images[0, :, :, 0].numel())
+    std = (square - mean**2).sqrt().clamp(min=1)
+    return tuple(tuple(round(v / 255, 6) for v in values.tolist()) for values in (mean, std))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2367,6 +2354,17 @@ def explain(what: str, hint: str, kinds: Any = Exception) -> Iterator[None]:
         yield
     except kinds as error:
         raise UsageError(f"{what} ({first_line(error)}): {hint}") from error
+
+
+def check_name(what: str, name: str, names: Iterable[str]) -> str:
+    """The name, if it is one of the names; else a UsageError that lists the near ones, or all."""
+    names = list(names)
+    if name in names:
+        return name
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
+    some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
+    raise UsageError(f"there is no {what} '{name}': {hint}")
 
 
 def writing(path: Path) -> contextlib.AbstractContextManager:
