@@ -73,6 +73,22 @@ def failing(capsys):
     return sentence
 
 
+def half(out, *arguments, error=None):
+    """A run that ended when the disk was full at the checkpoint of its second epoch; its --out."""
+    save = torch.save
+
+    def full(state, file):
+        if state.get("epoch") == 2:
+            file.write(b"half of it")
+            raise error or OSError(28, "No space left on device")
+        save(state, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert run(out, *arguments) == 1
+    return out
+
+
 # What runs leave
 
 
