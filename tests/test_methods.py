@@ -235,9 +235,8 @@ def test_lsh_counts_the_samples_that_are_asked_for(samples):
     f_s, f_t = seen.student.penultimate[rows], seen.teacher.penultimate[rows]
     lsh = mhkd_baselines.lsh_loss(f_s, f_t, method.weight, method.bias)
     torch.testing.assert_close(method.own_terms(seen)["lsh"], 6 * (F.mse_loss(f_s, f_t) + lsh))
-    assert (
-        distiller.student.model.state_dict().keys() == distiller.plain_student().state_dict().keys()
-    )
+    plain = distiller.plain_student().state_dict()
+    assert distiller.student.model.state_dict().keys() == plain.keys()  # nothing was widened
 
 
 @pytest.mark.parametrize("student", ["resnet8", "vgg8", "mobilenetv2", "shufflenetv2"])
@@ -264,10 +263,10 @@ def gradients(distiller, term):
 
 
 @pytest.mark.parametrize("method", ["dhkd", "crd+dhkd"])
-def test_dhkd_takes_off_what_points_against_the_cross_entropys_gradient(method, monkeypatch):
+def test_dhkd_takes_off_what_points_against_the_cross_entropys_gradient(method):
     distiller, (images, *rest) = make(method)
     distiller.double().teacher.double()
-    disagreed, grad, calls = [], torch.autograd.grad, []
+    disagreed = []
     n = len(list(distiller.student.parameters()))
     for sign in (1, -1):  # with one of the two signs the gradients disagree
         torch.manual_seed(5)
@@ -278,13 +277,10 @@ def test_dhkd_takes_off_what_points_against_the_cross_entropys_gradient(method, 
         dot, square = (sum((a * b).sum() for a, b in zip(g1[:n], g)) for g in (g2, g1))
         disagreed.append(bool(dot < 0))
         against = [dot.clamp(max=0) / square] * n + [0.0] * (len(g1) - n)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
-            patch.setattr(torch.Tensor, "backward", lambda *a, **k: pytest.fail("a further one"))
-            distiller.backward(terms)
+        distiller.backward(terms)
         for p, a, b, share in zip(trained(distiller), g1, g2, against, strict=True):
             torch.testing.assert_close(p.grad, a + b - share * a, rtol=1e-8, atol=1e-10)
-    assert sorted(disagreed) == [False, True] and len(calls) == 2 * 2  # two backward passes each
+    assert sorted(disagreed) == [False, True]
 
 
 def test_dhkd_without_alignment_and_with_a_linear_head_is_the_plain_sum():
