@@ -25,15 +25,16 @@
 #include "mhkd_loss.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <type_traits>
@@ -51,40 +52,31 @@ constexpr int64_t kInterface = 2;
 // Checks and shapes
 // -------------------------------------------------------------------------------------------------
 
-// The complete checks, with a sentence for each mistake, are in mhkd.py; these are for callers of
-// the operator itself.
-void check_arguments(TensorList student, TensorList teacher, const Tensor& labels, double tau,
+// What the memory that the kernels touch depends on. mhkd.py has a sentence for each mistake.
+static void check_arguments(TensorList student, TensorList teacher, const Tensor& labels,
     Weights head_weights, const Flags& teacher_ce) {
   const size_t heads = student.size();
-  TORCH_CHECK_VALUE(heads >= 1 && heads <= size_t(kMaxHeads), "mhkd_loss: 1 to ", kMaxHeads,
-      " heads, got ", heads);
-  TORCH_CHECK_VALUE(
-      teacher.size() == heads && head_weights.size() == heads && teacher_ce.size() == heads,
-      "mhkd_loss: teacher_logits, head_weights and teacher_ce must have ", heads, " entries too");
-  TORCH_CHECK_VALUE(std::isfinite(tau) && tau > 0, "mhkd_loss: tau must be finite and above 0");
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "mhkd_loss: labels must be int64");
-  TORCH_CHECK_VALUE(labels.dim() == 1, "mhkd_loss: labels must be [B], got ", labels.sym_sizes());
-  const c10::SymInt batch = labels.sym_size(0);
-  const Tensor& first = student[0];
+  TORCH_CHECK_VALUE(heads >= 1 && heads <= size_t(kMaxHeads) && teacher.size() == heads &&
+                        head_weights.size() == heads && teacher_ce.size() == heads,
+      "mhkd_loss: 1 to ", kMaxHeads, " heads, as many of each list");
+  TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong && labels.dim() == 1,
+      "mhkd_loss: labels must be int64 [B], got ", labels.sym_sizes());
   for (const TensorList& logits : {student, teacher}) {
     for (const Tensor& z : logits) {
       const auto dtype = z.scalar_type();
-      TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
-                           dtype == at::kBFloat16,
-          "mhkd_loss: logits must be floating point, not ", dtype);
-      TORCH_CHECK_VALUE(z.dim() == 2 && z.sym_size(0) == batch && z.sym_size(1) >= 1 &&
-                            z.sym_size(1) == first.sym_size(1),
-          "mhkd_loss: all logits must be [B, K] and of one shape, with labels [B]: ", z.sym_sizes(),
-          ", ", first.sym_sizes(), ", labels ", labels.sym_sizes());
-      TORCH_CHECK(z.device() == labels.device(),
-          "mhkd_loss: logits and labels must be on one "
-          "device: ",
-          z.device(), ", ", labels.device());
+      TORCH_CHECK_VALUE((dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
+                            dtype == at::kBFloat16) &&
+                            z.device() == labels.device() && z.dim() == 2 &&
+                            z.sym_size(0) == labels.sym_size(0) && z.sym_size(1) >= 1 &&
+                            z.sym_size(1) == student[0].sym_size(1),
+          "mhkd_loss: logits must be floating point [B, K] on the labels' device: ", dtype, " ",
+          z.sym_sizes(), " on ", z.device(), ", labels ", labels.sym_sizes());
     }
   }
 }
 
-at::ScalarType loss_dtype(TensorList student, TensorList teacher) {
+// float64 if any logits are, else float32: the dtype of the loss, the terms, the rows' statistics.
+static at::ScalarType loss_dtype(TensorList student, TensorList teacher) {
   for (const TensorList& logits : {student, teacher}) {
     for (const Tensor& z : logits) {
       if (z.scalar_type() == at::kDouble) return at::kDouble;
@@ -93,12 +85,95 @@ at::ScalarType loss_dtype(TensorList student, TensorList teacher) {
   return at::kFloat;
 }
 
-std::vector<Tensor> adjacent_classes(TensorList logits) {
-  std::vector<Tensor> adjacent;
-  adjacent.reserve(logits.size());
-  for (const Tensor& z : logits)
-    adjacent.push_back(z.stride(1) == 1 || z.size(1) == 1 ? z : z.contiguous());
-  return adjacent;
+// Without the dispatcher on the CPU: its way to the allocator is long beside a short batch.
+static Tensor empty(const Tensor& labels, at::IntArrayRef sizes, at::ScalarType dtype) {
+  if (labels.is_cpu()) return Tensor(at::detail::empty_cpu(sizes, dtype));
+  return at::empty(sizes, labels.options().dtype(dtype));
+}
+
+// The logits as a device reads them: of one dtype, the classes of a row adjacent. Rows may have any
+// stride. What is otherwise (mixed dtypes, transposed logits) is copied.
+struct Call {
+  c10::DeviceGuard guard;
+  at::ScalarType result, dtype;  // of loss, terms and statistics; of the logits
+  std::vector<Tensor> logits;    // the student's heads, then the teacher's
+  Arguments args{};
+
+  Call(TensorList student, TensorList teacher, const Tensor& labels, double tau, double alpha,
+      Weights head_weights, const Flags& teacher_ce, int64_t ignore_index)
+      : guard(labels.device()), result(loss_dtype(student, teacher)) {
+    const int64_t heads = int64_t(student.size()), classes = student[0].size(1);
+    constexpr int64_t most = int64_t(1) << 30;  // classes are counted in int
+    TORCH_CHECK_VALUE(classes <= most, "mhkd_loss: at most ", most, " classes, got ", classes);
+    dtype = student[0].scalar_type();
+    logits.reserve(2 * heads);
+    for (const TensorList& side : {student, teacher}) {
+      for (const Tensor& z : side) {
+        logits.push_back(z.stride(1) == 1 || classes == 1 ? z : z.contiguous());
+        if (z.scalar_type() != dtype) dtype = result;
+      }
+    }
+    for (Tensor& z : logits) {
+      if (z.scalar_type() != dtype) z = z.to(dtype);
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      const Tensor &s = logits[h], &t = logits[heads + h];
+      args.heads[h] = {s.const_data_ptr(), t.const_data_ptr(), nullptr, nullptr, s.stride(0),
+          t.stride(0), head_weights[h], teacher_ce[h]};
+    }
+    args.labels = labels.const_data_ptr<int64_t>();
+    args.label_stride = labels.stride(0);
+    args.ignore_index = ignore_index;
+    args.batch = labels.size(0);
+    args.classes = int(classes);
+    args.head_count = int(heads);
+    args.tau = tau;
+    args.alpha = alpha;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> loss(Run* run, TensorList student, TensorList teacher,
+    const Tensor& labels, double tau, double alpha, Weights head_weights,
+    const Flags& teacher_ce, int64_t ignore_index) {
+  check_arguments(student, teacher, labels, head_weights, teacher_ce);
+  Call call(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+  Arguments& args = call.args;
+  Tensor loss = empty(labels, {}, call.result);
+  Tensor terms = empty(labels, {args.head_count, kTerms}, call.result);
+  Tensor row_stats = empty(labels, {args.rows() * kRowStats + 1}, call.result);
+  args.loss = loss.mutable_data_ptr();
+  args.terms = terms.mutable_data_ptr();
+  args.row_stats = row_stats.mutable_data_ptr();
+  run(args, call.dtype, /*backward=*/false);
+  return {loss, terms, row_stats};
+}
+
+std::vector<Tensor> loss_backward(Run* run, const Tensor& grad_loss, TensorList student,
+    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
+    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
+  Call call(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+  Arguments& args = call.args;
+  Tensor incoming = grad_loss;  // a tensor on the CPU can scale a loss on a GPU
+  if (incoming.device() != labels.device()) incoming = incoming.to(labels.device());
+  args.grad_loss = incoming.const_data_ptr();
+  args.row_stats = const_cast<void*>(row_stats.const_data_ptr());
+  std::vector<Tensor> grads;
+  const int heads = args.head_count;
+  grads.reserve(2 * heads);
+  for (int i = 0; i < 2 * heads; ++i) {
+    if (!needs_grad[i]) continue;
+    grads.push_back(empty(labels, {args.batch, args.classes}, call.dtype));
+    (i < heads ? args.heads[i].grad_s : args.heads[i - heads].grad_t) =
+        grads.back().mutable_data_ptr();
+  }
+  if (!grads.empty() && args.batch > 0) run(args, call.dtype, /*backward=*/true);
+  for (int i = 0, next = 0; i < 2 * heads; ++i) {
+    if (!needs_grad[i]) continue;
+    const auto dtype = (i < heads ? student[i] : teacher[i - heads]).scalar_type();
+    Tensor& grad = grads[next++];
+    if (dtype != call.dtype) grad = grad.to(dtype);
+  }
+  return grads;
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -108,7 +183,7 @@ std::vector<Tensor> adjacent_classes(TensorList logits) {
 static std::tuple<Tensor, Tensor, Tensor> loss_meta(TensorList student, TensorList teacher,
     const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
     int64_t ignore_index) {
-  check_arguments(student, teacher, labels, tau, head_weights, teacher_ce);
+  check_arguments(student, teacher, labels, head_weights, teacher_ce);
   const auto options = labels.options().dtype(loss_dtype(student, teacher));
   const auto heads = int64_t(student.size());
   const c10::SymInt stats = labels.sym_size(0) * (heads * kRowStats) + 1;
@@ -154,7 +229,6 @@ static bool any_requires_grad(TensorList tensors) {
   return false;
 }
 
-using torch::autograd::AutogradContext;
 using torch::autograd::Edge;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
@@ -163,13 +237,13 @@ using torch::autograd::variable_list;
 // What holds a node of the graph: std::shared_ptr, in newer PyTorch c10::intrusive_ptr.
 using NodePointer = decltype(Edge::function);
 
-template <class N, class Pointer = NodePointer>
-static Pointer make_node() {
+template <class N, class Pointer = NodePointer, class... Args>
+static Pointer make_node(Args&&... args) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    return Pointer(new N,
+    return Pointer(new N(std::forward<Args>(args)...),
         [](N* node) { deleteNode(node); });  // PyTorch's own: it does not recurse through the graph
   } else {
-    return c10::make_intrusive<N>();
+    return c10::make_intrusive<N>(std::forward<Args>(args)...);
   }
 }
 
@@ -258,33 +332,24 @@ static std::tuple<Tensor, Tensor, Tensor> loss_autograd(TensorList student, Tens
 
 // The gradients can be asked for with create_graph=True; to differentiate them is refused when it
 // is tried.
-struct LossBackwardFunction : torch::autograd::Function<LossBackwardFunction> {
-  using Compute = std::function<std::vector<Tensor>()>;
-
-  static variable_list forward(
-      AutogradContext*, const Tensor& grad_loss, TensorList logits, const Compute& compute) {
-    return compute();
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "mhkd_loss: the fused kernel has no second derivative; call mhkd_loss with "
-                       "backend=\"reference\" to differentiate its gradients");
-  }
-};
-
 static std::vector<Tensor> loss_backward_autograd(const Tensor& grad_loss, TensorList student,
     TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
     Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
-  const auto compute = [&] {
+  std::vector<Tensor> grads;
+  {
     at::AutoDispatchBelowADInplaceOrView below;
-    return backward_operator().call(grad_loss, student, teacher, labels, row_stats, tau, alpha,
+    grads = backward_operator().call(grad_loss, student, teacher, labels, row_stats, tau, alpha,
         head_weights, teacher_ce, ignore_index, needs_grad);
-  };
-  if (!at::GradMode::is_enabled()) return compute();
-  std::vector<Tensor> logits = student.vec();
-  logits.insert(logits.end(), teacher.begin(), teacher.end());
-  return LossBackwardFunction::apply(grad_loss, TensorList(logits),
-      LossBackwardFunction::Compute(compute));
+  }
+  if (at::GradMode::is_enabled() &&
+      (grad_loss.requires_grad() || any_requires_grad(student) || any_requires_grad(teacher))) {
+    const NodePointer refuses = make_node<torch::autograd::Error>(
+        "mhkd_loss: the fused kernel has no second derivative; call mhkd_loss with "
+        "backend=\"reference\" to differentiate its gradients",
+        torch::autograd::collect_next_edges(grad_loss, student, teacher));
+    for (Tensor& grad : grads) torch::autograd::set_history(grad, refuses);
+  }
+  return grads;
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -294,20 +359,14 @@ static std::vector<Tensor> loss_backward_autograd(const Tensor& grad_loss, Tenso
 MHKD_TORCH_LIBRARY(MHKD_LIBRARY, m) {
   // terms [H, 3]: KL * tau^2, CE(y, z_S), CE(y, z_T) of each head, without a gradient. row_stats is
   // for the backward.
-  m.def(
-      "loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float tau, float "
-      "alpha, "
-      "float[] head_weights, bool[] teacher_ce, int ignore_index=-100) -> (Tensor loss, Tensor "
-      "terms, "
-      "Tensor row_stats)");
+  m.def("loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float tau, "
+        "float alpha, float[] head_weights, bool[] teacher_ce, int ignore_index=-100) -> "
+        "(Tensor loss, Tensor terms, Tensor row_stats)");
   // needs_grad: a bool for each student head, then for each teacher head; as many gradients come
   // back as are true.
-  m.def(
-      "loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, Tensor "
-      "labels, "
-      "Tensor row_stats, float tau, float alpha, float[] head_weights, bool[] teacher_ce, int "
-      "ignore_index, "
-      "bool[] needs_grad) -> Tensor[]");
+  m.def("loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, "
+        "Tensor labels, Tensor row_stats, float tau, float alpha, float[] head_weights, "
+        "bool[] teacher_ce, int ignore_index, bool[] needs_grad) -> Tensor[]");
   // mhkd.py takes a library of this number alone: raise it with every change of what it relies on.
   m.def("interface() -> int", [] { return kInterface; });
 }

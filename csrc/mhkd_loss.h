@@ -30,8 +30,7 @@ using at::TensorList;
 using Weights = at::ArrayRef<double>;
 using Flags = c10::List<bool>;
 
-// Head pointers travel to the GPU by value, in its 4 KiB of kernel arguments: 16 heads take 1.2
-// KiB.
+// Head pointers travel to the GPU by value, in its 4 KiB of kernel arguments.
 constexpr int kMaxHeads = 16;
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
@@ -108,22 +107,54 @@ MHKD_HD void finish_row(
 struct HeadWeights {
   double kl, ce, ce_teacher;
 
-  MHKD_HD HeadWeights(double alpha, double head_weight, bool marked)
-      : kl(head_weight * alpha), ce(head_weight * (1 - alpha)), ce_teacher(marked) {}
-
-  MHKD_HD double loss(const double* terms) const {
-    return (kl != 0 ? kl * terms[kKl] : 0) + (ce != 0 ? ce * terms[kCe] : 0) +
-           (ce_teacher != 0 ? terms[kCeTeacher] : 0);
+  // From the sums over all rows to the terms, means over those that count; what they add to the
+  // loss.
+  template <class A>
+  MHKD_HD double finish(double* sums, double counted, A* terms) const {
+    for (int i = 0; i < kTerms; ++i) {
+      sums[i] = i == kCeTeacher && ce_teacher == 0 ? 0 : sums[i] / counted;  // no row: 0 / 0 is NaN
+      terms[i] = static_cast<A>(sums[i]);
+    }
+    return (kl != 0 ? kl * sums[kKl] : 0) + (ce != 0 ? ce * sums[kCe] : 0) + sums[kCeTeacher];
   }
 };
+
+struct Head {
+  const void *s, *t;           // [B, K] logits
+  void *grad_s, *grad_t;       // [B, K] contiguous, or null
+  int64_t stride_s, stride_t;  // of the rows, in elements
+  double weight;
+  bool marked;
+
+  MHKD_HD HeadWeights weights(double alpha) const {
+    return {weight * alpha, weight * (1 - alpha), double(marked)};
+  }
+};
+
+// One call, forward or backward, as the kernels take it.
+struct Arguments {
+  Head heads[kMaxHeads];
+  const int64_t* labels;
+  int64_t label_stride, ignore_index, batch;
+  int classes, head_count;
+  double tau, alpha;
+  void* row_stats;        // [H * B, kRowStats], then the count of rows; all these float or double
+  void *loss, *terms;     // outputs of the forward
+  const void* grad_loss;  // input of the backward
+  void* row_terms;        // [H * B, kTerms], forward on CUDA only
+  unsigned* finished;     // blocks that have finished, forward on CUDA only
+
+  MHKD_HD int64_t rows() const { return head_count * batch; }
+};
+static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
 
 // The gradient of one row of one side, the student's or the teacher's. With e = 2^x of this side
 // and e_t of the teacher:
 //     grad = tau * e - tau_t * e_t + one * e^tau,  minus label at the label
-template <class Z, class G, class A>  // Z, G: what the kernel needs to know of logits and gradients
+template <class Z, class A>
 struct GradRow {
-  Z z;
-  G grad;
+  const Z* z;
+  Z* grad;
   A max, tau, tau_t, one, label;
 };
 
@@ -134,15 +165,15 @@ enum Part { kStudent, kBoth, kAlone };
 // Calls run(row of this side, row of the teacher, a Part as a type) for the gradients of a row.
 // `incoming` is the gradient of the loss over the number of rows that count: it is in here so that
 // half types are rounded after it. The divergence is detached from the teacher.
-template <class Z, class G, class A, class Run>
-MHKD_HD void for_gradients(Z z_s, Z z_t, G grad_s, G grad_t, const HeadWeights& weights,
-    const A* stats, double incoming, double tau, const Run& run) {
+template <class Z, class A, class Run>
+MHKD_HD void for_gradients(const Z* z_s, const Z* z_t, Z* grad_s, Z* grad_t,
+    const HeadWeights& weights, const A* stats, double incoming, double tau, const Run& run) {
   const bool kl = weights.kl != 0, ce = weights.ce != 0;
   const A of_kl = A(incoming * weights.kl * tau), of_ce = A(incoming * weights.ce);
   const A of_teacher = A(incoming), zero = 0;
-  const GradRow<Z, G, A> s{z_s, grad_s, stats[kMaxS], of_kl * stats[kInvTauS],
+  const GradRow<Z, A> s{z_s, grad_s, stats[kMaxS], of_kl * stats[kInvTauS],
       of_kl * stats[kInvTauT], ce ? of_ce * stats[kInvOneS] : zero, ce ? of_ce : zero};
-  const GradRow<Z, G, A> t{
+  const GradRow<Z, A> t{
       z_t, grad_t, stats[kMaxT], zero, zero, of_teacher * stats[kInvOneT], of_teacher};
   if (kl && grad_s && grad_t) return run(s, t, std::integral_constant<Part, kBoth>());
   if (kl && grad_s) run(s, t, std::integral_constant<Part, kStudent>());
@@ -171,17 +202,25 @@ __attribute__((always_inline)) MHKD_HD void raise(V& x) {
   if constexpr (kPower == 5) x *= base;
 }
 
-// ---- checks and shapes, in mhkd_loss.cpp ----
+// ---- the operators, in mhkd_loss.cpp: all but the numbers themselves ----
 
-// What the memory that the kernels touch depends on. mhkd.py has asked for more and said it better.
-void check_arguments(TensorList student, TensorList teacher, const Tensor& labels, double tau,
-    Weights head_weights, const Flags& teacher_ce);
+// How a device computes a call, forward or backward, whose logits are of this dtype.
+using Run = void(Arguments& args, at::ScalarType logits, bool backward);
 
-// float64 if any logits are, else float32: the dtype of the loss, the terms, the rows' statistics.
-at::ScalarType loss_dtype(TensorList student, TensorList teacher);
+std::tuple<Tensor, Tensor, Tensor> loss(Run* run, TensorList student, TensorList teacher,
+    const Tensor& labels, double tau, double alpha, Weights head_weights,
+    const Flags& teacher_ce, int64_t ignore_index);
 
-// Rows may have any stride; within a row the classes have to be adjacent. Copies what is not
-// (transposed logits).
-std::vector<Tensor> adjacent_classes(TensorList logits);
+std::vector<Tensor> loss_backward(Run* run, const Tensor& grad_loss, TensorList student,
+    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
+    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad);
+
+// On<run, loss>::call is the operator of a device.
+template <Run* run, auto function>
+struct On;
+template <Run* run, class R, class... Args, R (*function)(Run*, Args...)>
+struct On<run, function> {
+  static R call(Args... args) { return function(run, args...); }
+};
 
 }  // namespace MHKD_LIBRARY

@@ -4,11 +4,8 @@
 #include "mhkd_loss.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -31,18 +28,11 @@ constexpr int64_t kRun = 16;
 // Below this many classes a thread is not worth its wake-up.
 constexpr int64_t kGrain = 8192;
 
-struct Row {  // of logits, or of a gradient: null where none is asked for
-  void* data;
-  at::ScalarType dtype;
-
-  explicit operator bool() const { return data != nullptr; }
-};
-
+template <class T>
 struct RowKernels {
-  RowSums<double> (*sums)(const Row& s, const Row& t, int64_t classes, double tau, bool marked);
-  void (*gradients)(const Row& s, const Row& t, int64_t classes, double tau, int64_t label,
-      const void* stats, const HeadWeights& weights, double incoming, const Row& grad_s,
-      const Row& grad_t);
+  RowSums<double> (*sums)(const T* s, const T* t, int64_t classes, double tau, bool marked);
+  void (*gradients)(const T* s, const T* t, T* grad_s, T* grad_t, int classes, double tau,
+      int64_t label, const T* stats, const HeadWeights& weights, double incoming);
 };
 
 }  // namespace MHKD_LIBRARY
@@ -113,177 +103,132 @@ static const std::string& instruction_set() {
   return name;
 }
 
-static RowKernels row_kernels(bool float64, double tau) {
+template <class T>
+static RowKernels<T> row_kernels(double tau) {
 #ifdef MHKD_X86
-  if (instruction_set() == "avx512") return avx512::row_kernels(float64, tau);
-  if (instruction_set() == "avx2") return avx2::row_kernels(float64, tau);
+  if (instruction_set() == "avx512") return avx512::row_kernels<T>(tau);
+  if (instruction_set() == "avx2") return avx2::row_kernels<T>(tau);
 #endif
-  return plain::row_kernels(float64, tau);
+  return plain::row_kernels<T>(tau);
 }
 
-// The rows of a tensor. Asking the tensor for every row would cost as much as a short row itself.
-struct Rows {
-  char* data = nullptr;
-  int64_t bytes = 0;  // from row to row
-  at::ScalarType dtype = at::kFloat;
+template <class In>
+using Arithmetic = std::conditional_t<std::is_same_v<In, double>, double, float>;
 
-  Rows() = default;
-  explicit Rows(const Tensor& z)
-      : data(static_cast<char*>(const_cast<void*>(z.const_data_ptr()))),
-        bytes(z.stride(0) * z.element_size()),
-        dtype(z.scalar_type()) {}
-
-  Row operator[](int64_t b) const { return {data ? data + b * bytes : nullptr, dtype}; }
-};
-
-// Without the dispatcher, whose way to the allocator is long beside a short batch.
-static Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  return Tensor(at::detail::empty_cpu(sizes, dtype));
+// A row of logits for the arithmetic: half types are converted into the buffer.
+template <class In, class T>
+static const T* converted(const void* z, int64_t start, int64_t classes, T* buffer) {
+  const In* row = static_cast<const In*>(z) + start;
+  if constexpr (std::is_same_v<In, T>) return row;
+  std::copy_n(row, classes, buffer);
+  return buffer;
 }
 
-// A number from a tensor on the CPU. Tensor::item() would go through the dispatcher.
-static double number(const Tensor& values, int64_t index) {
-  return AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "mhkd_loss",
-      [&] { return double(values.const_data_ptr<scalar_t>()[index]); });
+// Calls run(row of all, head, row of the head, label, two rows to convert into).
+template <class In, class Run>
+static void for_rows(const Arguments& args, const Run& run) {
+  using T = Arithmetic<In>;
+  const int64_t grain = std::max<int64_t>(1, kGrain / args.classes);
+  at::parallel_for(0, args.rows(), grain, [&](int64_t begin, int64_t end) {
+    std::vector<T> buffer(std::is_same_v<In, T> ? 0 : 2 * int64_t(args.classes));
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row % args.batch;
+      const int64_t y = args.labels[b * args.label_stride];
+      run(row, args.heads[row / args.batch], b, y, buffer.data());
+    }
+  });
 }
 
-static int64_t grain(int64_t classes) { return std::max<int64_t>(1, kGrain / classes); }
-
-static std::tuple<Tensor, Tensor, Tensor> loss_cpu(TensorList student, TensorList teacher,
-    const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
-    int64_t ignore_index) {
-  check_arguments(student, teacher, labels, tau, head_weights, teacher_ce);
-  const auto z_s = adjacent_classes(student), z_t = adjacent_classes(teacher);
-  const int64_t heads = int64_t(z_s.size()), batch = labels.size(0), classes = z_s[0].size(1);
-  const int64_t* label = labels.const_data_ptr<int64_t>();
-  const int64_t label_stride = labels.stride(0);
-
+template <class In, class T = Arithmetic<In>>
+static void forward(const Arguments& args) {
   int64_t counted = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t y = label[b * label_stride];
-    if (y == ignore_index) continue;
-    TORCH_CHECK_INDEX(y >= 0 && y < classes, "Target ", y, " is out of bounds.");
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const int64_t y = args.labels[b * args.label_stride];
+    if (y == args.ignore_index) continue;
+    TORCH_CHECK_INDEX(y >= 0 && y < args.classes, "Target ", y, " is out of bounds.");
     ++counted;
   }
-
-  const at::ScalarType dtype = loss_dtype(student, teacher);
-  const int64_t rows = heads * batch;
-  Tensor loss = empty({}, dtype), terms = empty({heads, kTerms}, dtype);
-  Tensor row_stats = empty({rows * kRowStats + 1}, dtype);
-  char* stats = static_cast<char*>(row_stats.mutable_data_ptr());
-  const int64_t row_bytes = kRowStats * row_stats.element_size();
-
-  bool marked[kMaxHeads];
-  Rows rows_s[kMaxHeads], rows_t[kMaxHeads];
-  for (int64_t h = 0; h < heads; ++h) {
-    marked[h] = teacher_ce[h];
-    rows_s[h] = Rows(z_s[h]);
-    rows_t[h] = Rows(z_t[h]);
-  }
-  std::vector<double> row_terms(rows * kTerms);  // zero where a row does not count
-  const RowKernels kernels = row_kernels(dtype == at::kDouble, tau);
-  // Not in the kernels: a function of the C library that runs after AVX code may be very slow.
-  const auto finish = [&](auto* row_stats, int64_t h, int64_t b, int64_t y, double* terms) {
-    const Row s = rows_s[h][b], t = rows_t[h][b];
-    RowSums<double> sums = kernels.sums(s, t, classes, tau, marked[h]);
-    sums.cross *= scale(tau);
-    double z_s, z_t;
-    const double x_s = (*plain::as_arithmetic(s, y, 1, &z_s) - sums.max_s) * scale(tau);
-    const double x_t = (*plain::as_arithmetic(t, y, 1, &z_t) - sums.max_t) * scale(tau);
-    finish_row(sums, x_s, x_t, tau, marked[h], row_stats, terms);
-  };
-  at::parallel_for(0, rows, grain(classes), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t h = row / batch, b = row % batch, y = label[b * label_stride];
-      void* to = stats + row * row_bytes;
-      if (y == ignore_index) {
-        std::fill_n(static_cast<char*>(to), row_bytes, char(0));
-      } else if (dtype == at::kDouble) {
-        finish(static_cast<double*>(to), h, b, y, &row_terms[row * kTerms]);
-      } else {
-        finish(static_cast<float*>(to), h, b, y, &row_terms[row * kTerms]);
-      }
+  T* row_stats = static_cast<T*>(args.row_stats);
+  std::vector<double> row_terms(args.rows() * kTerms);  // zero where a row does not count
+  const RowKernels<T> kernels = row_kernels<T>(args.tau);
+  const int64_t classes = args.classes;
+  for_rows<In>(args, [&](int64_t row, const Head& head, int64_t b, int64_t y, T* buffer) {
+    T* stats = row_stats + row * kRowStats;
+    if (y == args.ignore_index) {
+      std::fill_n(stats, int(kRowStats), T(0));
+      return;
     }
+    const T* s = converted<In>(head.s, b * head.stride_s, classes, buffer);
+    const T* t = converted<In>(head.t, b * head.stride_t, classes, buffer + classes);
+    RowSums<double> sums = kernels.sums(s, t, classes, args.tau, head.marked);
+    // Not in the kernels: a function of the C library that runs after AVX code may be very slow.
+    const double unit = scale(args.tau);
+    sums.cross *= unit;
+    finish_row(sums, (s[y] - sums.max_s) * unit, (t[y] - sums.max_t) * unit, args.tau, head.marked,
+        stats, &row_terms[row * kTerms]);
   });
 
   // One thread adds up the rows, in order and in float64: the bits do not depend on the number of
   // threads.
-  AT_DISPATCH_FLOATING_TYPES(dtype, "mhkd_loss", [&] {
-    scalar_t* out = terms.mutable_data_ptr<scalar_t>();
-    double total = 0;
-    for (int64_t h = 0; h < heads; ++h) {
-      double sum[kTerms] = {0, 0, 0};
-      for (int64_t b = 0; b < batch; ++b) {
-        for (int term = 0; term < kTerms; ++term)
-          sum[term] += row_terms[(h * batch + b) * kTerms + term];
-      }
-      for (int term = 0; term < kTerms; ++term) {
-        sum[term] = term == kCeTeacher && !marked[h]
-                        ? 0
-                        : sum[term] / double(counted);  // no row: 0 / 0 is NaN
-        out[h * kTerms + term] = scalar_t(sum[term]);
-      }
-      total += HeadWeights(alpha, head_weights[h], marked[h]).loss(sum);
+  double loss = 0;
+  const double* of_row = row_terms.data();
+  for (int h = 0; h < args.head_count; ++h) {
+    double sums[kTerms] = {0, 0, 0};
+    for (int64_t b = 0; b < args.batch; ++b, of_row += kTerms) {
+      for (int i = 0; i < kTerms; ++i) sums[i] += of_row[i];
     }
-    *loss.mutable_data_ptr<scalar_t>() = scalar_t(total);
-    row_stats.mutable_data_ptr<scalar_t>()[rows * kRowStats] = scalar_t(counted);
-  });
-  return {loss, terms, row_stats};
+    T* terms = static_cast<T*>(args.terms) + h * kTerms;
+    loss += args.heads[h].weights(args.alpha).finish(sums, double(counted), terms);
+  }
+  *static_cast<T*>(args.loss) = T(loss);
+  row_stats[args.rows() * kRowStats] = T(counted);
 }
 
-static std::vector<Tensor> loss_backward_cpu(const Tensor& grad_loss, TensorList student,
-    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
-  const auto z_s = adjacent_classes(student), z_t = adjacent_classes(teacher);
-  const int64_t heads = int64_t(z_s.size()), batch = labels.size(0), classes = z_s[0].size(1);
-  const int64_t* label = labels.const_data_ptr<int64_t>();
-  const int64_t label_stride = labels.stride(0);
-  const char* stats = static_cast<const char*>(row_stats.const_data_ptr());
-  const int64_t row_bytes = kRowStats * row_stats.element_size();
-
-  std::vector<Tensor> grads;
-  grads.reserve(2 * heads);
-  Rows rows_s[kMaxHeads], rows_t[kMaxHeads], grad_s[kMaxHeads],
-      grad_t[kMaxHeads];  // null: no gradient is asked for
-  for (int64_t i = 0; i < 2 * heads; ++i) {
-    if (!needs_grad[i]) continue;
-    grads.push_back(empty({batch, classes}, (i < heads ? z_s[i] : z_t[i - heads]).scalar_type()));
-    (i < heads ? grad_s[i] : grad_t[i - heads]) = Rows(grads.back());
-  }
-
-  const double counted = number(row_stats, heads * batch * kRowStats);
-  const double incoming = number(grad_loss, 0) / counted;
-  std::vector<HeadWeights> weights;
-  weights.reserve(heads);
-  for (int64_t h = 0; h < heads; ++h) {
-    rows_s[h] = Rows(z_s[h]);
-    rows_t[h] = Rows(z_t[h]);
-    weights.emplace_back(alpha, head_weights[h], teacher_ce[h]);
-  }
-  const RowKernels kernels = row_kernels(row_stats.scalar_type() == at::kDouble, tau);
-  at::parallel_for(0, heads * batch, grain(classes), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t h = row / batch, b = row % batch, y = label[b * label_stride];
-      Row to_s = grad_s[h][b], to_t = grad_t[h][b];
-      const bool counts = y != ignore_index;
-      for (Row* to : {&to_s, &to_t}) {  // zero where the row or the head counts nothing
-        if (*to && (!counts || (to == &to_s && weights[h].kl == 0 && weights[h].ce == 0))) {
-          std::fill_n(static_cast<char*>(to->data), classes * c10::elementSize(to->dtype), char(0));
-          to->data = nullptr;
-        }
+template <class In, class T = Arithmetic<In>>
+static void backward(const Arguments& args) {
+  const T* row_stats = static_cast<const T*>(args.row_stats);
+  const double counted = row_stats[args.rows() * kRowStats];
+  const double incoming = *static_cast<const T*>(args.grad_loss) / counted;
+  const RowKernels<T> kernels = row_kernels<T>(args.tau);
+  const int64_t classes = args.classes;
+  for_rows<In>(args, [&](int64_t row, const Head& head, int64_t b, int64_t y, T* buffer) {
+    In* grads[] = {static_cast<In*>(head.grad_s), static_cast<In*>(head.grad_t)};
+    T* to[] = {nullptr, nullptr};  // where the gradients are computed: in the place of the logits
+    const HeadWeights weights = head.weights(args.alpha);
+    for (int side : {0, 1}) {
+      if (grads[side] == nullptr) continue;
+      grads[side] += b * classes;
+      if (y == args.ignore_index || (side == 0 && weights.kl == 0 && weights.ce == 0)) {
+        std::fill_n(grads[side], classes, In(0));
+      } else if constexpr (std::is_same_v<In, T>) {
+        to[side] = grads[side];
+      } else {
+        to[side] = buffer + side * classes;
       }
-      kernels.gradients(rows_s[h][b], rows_t[h][b], classes, tau, y, stats + row * row_bytes,
-          weights[h], incoming, to_s, to_t);
+    }
+    if (!to[0] && !to[1]) return;
+    const T* s = converted<In>(head.s, b * head.stride_s, classes, buffer);
+    const T* t = converted<In>(head.t, b * head.stride_t, classes, buffer + classes);
+    kernels.gradients(s, t, to[0], to[1], args.classes, args.tau, y, row_stats + row * kRowStats,
+        weights, incoming);
+    if constexpr (!std::is_same_v<In, T>) {
+      for (int side : {0, 1}) {
+        if (to[side]) std::copy_n(to[side], classes, grads[side]);
+      }
     }
   });
-  return grads;
+}
+
+static void run(Arguments& args, at::ScalarType dtype, bool is_backward) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "mhkd_loss",
+      [&] { is_backward ? backward<scalar_t>(args) : forward<scalar_t>(args); });
 }
 
 static std::string capability() { return "CPU " + instruction_set(); }
 
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, CPU, m) {
-  m.impl("loss", loss_cpu);
-  m.impl("loss_backward", loss_backward_cpu);
+  m.impl("loss", On<run, loss>::call);
+  m.impl("loss_backward", On<run, loss_backward>::call);
 }
 
 TORCH_LIBRARY_FRAGMENT(MHKD_LIBRARY, m) { m.def("cpu_capability() -> str", capability); }

@@ -234,9 +234,9 @@ void add_classes(const T* s, const T* t, int64_t n, double tau, RowSums<double>&
 }
 
 // The gradients of one register of classes.
-template <class T, int kPower, Part kPart, class Grad>
-MHKD_INLINE void grad_register(const Grad& s, const Grad& t, const typename Simd<T>::V* d, T scale,
-    typename Simd<T>::V* grad) {
+template <class T, int kPower, Part kPart>
+MHKD_INLINE void grad_register(const GradRow<T, T>& s, const GradRow<T, T>& t,
+    const typename Simd<T>::V* d, T scale, typename Simd<T>::V* grad) {
   using V = typename Simd<T>::V;
   V e[2], e_one[2];
   exp2_scaled<T, kPart == kAlone ? 1 : 2>(d, scale, e);
@@ -246,139 +246,73 @@ MHKD_INLINE void grad_register(const Grad& s, const Grad& t, const typename Simd
   if constexpr (kPart == kBoth) grad[1] = e_one[1] * t.one;
 }
 
-// n gradients of a row; they may be where the logits are.
-template <class T, int kPower, Part kPart, class Grad>
-void grad_classes(const T* z_s, const T* z_t, int64_t n, double tau, const Grad& of_s,
-    const Grad& of_t, T* grad_s, T* grad_t) {
-  using V = typename Simd<T>::V;
-  constexpr int W = Simd<T>::kWidth;
-  const Grad s = of_s, t = of_t;  // copies of its own: what is written cannot change them
-  const T scale_z = T(scale(tau));
-  const int rest = int(n % W);
-  // The last register overlaps the one before it. It is read first, as the gradients may overwrite
-  // the logits.
-  V last[2], d[2], grad[2];
-  if (rest != 0) {
-    last[0] = load_rest(z_s, n, rest) - s.max;
-    if constexpr (kPart != kAlone) last[1] = load_rest(z_t, n, rest) - t.max;
-  }
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    d[0] = load(z_s + i) - s.max;
-    if constexpr (kPart != kAlone) d[1] = load(z_t + i) - t.max;
-    grad_register<T, kPower, kPart>(s, t, d, scale_z, grad);
-    store(grad_s + i, grad[0]);
-    if constexpr (kPart == kBoth) store(grad_t + i, grad[1]);
-  }
-  if (rest == 0) return;
-  grad_register<T, kPower, kPart>(s, t, last, scale_z, grad);
-  store_rest<T>(grad_s + i, grad[0], rest);
-  if constexpr (kPart == kBoth) store_rest<T>(grad_t + i, grad[1], rest);
-}
-
-// A block of a row as T: where it lies if it is T already, else converted into the buffer.
-template <class T>
-const T* as_arithmetic(const Row& row, int64_t start, int64_t n, T* buffer) {
-  const auto convert = [&](auto* z) -> const T* {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(z[start + i]);
-    return buffer;
-  };
-  if (row.dtype == c10::CppTypeToScalarType<T>::value)
-    return static_cast<const T*>(row.data) + start;
-  switch (row.dtype) {
-    case at::kDouble: return convert(static_cast<const double*>(row.data));
-    case at::kFloat: return convert(static_cast<const float*>(row.data));
-    case at::kHalf: return convert(static_cast<const c10::Half*>(row.data));
-    default: return convert(static_cast<const c10::BFloat16*>(row.data));
-  }
-}
-
-// Where a block of gradients is computed: in place if the gradient's dtype is T, else in the
-// buffer.
-template <class T>
-T* gradient_block(const Row& row, int64_t start, T* buffer) {
-  return row.dtype == c10::CppTypeToScalarType<T>::value ? static_cast<T*>(row.data) + start
-                                                         : buffer;
-}
-
-template <class T>
-void write_gradient(const Row& row, int64_t start, int64_t n, const T* block) {
-  const auto convert = [&](auto* grad) {
-    using To = std::remove_reference_t<decltype(*grad)>;
-    for (int64_t i = 0; i < n; ++i) grad[start + i] = static_cast<To>(block[i]);
-  };
-  if (row.dtype == c10::CppTypeToScalarType<T>::value) return;
-  switch (row.dtype) {
-    case at::kDouble: return convert(static_cast<double*>(row.data));
-    case at::kFloat: return convert(static_cast<float*>(row.data));
-    case at::kHalf: return convert(static_cast<c10::Half*>(row.data));
-    default: return convert(static_cast<c10::BFloat16*>(row.data));
-  }
-}
-
 template <class T, int kPower>
-RowSums<double> sum_row(const Row& s, const Row& t, int64_t classes, double tau, bool marked) {
-  T buffer_s[kBlock], buffer_t[kBlock];
+RowSums<double> sum_row(const T* s, const T* t, int64_t classes, double tau, bool marked) {
   constexpr double lowest = std::numeric_limits<T>::lowest();
   RowSums<double> sums{lowest, lowest};
-  for (int64_t start = 0; start < classes; start += kBlock) {
+  for (int64_t start = 0; start < classes; start += kBlock, s += kBlock, t += kBlock) {
     const int64_t n = std::min(kBlock, classes - start);
-    const T* block_s = as_arithmetic(s, start, n, buffer_s);
-    const T* block_t = as_arithmetic(t, start, n, buffer_t);
-    const T max_s = largest(block_s, n, T(sums.max_s)), max_t = largest(block_t, n, T(sums.max_t));
+    const T max_s = largest(s, n, T(sums.max_s)), max_t = largest(t, n, T(sums.max_t));
     if (start == 0) {
       sums = {max_s, max_t};  // nothing to rescale: most rows are one block and save the work
     } else if (max_s > sums.max_s || max_t > sums.max_t) {
       rebase<double>(sums, max_s, max_t, tau, scale(tau));
     }
-    (marked ? add_classes<T, kPower, true> : add_classes<T, kPower, false>)(block_s, block_t, n,
-        tau, sums);
+    (marked ? add_classes<T, kPower, true> : add_classes<T, kPower, false>)(s, t, n, tau, sums);
   }
   return sums;
 }
 
 template <class T, int kPower, Part kPart>
-void grad_row(const GradRow<Row, Row, T>& s, const GradRow<Row, Row, T>& t, int64_t classes,
-    double tau, int64_t label) {
-  T buffer_s[kBlock], buffer_t[kBlock];
-  for (int64_t start = 0; start < classes; start += kBlock) {
-    const int64_t n = std::min(kBlock, classes - start);
-    const T* z_s = as_arithmetic(s.z, start, n, buffer_s);
-    const T* z_t = kPart == kAlone ? nullptr : as_arithmetic(t.z, start, n, buffer_t);
-    T* grad_s = gradient_block(s.grad, start, buffer_s);
-    T* grad_t = kPart == kBoth ? gradient_block(t.grad, start, buffer_t) : nullptr;
-    grad_classes<T, kPower, kPart>(z_s, z_t, n, tau, s, t, grad_s, grad_t);
-    const bool here = label >= start && label < start + n;
-    if (here) grad_s[label - start] -= s.label;
-    write_gradient(s.grad, start, n, grad_s);
-    if constexpr (kPart == kBoth) {
-      if (here) grad_t[label - start] -= t.label;
-      write_gradient(t.grad, start, n, grad_t);
-    }
+void grad_row(
+    const GradRow<T, T>& of_s, const GradRow<T, T>& of_t, int n, double tau, int64_t label) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::kWidth;
+  const GradRow<T, T> s = of_s, t = of_t;  // copies: what is written cannot change them
+  const T scale_z = T(scale(tau));
+  V d[2], grad[2];
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    d[0] = load(s.z + i) - s.max;
+    if constexpr (kPart != kAlone) d[1] = load(t.z + i) - t.max;
+    grad_register<T, kPower, kPart>(s, t, d, scale_z, grad);
+    store(s.grad + i, grad[0]);
+    if constexpr (kPart == kBoth) store(t.grad + i, grad[1]);
   }
+  if (const int rest = int(n - i)) {
+    d[0] = load_rest(s.z, n, rest) - s.max;
+    if constexpr (kPart != kAlone) d[1] = load_rest(t.z, n, rest) - t.max;
+    grad_register<T, kPower, kPart>(s, t, d, scale_z, grad);
+    store_rest<T>(s.grad + i, grad[0], rest);
+    if constexpr (kPart == kBoth) store_rest<T>(t.grad + i, grad[1], rest);
+  }
+  if (label < 0 || label >= n) return;  // the forward has refused it
+  s.grad[label] -= s.label;
+  if constexpr (kPart == kBoth) t.grad[label] -= t.label;
 }
 
 template <class T, int kPower>
-void backward_row(const Row& s, const Row& t, int64_t classes, double tau, int64_t label,
-    const void* stats, const HeadWeights& weights, double incoming, const Row& grad_s,
-    const Row& grad_t) {
+void gradients_of_row(const T* s, const T* t, T* grad_s, T* grad_t, int classes, double tau,
+    int64_t label, const T* stats, const HeadWeights& weights, double incoming) {
   const auto run = [&](const auto& side, const auto& teacher, auto part) {
     grad_row<T, kPower, part.value>(side, teacher, classes, tau, label);
   };
-  for_gradients(s, t, grad_s, grad_t, weights, static_cast<const T*>(stats), incoming, tau, run);
+  for_gradients(s, t, grad_s, grad_t, weights, stats, incoming, tau, run);
 }
 
 // Which instance computes the rows. float64 is for checks: it takes every exponential itself.
-inline RowKernels row_kernels(bool float64, double tau) {
-  if (float64) return {sum_row<double, 0>, backward_row<double, 0>};
-  switch (integer_power(tau)) {
-    case 1: return {sum_row<float, 1>, backward_row<float, 1>};
-    case 2: return {sum_row<float, 2>, backward_row<float, 2>};
-    case 3: return {sum_row<float, 3>, backward_row<float, 3>};
-    case 4: return {sum_row<float, 4>, backward_row<float, 4>};
-    case 5: return {sum_row<float, 5>, backward_row<float, 5>};
-    default: return {sum_row<float, 0>, backward_row<float, 0>};
+template <class T>
+RowKernels<T> row_kernels(double tau) {
+  if constexpr (std::is_same_v<T, float>) {
+    switch (integer_power(tau)) {
+      case 1: return {sum_row<T, 1>, gradients_of_row<T, 1>};
+      case 2: return {sum_row<T, 2>, gradients_of_row<T, 2>};
+      case 3: return {sum_row<T, 3>, gradients_of_row<T, 3>};
+      case 4: return {sum_row<T, 4>, gradients_of_row<T, 4>};
+      case 5: return {sum_row<T, 5>, gradients_of_row<T, 5>};
+    }
   }
+  return {sum_row<T, 0>, gradients_of_row<T, 0>};
 }
 
 }  // namespace MHKD_ISA

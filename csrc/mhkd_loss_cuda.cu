@@ -50,7 +50,6 @@
 
 #ifdef __CUDACC__
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -93,28 +92,6 @@ constexpr int kLoadBytes = 16;  // the widest load of a thread
 // Sums of a thread at least this large, or NaN, are taken again by guarded_sums(). Below, a rebase
 // whose factor underflows (2^-126) loses nothing beside the sums of 1 and more that it is added to.
 constexpr double kLargeSum = 18446744073709551616.;  // 2^64: a logit 44 above the shift, at tau 1
-
-struct Head {
-  const void *s, *t;           // [B, K] logits
-  void *grad_s, *grad_t;       // [B, K] contiguous, or null
-  int64_t stride_s, stride_t;  // of the rows, in elements
-  double weight;
-  bool marked;
-};
-
-struct Arguments {
-  Head heads[kMaxHeads];
-  const int64_t* labels;
-  int64_t label_stride, ignore_index, batch;
-  int classes, head_count;
-  double tau, alpha;
-  void* row_stats;     // [H * B, kRowStats], then the count of rows; as all below float or double
-  void* row_terms;     // [H * B, kTerms], forward only
-  unsigned* finished;  // blocks that have finished, forward only
-  void *loss, *terms;  // outputs of the forward
-  const void* grad_loss;  // input of the backward
-};
-static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
 
 template <class In>
 using Arithmetic = std::conditional_t<std::is_same_v<In, double>, double, float>;
@@ -362,18 +339,14 @@ __device__ void reduce_rows(const Arguments& args) {
     }
     for (int i = 0; i < kTerms; ++i) sums[i] = block_sum<kBlock>(sums[i]);
     if (threadIdx.x == 0) {
-      const bool marked = args.heads[h].marked;
-      for (int i = 0; i < kTerms; ++i) {
-        sums[i] = i == kCeTeacher && !marked ? 0 : sums[i] / counted;  // no row: 0 / 0 is NaN
-        static_cast<A*>(args.terms)[h * kTerms + i] = static_cast<A>(sums[i]);
-      }
-      loss += HeadWeights(args.alpha, args.heads[h].weight, marked).loss(sums);
+      A* terms = static_cast<A*>(args.terms) + h * kTerms;
+      loss += args.heads[h].weights(args.alpha).finish(sums, counted, terms);
     }
   }
   if (threadIdx.x == 0) {
     *static_cast<A*>(args.loss) = static_cast<A>(loss);
     A* stats = static_cast<A*>(args.row_stats);
-    stats[args.head_count * args.batch * kRowStats] = static_cast<A>(counted);
+    stats[args.rows() * kRowStats] = static_cast<A>(counted);
   }
 }
 
@@ -383,7 +356,7 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
   using A = Arithmetic<In>;
   constexpr int kBlock = kBlockOf<kGroup>;
   const int64_t row = int64_t(blockIdx.x) * (kBlock / kGroup) + threadIdx.x / kGroup;
-  if (row < args.head_count * args.batch) {  // all threads of a group: their barriers are safe
+  if (row < args.rows()) {  // all threads of a group: their barriers are safe
     const Head& head = args.heads[row / args.batch];
     const int64_t b = row % args.batch, label = args.labels[b * args.label_stride];
     A* stats = static_cast<A*>(args.row_stats) + row * kRowStats;
@@ -430,7 +403,7 @@ struct Threads {
 };
 
 template <int kPower, Part kPart, class In, class A = Arithmetic<In>>
-__device__ void grad_row(const GradRow<const In*, In*, A>& s, const GradRow<const In*, In*, A>& t,
+__device__ void grad_row(const GradRow<In, A>& s, const GradRow<In, A>& t,
     int classes, int label, A scale, A tau, Threads threads) {
   const auto of_class = [&](In z_s, In z_t, A& grad_s, A& grad_t) {
     const A x = std::fma(A(z_s), scale, -s.max), e = fast_exp2(x);
@@ -485,14 +458,14 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
   using A = Arithmetic<In>;
   constexpr int kBlock = kBlockOf<kGroup>;
   const int64_t row = int64_t(blockIdx.x) * (kBlock / kGroup) + threadIdx.x / kGroup;
-  if (row >= args.head_count * args.batch) return;
+  if (row >= args.rows()) return;
   const Head& head = args.heads[row / args.batch];
   const int64_t b = row % args.batch, label = args.labels[b * args.label_stride];
   const Threads threads{int(blockIdx.y * kGroup + threadIdx.x % kGroup), int(gridDim.y * kGroup)};
   const int classes = args.classes;
   In* grad_s = head.grad_s ? static_cast<In*>(head.grad_s) + b * classes : nullptr;
   In* grad_t = head.grad_t ? static_cast<In*>(head.grad_t) + b * classes : nullptr;
-  const HeadWeights weights(args.alpha, head.weight, head.marked);
+  const HeadWeights weights = head.weights(args.alpha);
   const bool counts = label != args.ignore_index;
   if (!counts || (weights.kl == 0 && weights.ce == 0)) {
     for (int i = threads.mine; grad_s && i < classes; i += threads.count) grad_s[i] = In(0);
@@ -503,7 +476,7 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
     return;
   }
   const A* stats = static_cast<const A*>(args.row_stats);
-  const double counted = stats[args.head_count * args.batch * kRowStats];
+  const double counted = stats[args.rows() * kRowStats];
   const double incoming = *static_cast<const A*>(args.grad_loss) / counted;
   const In* s = static_cast<const In*>(head.s) + b * head.stride_s;
   const In* t = static_cast<const In*>(head.t) + b * head.stride_t;
@@ -521,7 +494,7 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
 #ifdef __CUDACC__
 namespace device {
 
-using Guard = c10::cuda::CUDAGuard;
+constexpr at::DeviceType kType = at::kCUDA;
 
 static void launch(void (*kernel)(Arguments), dim3 grid, int block, const Arguments& args) {
   kernel<<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(args);
@@ -538,7 +511,7 @@ static void zero(unsigned* counter) {
 // A warp a row, or a block, or (backward) several blocks: the one place that decides.
 template <class In, int kPower>
 static void run_rows(const Arguments& args, bool backward) {
-  const int64_t rows = std::max<int64_t>(1, args.head_count * args.batch);
+  const int64_t rows = std::max<int64_t>(1, args.rows());
   if (args.classes <= kWarpClasses) {
     constexpr int64_t kRows = kWarpBlock / kWarp;
     const dim3 grid(unsigned((rows + kRows - 1) / kRows));
@@ -566,104 +539,23 @@ static void run_power(const Arguments& args, bool backward) {
   run_rows<In, 0>(args, backward);
 }
 
-static void run(const Arguments& args, at::ScalarType dtype, bool backward) {
+static void run(Arguments& args, at::ScalarType dtype, bool backward) {
+  Tensor row_terms, finished;
+  if (!backward) {
+    const auto options = at::TensorOptions().device(device::kType).dtype(at::kInt);
+    finished = at::empty({1}, options);
+    row_terms = at::empty({args.rows() * kTerms},
+        options.dtype(dtype == at::kDouble ? at::kDouble : at::kFloat));
+    args.row_terms = row_terms.mutable_data_ptr();
+    args.finished = reinterpret_cast<unsigned*>(finished.mutable_data_ptr<int>());
+    device::zero(args.finished);
+  }
   switch (dtype) {
     case at::kDouble: return run_rows<double, 0>(args, backward);
     case at::kFloat: return run_power<float>(args, backward);
     case at::kHalf: return run_power<c10::Half>(args, backward);
     default: return run_power<c10::BFloat16>(args, backward);
   }
-}
-
-// The logits with their classes adjacent and of one dtype: where they differ, that of the loss.
-struct Logits {
-  std::vector<Tensor> student, teacher;
-  at::ScalarType dtype;
-
-  Logits(TensorList z_s, TensorList z_t)
-      : student(adjacent_classes(z_s)),
-        teacher(adjacent_classes(z_t)),
-        dtype(z_s[0].scalar_type()) {
-    for (auto* side : {&student, &teacher}) {
-      for (const Tensor& z : *side) {
-        if (z.scalar_type() != dtype) dtype = loss_dtype(z_s, z_t);
-      }
-    }
-    for (auto* side : {&student, &teacher}) {
-      for (Tensor& z : *side) z = z.to(dtype);
-    }
-  }
-};
-
-static Arguments arguments(const Logits& logits, const Tensor& labels, double tau, double alpha,
-    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index) {
-  constexpr int64_t most = int64_t(1) << 30;  // classes are counted in int
-  const int64_t classes = logits.student[0].size(1);
-  TORCH_CHECK_VALUE(classes <= most, "mhkd_loss: at most ", most, " classes, got ", classes);
-  Arguments args{};
-  args.head_count = int(logits.student.size());
-  for (int h = 0; h < args.head_count; ++h) {
-    const Tensor &s = logits.student[h], &t = logits.teacher[h];
-    args.heads[h] = {s.const_data_ptr(), t.const_data_ptr(), nullptr, nullptr, s.stride(0),
-        t.stride(0), head_weights[h], teacher_ce[h]};
-  }
-  args.labels = labels.const_data_ptr<int64_t>();
-  args.label_stride = labels.stride(0);
-  args.ignore_index = ignore_index;
-  args.batch = labels.size(0);
-  args.classes = int(classes);
-  args.tau = tau;
-  args.alpha = alpha;
-  return args;
-}
-
-static std::tuple<Tensor, Tensor, Tensor> loss_cuda(TensorList student, TensorList teacher,
-    const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
-    int64_t ignore_index) {
-  check_arguments(student, teacher, labels, tau, head_weights, teacher_ce);
-  const device::Guard guard(labels.device());
-  const Logits logits(student, teacher);
-  Arguments args = arguments(logits, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
-  const int64_t rows = args.head_count * args.batch;
-  const auto options = labels.options().dtype(loss_dtype(student, teacher));
-  Tensor loss = at::empty({}, options), terms = at::empty({args.head_count, kTerms}, options);
-  Tensor row_stats = at::empty({rows * kRowStats + 1}, options);
-  const Tensor row_terms = at::empty({rows * kTerms}, options);
-  const Tensor finished = at::empty({1}, options.dtype(at::kInt));
-  args.row_stats = row_stats.mutable_data_ptr();
-  args.row_terms = row_terms.mutable_data_ptr();
-  args.finished = reinterpret_cast<unsigned*>(finished.mutable_data_ptr<int>());
-  args.loss = loss.mutable_data_ptr();
-  args.terms = terms.mutable_data_ptr();
-  device::zero(args.finished);
-  run(args, logits.dtype, /*backward=*/false);
-  return {loss, terms, row_stats};
-}
-
-static std::vector<Tensor> loss_backward_cuda(const Tensor& grad_loss, TensorList student,
-    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
-  const device::Guard guard(labels.device());
-  const Logits logits(student, teacher);
-  Arguments args = arguments(logits, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
-  const Tensor incoming = grad_loss.to(labels.device());  // a tensor on the CPU can scale a loss
-  args.grad_loss = incoming.const_data_ptr();
-  args.row_stats = const_cast<void*>(row_stats.const_data_ptr());
-  std::vector<Tensor> grads;
-  const int heads = args.head_count;
-  for (int i = 0; i < 2 * heads; ++i) {
-    if (!needs_grad[i]) continue;
-    grads.push_back(at::empty({args.batch, args.classes}, row_stats.options().dtype(logits.dtype)));
-    (i < heads ? args.heads[i].grad_s : args.heads[i - heads].grad_t) =
-        grads.back().mutable_data_ptr();
-  }
-  if (!grads.empty() && args.batch > 0) run(args, logits.dtype, /*backward=*/true);
-  for (int i = 0, next = 0; i < 2 * heads; ++i) {
-    if (!needs_grad[i]) continue;
-    Tensor& grad = grads[next++];
-    grad = grad.to((i < heads ? student[i] : teacher[i - heads]).scalar_type());
-  }
-  return grads;
 }
 
 static std::string cuda_architectures() {
@@ -673,8 +565,8 @@ static std::string cuda_architectures() {
 }
 
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, MHKD_CUDA_KEY, m) {
-  m.impl("loss", loss_cuda);
-  m.impl("loss_backward", loss_backward_cuda);
+  m.impl("loss", On<run, loss>::call);
+  m.impl("loss_backward", On<run, loss_backward>::call);
 }
 
 TORCH_LIBRARY_FRAGMENT(MHKD_LIBRARY, m) {
