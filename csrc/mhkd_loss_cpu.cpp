@@ -12,75 +12,58 @@
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <type_traits>
 
 namespace MHKD_LIBRARY {
 
 // A row is worked off in blocks of student and teacher that stay in the first-level cache (2 * 8
 // KiB in float32) between the search for the largest logit and the exponentials: main memory sees
 // every logit once.
-constexpr int64_t kBlock = 2048;
+constexpr int kBlock = 2048;
 
 // Registers that a lane adds up before it starts anew: the square root of the 256 AVX2 registers of
 // a block.
-constexpr int64_t kRun = 16;
+constexpr int kRun = 16;
 
 // Below this many classes a thread is not worth its wake-up.
 constexpr int64_t kGrain = 8192;
 
-template <class T>
+template <class In>
 struct RowKernels {
-  RowSums<double> (*sums)(const T* s, const T* t, int64_t classes, double tau, bool marked);
-  void (*gradients)(const T* s, const T* t, T* grad_s, T* grad_t, int classes, double tau,
-      int64_t label, const T* stats, const HeadWeights& weights, double incoming);
+  RowSums<double> (*sums[2])(const In* s, const In* t, int classes, double tau);  // [marked]
+  void (*gradients[kParts])(const GradRow<In>& s, const GradRow<In>& t, int classes, double tau,
+      int64_t label);  // [of a Part]
 };
 
 }  // namespace MHKD_LIBRARY
 
 // ---- the same text for each instruction set ----
 
-#if defined(__x86_64__)
-#define MHKD_X86
+#define MHKD_PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define MHKD_TARGET(set) \
+  MHKD_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define MHKD_TARGET_END MHKD_PRAGMA(clang attribute pop)
+#else
+#define MHKD_TARGET(set) MHKD_PRAGMA(GCC push_options) MHKD_PRAGMA(GCC target(set))
+#define MHKD_TARGET_END MHKD_PRAGMA(GCC pop_options)
 #endif
 
 #define MHKD_ISA plain
 #define MHKD_VECTOR_BYTES 16  // SSE2, which every x86-64 has, or Neon
 #include "mhkd_loss_cpu_rows.h"
-#undef MHKD_ISA
-#undef MHKD_VECTOR_BYTES
 
-#ifdef MHKD_X86
-// instruction_set() below asks for each of these before it lets their code run.
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+#ifdef __x86_64__  // row_kernels() below asks for each of these before it lets their code run
 #define MHKD_ISA avx2
 #define MHKD_VECTOR_BYTES 32
+MHKD_TARGET("avx2,fma")
 #include "mhkd_loss_cpu_rows.h"
-#undef MHKD_ISA
-#undef MHKD_VECTOR_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma")
-#endif
+MHKD_TARGET_END
+
 #define MHKD_ISA avx512
 #define MHKD_VECTOR_BYTES 64
+MHKD_TARGET("avx512f,avx512vl,avx512bw,avx512dq,fma")
 #include "mhkd_loss_cpu_rows.h"
-#undef MHKD_ISA
-#undef MHKD_VECTOR_BYTES
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+MHKD_TARGET_END
 #endif
 
 namespace MHKD_LIBRARY {
@@ -89,7 +72,7 @@ namespace MHKD_LIBRARY {
 // That variable can ask for more than the processor has, so the processor is asked as well.
 static const std::string& instruction_set() {
   static const std::string name = [] {
-#ifdef MHKD_X86
+#ifdef __x86_64__
     const std::string capability = at::get_cpu_capability();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
@@ -103,39 +86,20 @@ static const std::string& instruction_set() {
   return name;
 }
 
-template <class T>
-static RowKernels<T> row_kernels(double tau) {
-#ifdef MHKD_X86
-  if (instruction_set() == "avx512") return avx512::row_kernels<T>(tau);
-  if (instruction_set() == "avx2") return avx2::row_kernels<T>(tau);
-#endif
-  return plain::row_kernels<T>(tau);
-}
-
 template <class In>
-using Arithmetic = std::conditional_t<std::is_same_v<In, double>, double, float>;
-
-// A row of logits for the arithmetic: half types are converted into the buffer.
-template <class In, class T>
-static const T* converted(const void* z, int64_t start, int64_t classes, T* buffer) {
-  const In* row = static_cast<const In*>(z) + start;
-  if constexpr (std::is_same_v<In, T>) return row;
-  std::copy_n(row, classes, buffer);
-  return buffer;
+static RowKernels<In> row_kernels(double tau) {
+#ifdef __x86_64__
+  if (instruction_set() == "avx512") return avx512::row_kernels<In>(tau);
+  if (instruction_set() == "avx2") return avx2::row_kernels<In>(tau);
+#endif
+  return plain::row_kernels<In>(tau);
 }
 
-// Calls run(row of all, head, row of the head, label, two rows to convert into).
-template <class In, class Run>
-static void for_rows(const Arguments& args, const Run& run) {
-  using T = Arithmetic<In>;
+template <class In, class OfRow>
+static void for_rows(const Arguments& args, const OfRow& of_row) {
   const int64_t grain = std::max<int64_t>(1, kGrain / args.classes);
   at::parallel_for(0, args.rows(), grain, [&](int64_t begin, int64_t end) {
-    std::vector<T> buffer(std::is_same_v<In, T> ? 0 : 2 * int64_t(args.classes));
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row % args.batch;
-      const int64_t y = args.labels[b * args.label_stride];
-      run(row, args.heads[row / args.batch], b, y, buffer.data());
-    }
+    for (int64_t i = begin; i < end; ++i) of_row(Row<In>(args, i));
   });
 }
 
@@ -148,74 +112,47 @@ static void forward(const Arguments& args) {
     TORCH_CHECK_INDEX(y >= 0 && y < args.classes, "Target ", y, " is out of bounds.");
     ++counted;
   }
-  T* row_stats = static_cast<T*>(args.row_stats);
-  std::vector<double> row_terms(args.rows() * kTerms);  // zero where a row does not count
-  const RowKernels<T> kernels = row_kernels<T>(args.tau);
-  const int64_t classes = args.classes;
-  for_rows<In>(args, [&](int64_t row, const Head& head, int64_t b, int64_t y, T* buffer) {
-    T* stats = row_stats + row * kRowStats;
-    if (y == args.ignore_index) {
-      std::fill_n(stats, int(kRowStats), T(0));
+  const RowKernels<In> kernels = row_kernels<In>(args.tau);
+  const double unit = scale(args.tau);
+  for_rows<In>(args, [&](const Row<In>& row) {
+    if (!row.counts) {
+      std::fill_n(row.stats, kRowStats, T(0));
       return;
     }
-    const T* s = converted<In>(head.s, b * head.stride_s, classes, buffer);
-    const T* t = converted<In>(head.t, b * head.stride_t, classes, buffer + classes);
-    RowSums<double> sums = kernels.sums(s, t, classes, args.tau, head.marked);
+    const bool marked = row.head.marked();
+    RowSums<double> sums = kernels.sums[marked](row.s, row.t, args.classes, args.tau);
     // Not in the kernels: a function of the C library that runs after AVX code may be very slow.
-    const double unit = scale(args.tau);
     sums.cross *= unit;
-    finish_row(sums, (s[y] - sums.max_s) * unit, (t[y] - sums.max_t) * unit, args.tau, head.marked,
-        stats, &row_terms[row * kTerms]);
+    const double x_s = (T(row.s[row.label]) - sums.max_s) * unit;
+    const double x_t = (T(row.t[row.label]) - sums.max_t) * unit;
+    finish_row(sums, x_s, x_t, args.tau, marked, row.stats);
   });
 
   // One thread adds up the rows, in order and in float64: the bits do not depend on the number of
   // threads.
   double loss = 0;
-  const double* of_row = row_terms.data();
+  T* stats = static_cast<T*>(args.row_stats);
   for (int h = 0; h < args.head_count; ++h) {
     double sums[kTerms] = {0, 0, 0};
-    for (int64_t b = 0; b < args.batch; ++b, of_row += kTerms) {
-      for (int i = 0; i < kTerms; ++i) sums[i] += of_row[i];
+    for (int64_t b = 0; b < args.batch; ++b, stats += kRowStats) {
+      for (int i = 0; i < kTerms; ++i) sums[i] += stats[kRowTerms + i];
     }
     T* terms = static_cast<T*>(args.terms) + h * kTerms;
-    loss += args.heads[h].weights(args.alpha).finish(sums, double(counted), terms);
+    loss += args.heads[h].finish(sums, double(counted), terms);
   }
   *static_cast<T*>(args.loss) = T(loss);
-  row_stats[args.rows() * kRowStats] = T(counted);
+  *stats = T(counted);
 }
 
-template <class In, class T = Arithmetic<In>>
+template <class In>
 static void backward(const Arguments& args) {
-  const T* row_stats = static_cast<const T*>(args.row_stats);
-  const double counted = row_stats[args.rows() * kRowStats];
-  const double incoming = *static_cast<const T*>(args.grad_loss) / counted;
-  const RowKernels<T> kernels = row_kernels<T>(args.tau);
-  const int64_t classes = args.classes;
-  for_rows<In>(args, [&](int64_t row, const Head& head, int64_t b, int64_t y, T* buffer) {
-    In* grads[] = {static_cast<In*>(head.grad_s), static_cast<In*>(head.grad_t)};
-    T* to[] = {nullptr, nullptr};  // where the gradients are computed: in the place of the logits
-    const HeadWeights weights = head.weights(args.alpha);
-    for (int side : {0, 1}) {
-      if (grads[side] == nullptr) continue;
-      grads[side] += b * classes;
-      if (y == args.ignore_index || (side == 0 && weights.kl == 0 && weights.ce == 0)) {
-        std::fill_n(grads[side], classes, In(0));
-      } else if constexpr (std::is_same_v<In, T>) {
-        to[side] = grads[side];
-      } else {
-        to[side] = buffer + side * classes;
-      }
-    }
-    if (!to[0] && !to[1]) return;
-    const T* s = converted<In>(head.s, b * head.stride_s, classes, buffer);
-    const T* t = converted<In>(head.t, b * head.stride_t, classes, buffer + classes);
-    kernels.gradients(s, t, to[0], to[1], args.classes, args.tau, y, row_stats + row * kRowStats,
-        weights, incoming);
-    if constexpr (!std::is_same_v<In, T>) {
-      for (int side : {0, 1}) {
-        if (to[side]) std::copy_n(to[side], classes, grads[side]);
-      }
-    }
+  const RowKernels<In> kernels = row_kernels<In>(args.tau);
+  for_rows<In>(args, [&](const Row<In>& row) {
+    const auto zero = [&](In* grad) { std::fill_n(grad, args.classes, In(0)); };
+    const auto run = [&](const auto& side, const auto& teacher, auto part) {
+      kernels.gradients[part](side, teacher, args.classes, args.tau, row.label);
+    };
+    for_gradients(args, row, zero, run);
   });
 }
 
@@ -227,8 +164,8 @@ static void run(Arguments& args, at::ScalarType dtype, bool is_backward) {
 static std::string capability() { return "CPU " + instruction_set(); }
 
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, CPU, m) {
-  m.impl("loss", On<run, loss>::call);
-  m.impl("loss_backward", On<run, loss_backward>::call);
+  m.impl("loss", flat<loss, run>);
+  m.impl("loss_backward", flat_backward<loss_backward, run>);
 }
 
 TORCH_LIBRARY_FRAGMENT(MHKD_LIBRARY, m) { m.def("cpu_capability() -> str", capability); }
