@@ -96,6 +96,13 @@ def initialise(model: nn.Module, linear_std: float | None = None) -> None:
             nn.init.zeros_(module.bias)
 
 
+def unit(block: Callable, before: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    """Residual blocks in a row, of which the first changes the channels and the size."""
+    return nn.Sequential(
+        block(before, width, stride), *(block(width, width, 1) for _ in range(blocks - 1))
+    )
+
+
 class ResNetBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -122,9 +129,8 @@ class ResNet(nn.Module):
         self.conv1 = conv3x3(3, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         for i, stride in ((1, 1), (2, 2), (3, 2)):
-            unit = [ResNetBlock(widths[i - 1], widths[i], stride)]
-            unit += [ResNetBlock(widths[i], widths[i], 1) for _ in range(blocks - 1)]
-            setattr(self, f"layer{i}", nn.Sequential(*unit))
+            layer = unit(ResNetBlock, widths[i - 1], widths[i], blocks, stride)
+            setattr(self, f"layer{i}", layer)
         self.fc = nn.Linear(widths[-1], num_classes)
         initialise(self)
 
@@ -160,9 +166,8 @@ class WideResNet(nn.Module):
         widths = (16, 16 * width, 32 * width, 64 * width)
         self.conv1 = conv3x3(3, 16)
         for i, stride in ((1, 1), (2, 2), (3, 2)):
-            unit = [WideResNetBlock(widths[i - 1], widths[i], stride)]
-            unit += [WideResNetBlock(widths[i], widths[i], 1) for _ in range(blocks - 1)]
-            setattr(self, f"block{i}", nn.Sequential(OrderedDict(layer=nn.Sequential(*unit))))
+            layer = unit(WideResNetBlock, widths[i - 1], widths[i], blocks, stride)
+            setattr(self, f"block{i}", nn.Sequential(OrderedDict(layer=layer)))
         self.bn1 = nn.BatchNorm2d(widths[-1])
         self.fc = nn.Linear(widths[-1], num_classes)
         initialise(self)
@@ -199,7 +204,7 @@ class VGG(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int):
+    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int = 6):
         super().__init__()
         hidden = in_channels * expansion
         self.residual = stride == 1 and in_channels == channels
@@ -217,21 +222,17 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 (Sandler et al. 2018) at half width, with the benchmark's strides and ReLU."""
 
-    # expansion, channels, blocks, stride of the first block
-    GROUPS = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1))
-    GROUPS += ((6, 80, 3, 2), (6, 160, 1, 1))
+    # channels, blocks, stride of the first block; the first group, of 8 channels, expands none
+    GROUPS = ((12, 2, 1), (16, 3, 2), (32, 4, 2), (48, 3, 1), (80, 3, 2), (160, 1, 1))
 
     def __init__(self, num_classes: int):
         super().__init__()
-        before = 16
-        self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(3, before, stride=2)))
-        groups = []
-        for expansion, channels, blocks, stride in self.GROUPS:
-            group = [InvertedResidual(before, channels, stride, expansion)]
-            group += [InvertedResidual(channels, channels, 1, expansion) for _ in range(blocks - 1)]
-            groups.append(nn.Sequential(*group))
+        self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(3, 16, stride=2)))
+        self.blocks = nn.Sequential(nn.Sequential(InvertedResidual(16, 8, 1, expansion=1)))
+        before = 8
+        for channels, blocks, stride in self.GROUPS:
+            self.blocks.append(unit(InvertedResidual, before, channels, blocks, stride))
             before = channels
-        self.blocks = nn.Sequential(*groups)
         self.conv2 = nn.Sequential(*conv_bn_relu(conv1x1(before, 1280)))
         self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
         initialise(self, linear_std=0.01)
@@ -290,8 +291,8 @@ class ShuffleNetV2(nn.Module):
         self.conv1, self.bn1 = conv1x1(3, 24), nn.BatchNorm2d(24)
         units = ((24, 116, 3), (116, 232, 7), (232, 464, 3))
         for i, (before, width, blocks) in enumerate(units, 1):
-            unit = [ShuffleDownBlock(before, width), *(ShuffleBlock(width) for _ in range(blocks))]
-            setattr(self, f"layer{i}", nn.Sequential(*unit))
+            layer = [ShuffleDownBlock(before, width), *(ShuffleBlock(width) for _ in range(blocks))]
+            setattr(self, f"layer{i}", nn.Sequential(*layer))
         self.conv2, self.bn2 = conv1x1(464, 1024), nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
@@ -419,42 +420,6 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
                 handle.remove()
 
 
-def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
-    """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
-
-    n is the number of class tokens before the h * w tokens of a square map. The image's aspect
-    tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
-    """
-    shape = tuple(feature.shape)
-    if len(shape) == 3:
-        square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
-        for n in (0, 1, 2, 5) if square else ():
-            if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
-                return f"tokens+{n}"
-        where = f"the submodule '{name}' returns {shape}"
-        raise UsageError(f"{where}: {shape[1]} tokens are no square map")
-    if layout:
-        return check_name("layout", layout, ("channels_first", "channels_last"))
-    height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
-    near = max(height, width)  # a map may be rounded by a pixel
-    last, first = (abs(h * width - w * height) < near for h, w in (shape[1:3], shape[2:4]))
-    if first and last and shape[1] > 1:
-        raise UsageError(
-            f"the submodule '{name}' returns {shape}, which could have its channels first or last: "
-            'give layout="channels_first" or layout="channels_last"'
-        )
-    return "channels_last" if last and not first else "channels_first"
-
-
-def common_layout(seen: list[tuple], image: Tensor) -> str | None:
-    """ "channels_first" for a network in which no map has its channels last beyond doubt."""
-    for name, _, out in seen:
-        with contextlib.suppress(UsageError):
-            if is_feature(out) and layout_of(out, image, name, None) == "channels_last":
-                return None
-    return "channels_first"
-
-
 def is_feature(output: Any) -> bool:
     return isinstance(output, Tensor) and output.dim() in (3, 4)
 
@@ -462,16 +427,6 @@ def is_feature(output: Any) -> bool:
 def shape_of(output: Any) -> Any:
     """For messages."""
     return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-
-
-def as_map(feature: Tensor, layout: str) -> Tensor:
-    """A feature as a map [B, C, H, W]."""
-    if layout == "channels_first":
-        return feature
-    if layout == "channels_last":
-        return feature.permute(0, 3, 1, 2)
-    tokens = feature[:, int(layout[7:]) :]  # [B, h * w, C]
-    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 
 class FeatureExtractor(nn.Module):
@@ -627,17 +582,6 @@ def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tupl
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def check_name(what: str, name: str, names: Iterable[str]) -> str:
-    """The name, if it is one of the names; else a UsageError that lists the near ones, or all."""
-    names = list(names)
-    if name in names:
-        return name
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
-    some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
-    raise UsageError(f"there is no {what} '{name}': {hint}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1035,11 +979,8 @@ class Method(nn.Module):
         return ()
 
     @classmethod
-    def adapt(cls, student: nn.Module, classifiers: Mapping[str, nn.Linear]) -> None:
-        """Change the plain student for its training; `plain` takes that back.
-
-        classifiers: the last linear layers of the "student" and of the "teacher".
-        """
+    def adapt(cls, student: nn.Module, teacher: Any, num_classes: int, example: Tensor) -> None:
+        """Change the plain student for its training; `plain` takes that back."""
 
     @classmethod
     def plain(cls, student: nn.Module) -> nn.Module:
@@ -1177,11 +1118,8 @@ class Distiller(nn.Module):
         networks = {"student": student} | ({"teacher": teacher} if teacher else {})
         for network in networks.values():
             network.to(memory_format=memory_format(data.device))
-        if any(m.adapt.__func__ is not Method.adapt.__func__ for m in methods.values()):
-            plain = [FeatureExtractor(n, [], K, example_input=x) for n in networks.values()]
-            last = [network.model.get_submodule(network.classifier) for network in plain]
-            for method in methods.values():
-                method.adapt(student, dict(zip(networks, last)))
+        for method in methods.values():
+            method.adapt(student, teacher, K, x)
         self.units, extractors = {}, {}
         for name, network in networks.items():
             needed = sorted({u for method in methods.values() for u in method.units(config, name)})
@@ -1272,7 +1210,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
             board = tensorboard(folder, log) if config.tensorboard and is_main() else None
             N = len(data.train)
-            bar = Progress(config.epochs * N, config.student, len(log) * N)
+            bar = progress_bar(config.epochs * N, config.student, len(log) * N)
             for epoch in range(len(log) + 1, config.epochs + 1):
                 started = time.perf_counter()
                 torch.manual_seed(seed_of(config.seed, epoch, rank()))  # of dropout, CRD's draws
@@ -1303,7 +1241,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 log.append(entry)
                 save(folder, record, distiller, optimizer, log)
                 board and board(entry)
-                bar.line(config, entry)
+                say(line_of(config, entry))
             return finish(folder, record, config, data, distiller, log)
 
 
@@ -1497,12 +1435,20 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
     return log
 
 
+def line_of(config: Config, entry: dict[str, Any]) -> str:
+    left = datetime.timedelta(seconds=int((config.epochs - entry["epoch"]) * entry["seconds"]))
+    return (
+        f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
+        f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
+        f"train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
+        f"{entry['images_per_second']:.0f} images/s  {left} left"
+    )
+
+
 def tensorboard(folder: Path, log: list[dict[str, Any]]) -> Callable[[dict], None]:
     """A function that shows an entry of the log there; what is in the log is shown anew."""
     tool = import_optional("torch.utils.tensorboard", "tensorboard", "--tensorboard")
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    writer = tool.SummaryWriter(folder)
+    writer = tool.SummaryWriter(folder, purge_step=1)
 
     def show(*entries: dict[str, Any]) -> None:
         for entry in entries:
@@ -1594,15 +1540,7 @@ def build_model(
         state = pretrained_state(name, image_size)
     else:
         raise UsageError(f"there are no pretrained weights for {name}: give random or file:PATH")
-    fitting = {}
-    for key, wanted in shapes_of(model.state_dict()).items():
-        there = tuple(state[key].shape) if key in state else "missing"
-        if there == wanted:
-            fitting[key] = state[key]
-        elif there == "missing" or (num_classes, *there[1:]) != wanted:  # no new classifier
-            what = f"the weights '{init}' do not fit {name}"
-            raise UsageError(f"{what}: '{key}' is {there}, not {wanted}")
-    model.load_state_dict(fitting, strict=False)
+    load_state(model, state, f"the weights '{init}' do not fit {name}", num_classes)
     return model
 
 
@@ -1648,21 +1586,13 @@ def pretrained_state(name: str, image_size: int | None) -> dict[str, Tensor]:
     try:
         return from_library(name, image_size, pretrained=True).state_dict()
     except Exception as error:
-        known = library_weights(name)
-        raise UsageError(
-            f"the pretrained weights of {name} cannot be had ({first_line(error)}): put "
-            f"{known and known.where}, or give file:PATH instead of pretrained"
-        ) from error
+        *_, where = library_weights(name) or [None]
+        what = f"the pretrained weights of {name} cannot be had ({first_line(error)})"
+        raise UsageError(f"{what}: put {where}, or give file:PATH instead of pretrained") from error
 
 
-def library_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of the channels that a library's pretrained weights expect."""
-    known = library_weights(name)
-    return known and (tuple(known.mean), tuple(known.std))
-
-
-def library_weights(name: str) -> types.SimpleNamespace | None:
-    """Of a library's pretrained weights: mean, std, and where to put their file."""
+def library_weights(name: str) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:
+    """Of a library's pretrained weights: mean and std of the channels, where to put their file."""
     library, _, rest = name.partition(":")
     if library == "torchvision":
         models = import_optional("torchvision.models", "torchvision", f"the network {name}")
@@ -1675,7 +1605,7 @@ def library_weights(name: str) -> types.SimpleNamespace | None:
         where = facts and f"the file of {facts.hf_hub_id or facts.url} anywhere, and name it"
     else:
         return None
-    return facts and types.SimpleNamespace(mean=facts.mean, std=facts.std, where=where)
+    return facts and (tuple(facts.mean), tuple(facts.std), where)
 
 
 def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tuple[str, ...]:
@@ -1725,6 +1655,52 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
         raise UsageError(f"the units of the {role} could not be found (seen: {seen}): {hint}")
     say(f"{role} {getattr(config, role)}: heads go after {', '.join(found)}")
     return tuple(found)
+
+
+def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
+    """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
+
+    n is the number of class tokens before the h * w tokens of a square map. The image's aspect
+    tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
+    """
+    shape = tuple(feature.shape)
+    if len(shape) == 3:
+        square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
+        for n in (0, 1, 2, 5) if square else ():
+            if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
+                return f"tokens+{n}"
+        where = f"the submodule '{name}' returns {shape}"
+        raise UsageError(f"{where}: {shape[1]} tokens are no square map")
+    if layout:
+        return check_name("layout", layout, ("channels_first", "channels_last"))
+    height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
+    near = max(height, width)  # a map may be rounded by a pixel
+    last, first = (abs(h * width - w * height) < near for h, w in (shape[1:3], shape[2:4]))
+    if first and last and shape[1] > 1:
+        raise UsageError(
+            f"the submodule '{name}' returns {shape}, which could have its channels first or last: "
+            'give layout="channels_first" or layout="channels_last"'
+        )
+    return "channels_last" if last and not first else "channels_first"
+
+
+def common_layout(seen: list[tuple], image: Tensor) -> str | None:
+    """ "channels_first" for a network in which no map has its channels last beyond doubt."""
+    for name, _, out in seen:
+        with contextlib.suppress(UsageError):
+            if is_feature(out) and layout_of(out, image, name, None) == "channels_last":
+                return None
+    return "channels_first"
+
+
+def as_map(feature: Tensor, layout: str) -> Tensor:
+    """A feature as a map [B, C, H, W]."""
+    if layout == "channels_first":
+        return feature
+    if layout == "channels_last":
+        return feature.permute(0, 3, 1, 2)
+    tokens = feature[:, int(layout[7:]) :]  # [B, h * w, C]
+    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 
 class Deployed(nn.Module):
@@ -2067,7 +2043,7 @@ def decode(files: list[Path], side: int, cache: Path) -> Tensor:
             number = sum(len(chunks[i]) for i in todo)
             if todo:
                 say(f"decodes {number} images into '{folder}'; old ones beside it may go")
-            bar = Progress(len(files), "decoding", len(files) - number)
+            bar = progress_bar(len(files), "decoding", len(files) - number)
             for i in todo:
                 content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunks[i]))
                 store.seek(i * CHUNK * size)
@@ -2167,23 +2143,21 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
                 torch.tensor([content["mean"], content["std"]]).view(2, 3)
             return tuple(content["mean"]), tuple(content["std"])
     first = "teacher" if config.teacher else "student"
-    known = None
     if getattr(config, f"{first}_init") == "pretrained":
-        known = library_normalisation(getattr(config, first))
-    return known or STATISTICS.get(config.dataset)
+        if known := library_weights(getattr(config, first)):
+            return known[:2]
+    return STATISTICS.get(config.dataset)
 
 
 def measure(images: Tensor, places: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exactly."""
-    count = torch.zeros(3, 256, dtype=torch.float64)
+    sums = torch.zeros(2, 3, dtype=torch.int64)
     for part in places.split(100):
-        for channel, pixels in enumerate(images[part].unbind(dim=3)):
-            count[channel] += torch.bincount(pixels.flatten(), minlength=256)
-    value = torch.arange(256, dtype=torch.float64) / 255
-    share = count / count.sum(dim=1, keepdim=True)
-    mean = share @ value
-    std = (share * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
-    return tuple(round(m, 6) for m in mean.tolist()), tuple(round(s, 6) for s in std.tolist())
+        pixels = images[part].flatten(0, 2).int()
+        sums += torch.stack((pixels.sum(dim=0), pixels.square().sum(dim=0)))
+    mean, square = sums.double() / (len(places) * images[0, :, :, 0].numel())
+    std = (square - mean**2).sqrt().clamp(min=1)
+    return tuple(tuple(round(v / 255, 6) for v in values.tolist()) for values in (mean, std))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2382,6 +2356,17 @@ def explain(what: str, hint: str, kinds: Any = Exception) -> Iterator[None]:
         raise UsageError(f"{what} ({first_line(error)}): {hint}") from error
 
 
+def check_name(what: str, name: str, names: Iterable[str]) -> str:
+    """The name, if it is one of the names; else a UsageError that lists the near ones, or all."""
+    names = list(names)
+    if name in names:
+        return name
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
+    some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
+    raise UsageError(f"there is no {what} '{name}': {hint}")
+
+
 def writing(path: Path) -> contextlib.AbstractContextManager:
     kinds = OSError, RuntimeError  # torch.save reports a full disk as a RuntimeError
     return explain(f"'{path}' could not be written", "with that mended, run the same again", kinds)
@@ -2524,29 +2509,25 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         UsageError: the file is missing or broken, holds another network or number of classes.
     """
     state = read_state(path, model.state_dict())
-    there, here = shapes_of(state), shapes_of(model.state_dict())
-    for key in {**here, **there}:
-        a, b = there.get(key, "missing"), here.get(key, "missing")
-        if a != b:
-            what = f"'{path}' holds {which_network(there)}, not {which_network(here)}"
-            raise UsageError(f"{what}: '{key}' is {a} there, {b} here")
-    model.load_state_dict(state)
+    load_state(model, state, f"'{path}' holds another network or number of classes")
     return model
 
 
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+def load_state(model: nn.Module, state: dict[str, Tensor], what: str, new: int = 0) -> None:
+    """Load a state dict strictly; `what` says what is wrong where an entry does not fit.
 
-
-def which_network(shapes: dict[str, tuple[int, ...]]) -> str:
-    """Which of ours has these entries, and for how many classes; for a message."""
-    *_, bias = [(), *shapes.values()]
-    K = bias[0] if bias else 1
-    for name in MODELS:
-        with torch.device("meta"):
-            if shapes_of(build_model(name, K).state_dict()) == shapes:
-                return f"{name} of {K} classes"
-    return "the network of somebody else"
+    new: the number of classes, where a classifier of another number may be left out.
+    """
+    there, here = (
+        {key: tuple(t.shape) for key, t in s.items()} for s in (state, model.state_dict())
+    )
+    for key in {**here, **there}:
+        a, b = there.get(key, "missing"), here.get(key, "missing")
+        left_out = new and (b == "missing" or (a != "missing" and (new, *a[1:]) == b))
+        if a != b and not left_out:
+            raise UsageError(f"{what}: '{key}' is {a} there, {b} here")
+    fitting = {key: tensor for key, tensor in state.items() if there[key] == here.get(key)}
+    model.load_state_dict(fitting, strict=False)
 
 
 def environment(config: Config, device: torch.device) -> dict[str, Any]:
@@ -2593,40 +2574,21 @@ def commit_of(file: Path) -> str | None:
         return None
 
 
-class Progress:
-    """A bar with rate and time left on a terminal, where tqdm is installed; elsewhere lines."""
-
-    def __init__(self, total: int, title: str, done: int):
-        self.bar = None
-        if is_main() and sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(None, title, total, unit=" images", unit_scale=True, initial=done)
-
-    def update(self, images: int) -> None:
-        if self.bar:
-            self.bar.update(images)
-
-    def line(self, config: Config, entry: dict[str, Any]) -> None:
-        left = datetime.timedelta(seconds=int((config.epochs - entry["epoch"]) * entry["seconds"]))
-        text = (
-            f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
-            f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
-            f"train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
-            f"{entry['images_per_second']:.0f} images/s  {left} left"
-        )
-        if not self.bar:
-            say(text)
-            return
-        self.bar.set_postfix_str(f"test {entry['test_accuracy']:.2f} %, lr {entry['lr']:.3g}")
-        if entry["epoch"] == config.epochs:
-            self.bar.close()
+def progress_bar(total: int, title: str, done: int) -> Any:
+    """tqdm's bar of images, on a terminal and where tqdm is installed; else what looks like it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return types.SimpleNamespace(update=lambda images: None)
+    options = {"unit": " images", "unit_scale": True, "disable": None if is_main() else True}
+    return tqdm(None, title, total, initial=done, **options)
 
 
 def say(text: str) -> None:
     if is_main():
-        print(text, flush=True)
+        tqdm = sys.modules.get("tqdm")
+        (tqdm.tqdm.write if tqdm else print)(text)  # above the bar
+        sys.stdout.flush()
 
 
 # Several processes, as torchrun or torch.multiprocessing start them.

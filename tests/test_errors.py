@@ -206,7 +206,7 @@ class Harm:
     (lambda: b"\x80\x02}q\x00.", "no checkpoint"),
     (flipped, "damaged|checksum"),
     (lambda: saved({"epoch": 3, "distiller": {}}), "student.pt"),
-    (lambda: saved(state("resnet20")), "resnet20"),
+    (lambda: saved(state("resnet20")), "another network|layer1.2.conv1.weight"),
     (lambda: saved({"model": torch.nn.Linear(3, 4).state_dict()}), "conv1.weight"),
     (lambda: saved(state("resnet14", 100)), "100|10|classes"),
     (lambda: saved({"model": {3: torch.zeros(3)}}), "no state dict"),
