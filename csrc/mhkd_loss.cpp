@@ -11,11 +11,11 @@
 //
 // (4 B K where the teacher's own cross-entropy asks for its gradient too). The probabilities are
 // never stored: the backward computes the exponentials again from six numbers a row, which is
-// cheaper than to write and read them. Where tau is a small integer one exponential a logit is
-// enough, as exp(x) = exp(x / tau)^tau. The memory beyond the inputs is the gradients. The gradient
-// that comes in multiplies before anything is rounded to a half type. Nothing saved is written to
-// and no state is kept between calls, so the backward can run again, and two runs give the same
-// bits.
+// cheaper than to write and read them. Where tau is 1, 2 or 4 (on CUDA: 4) one exponential a logit
+// is enough, as exp(x) = exp(x / tau)^tau. The memory beyond the inputs is the gradients. The
+// gradient that comes in multiplies before anything is rounded to a half type. Nothing saved is
+// written to and no state is kept between calls, so the backward can run again, and two runs give
+// the same bits.
 //
 // A file per device: mhkd_loss_cpu.cpp, mhkd_loss_cuda.cu. Their shared arithmetic stands in
 // mhkd_loss.h. All is registered in C++: from Python the registration alone would cost more than
