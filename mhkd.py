@@ -2355,7 +2355,9 @@ def check_name(what: str, name: str, names: Iterable[str]) -> str:
 
 def writing(path: Path) -> contextlib.AbstractContextManager:
     kinds = OSError, RuntimeError  # torch.save reports a full disk as a RuntimeError
-    return explain(f"'{path}' could not be written", "with that mended, run the same again", kinds)
+    return explain(
+        f"'{path}' could not be written", "make room, or mend that, and run the same again", kinds
+    )
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any], keep: Path | None = None) -> None:
