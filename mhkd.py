@@ -610,16 +610,14 @@ def mhkd_loss(
 
         sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S)) + sum_{h marked} CE(y, z_T)
 
-    p_T and p_S are the softmax of the teacher's and the student's logits divided by tau. All terms
-    are means over the rows whose label is not `ignore_index`; with no such row they are NaN, as
-    PyTorch's own means are. A class of teacher probability 0 contributes 0 to the divergence, also
-    where the student's probability is 0 (masked classes, whose logits are -inf). A term whose
-    coefficient is 0 is left out, with its gradients, were it infinite or NaN.
+    p_T and p_S are the softmax of the logits divided by tau. All terms are means over the rows
+    whose label is not `ignore_index`, NaN if there is none. A class of teacher probability 0
+    contributes 0 to the divergence, also where the student's is 0 (masked classes, whose logits are
+    -inf). A term whose coefficient is 0 is left out, with its gradients, were it infinite or NaN.
 
     Args:
         student_logits: a list with a tensor [..., K] for each head, the final output first: [B, K]
-            for images, [B, T, K] for a language model. They are read where they lie if view(-1, K)
-            is possible (and the classes are adjacent), otherwise copied.
+            for images, [B, T, K] for a language model. Copied only if view(-1, K) is impossible.
         teacher_logits: as many tensors of the same shape. The divergence sends them no gradient.
         labels: class indices [...], int64.
         tau: temperature, > 0. This, alpha and the weights are numbers, which get no gradient.
@@ -712,13 +710,10 @@ def kd_loss(
     the teacher. For the arithmetic and the errors raised see mhkd_loss, whose first term it is.
     """
     if labels is None:  # any class: the cross-entropy weighs nothing
-        labels = torch.zeros(student_logits.shape[:-1], dtype=torch.int64)
-        labels, ignore_index = labels.to(student_logits.device), -100
+        labels = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.int64)
+        ignore_index = -100
     settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False], "ignore_index": ignore_index}
     return mhkd_loss([student_logits], [teacher_logits], labels, backend=backend, **settings)
-
-
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check_settings(student, teacher, tau, alpha, head_weights, teacher_ce) -> None:
@@ -730,37 +725,32 @@ def _check_settings(student, teacher, tau, alpha, head_weights, teacher_ce) -> N
             f"{len(teacher)} teacher logits, {len(head_weights)} head weights, "
             f"{len(teacher_ce)} marks in teacher_ce"
         )
-    for value in (tau, alpha, *head_weights):
-        if type(value) is not float and isinstance(value, Tensor):
-            raise TypeError(
-                "mhkd_loss: tau, alpha and the weights must be numbers, which get no gradient, "
-                "not tensors (use item())"
-            )
-    if not (math.isfinite(tau) and tau > 0):
-        raise ValueError(f"mhkd_loss: tau must be a finite number above 0, not {tau}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"mhkd_loss: alpha must be between 0 and 1, not {alpha}")
-    for weight in head_weights:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
-                f"mhkd_loss: head weights must be finite and not negative, not {weight}"
-            )
+    if any(isinstance(value, Tensor) for value in (tau, alpha, *head_weights)):
+        raise TypeError(
+            "mhkd_loss: tau, alpha and the weights must be numbers, which get no gradient, "
+            "not tensors (use item())"
+        )
+    rules = [
+        ("tau must be a finite number above 0", tau, 0 < tau < math.inf),
+        ("alpha must be between 0 and 1", alpha, 0 <= alpha <= 1),
+    ]
+    rule = "head weights must be finite and not negative"
+    for rule, value, holds in rules + [(rule, w, 0 <= w < math.inf) for w in head_weights]:
+        if not holds:
+            raise ValueError(f"mhkd_loss: {rule}, not {value}")
 
 
 def _check_tensors(student, teacher, labels) -> None:
     shape, device = student[0].shape, labels.device
     for z in (*student, *teacher):
-        if z.dtype not in LOGIT_DTYPES:
+        if z.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"mhkd_loss: logits must be floating point, not {z.dtype}")
         if z.shape != shape or not shape or shape[-1] == 0:
-            raise ValueError(
-                "mhkd_loss: all logits must be [..., K] and of one shape: "
-                f"{list(z.shape)}, {list(shape)}"
-            )
+            shapes = f"{list(z.shape)}, {list(shape)}"
+            raise ValueError(f"mhkd_loss: all logits must be [..., K] and of one shape: {shapes}")
         if z.device != device:
-            raise RuntimeError(
-                f"mhkd_loss: logits and labels must be on one device: {z.device}, {device}"
-            )
+            devices = f"{z.device}, {device}"
+            raise RuntimeError(f"mhkd_loss: logits and labels must be on one device: {devices}")
     if labels.dtype != torch.int64:
         raise TypeError(f"mhkd_loss: labels must be class indices, int64, not {labels.dtype}")
     if labels.shape != shape[:-1]:
@@ -791,23 +781,22 @@ def _load_fused() -> bool:
     global _fused_is_there, _fused_loss
     if _fused_is_there is not None:
         return _fused_is_there
-    _fused_is_there = hasattr(torch.ops.mhkd, "loss")  # another copy of this file has loaded it
+    problem, operators = "", torch.ops.mhkd
     spec = importlib.util.find_spec("mhkd_fused")  # a library, no Python module: never imported
-    if not _fused_is_there and spec is not None and spec.origin is not None:
+    if not hasattr(operators, "loss") and spec is not None and spec.origin is not None:
         try:
             torch.ops.load_library(spec.origin)
-            _fused_is_there = True
         except OSError as error:  # built for another PyTorch
-            text = "the fused kernel cannot be loaded, plain PyTorch is used"
-            warnings.warn(f"{text}: {error}", stacklevel=2)
-    if _fused_is_there:
-        there = torch.ops.mhkd.interface() if hasattr(torch.ops.mhkd, "interface") else 1
+            problem = f"cannot be loaded ({error})"
+    if hasattr(operators, "loss"):  # by now, or another copy of this file has loaded it
+        there = operators.interface() if hasattr(operators, "interface") else 1
         if there == INTERFACE:
-            _fused_loss = torch.ops.mhkd.loss.default
+            _fused_loss = operators.loss.default
         else:
-            _fused_is_there = False
-            text = f"the fused kernel has interface {there}, mhkd.py needs {INTERFACE}"
-            warnings.warn(f"{text}: plain PyTorch is used; install both anew", stacklevel=2)
+            problem = f"has interface {there}, mhkd.py needs {INTERFACE} (install both anew)"
+    if problem:
+        warnings.warn(f"the fused kernel {problem}: plain PyTorch is used", stacklevel=2)
+    _fused_is_there = _fused_loss is not None
     return _fused_is_there
 
 
@@ -831,27 +820,27 @@ def check_kernel(device: torch.device | str) -> str:
     device = torch.device(device)
     if missing := _missing_kernel(device.type):
         return missing
+
+    def outputs(loss_of, z, *settings):
+        leaves = [leaf.detach().requires_grad_() for leaf in z]
+        loss, terms, *_ = loss_of(leaves[:2], leaves[2:], *settings)
+        gradients = torch.autograd.grad(loss, leaves[:2] + leaves[3:])
+        return [x.detach().double().cpu() for x in (loss, terms, *gradients)]
+
     generator = torch.Generator().manual_seed(0)
-    # Rows of odd stride, one ignored and NaN; a class masked on both sides; one head marked of two.
-    shapes = [(torch.float32, 40, 4.0), (torch.bfloat16, 40, 4.0), (torch.float16, 2050, 4.0)]
-    shapes += [(torch.float32, 2051, 2.5), (torch.bfloat16, 9000, 1.0), (torch.float64, 1100, 4.0)]
-    plain = torch.autocast(device.type, enabled=False), torch.inference_mode(False)
-    with plain[0], plain[1], torch.enable_grad():
-        for dtype, K, tau in shapes:
+    cases = [(torch.float32, 40, 4.0), (torch.bfloat16, 40, 4.0), (torch.float16, 2050, 4.0)]
+    cases += [(torch.float32, 2051, 2.5), (torch.bfloat16, 9000, 1.0), (torch.float64, 1100, 4.0)]
+    autocast, inference = torch.autocast(device.type, enabled=False), torch.inference_mode(False)
+    with autocast, inference, torch.enable_grad():
+        for dtype, K, tau in cases:
+            # An odd stride; a row ignored and NaN; a class masked on both sides; one head marked.
             z = 3 * torch.randn(4, 6, K + 1, generator=generator)
             z[:, 0], z[:, 1, 1] = math.nan, -math.inf
             z = z.to(device, dtype)[..., :K]
             labels = torch.tensor([-100, 0, K - 1, 2, 3, K // 2], device=device)
-
-            def outputs(loss_of, dtype, z=z, labels=labels, tau=tau):
-                leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in z]
-                settings = labels, tau, 0.9, [1.0, 0.5], [False, True], -100
-                loss, terms, *_ = loss_of(leaves[:2], leaves[2:], *settings)
-                gradients = torch.autograd.grad(loss, leaves[:2] + leaves[3:])
-                return [x.detach().double().cpu() for x in (loss, terms, *gradients)]
-
+            settings = labels, tau, 0.9, [1.0, 0.5], [False, True], -100
             try:
-                found = outputs(_fused_loss, dtype)
+                found = outputs(_fused_loss, z, *settings)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -863,7 +852,7 @@ def check_kernel(device: torch.device | str) -> str:
                     "GPU in this process: try again with --backend reference"
                 ) from error
             allowed = 2 * torch.finfo(dtype).eps + 1e-5  # of the largest number
-            for x, y in zip(found, outputs(_reference_loss, torch.float64)):
+            for x, y in zip(found, outputs(_reference_loss, z.double(), *settings)):
                 if not (x - y).abs().max() <= allowed * y.abs().max():
                     return f"the fused kernel differs from plain PyTorch on {dtype} [6, {K}]"
     return ""
@@ -903,15 +892,12 @@ def _use_fused(backend: str, device: torch.device, heads: int) -> bool:
         raise ValueError(f"mhkd_loss: backend must be one of {backends}, not {backend!r}")
     if backend == "reference" or (backend == "auto" and heads > MAX_FUSED_HEADS):
         return False
-    if missing := _missing_kernel(device.type):
-        if backend == "auto":
-            return False
+    missing = _missing_kernel(device.type)
+    if backend == "auto":
+        return not missing and (device.type not in TO_BE_CHECKED or _trusted(device))
+    if missing:
         raise RuntimeError(f'mhkd_loss: {missing}: use backend="auto" or backend="reference"')
-    if heads > MAX_FUSED_HEADS:
-        raise ValueError(
-            f"mhkd_loss: the fused kernel takes 1 to {MAX_FUSED_HEADS} heads, not {heads}"
-        )
-    return backend == "fused" or device.type not in TO_BE_CHECKED or _trusted(device)
+    return True
 
 
 # --------------------------------------------------------------------------------------------------
