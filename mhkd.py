@@ -96,6 +96,13 @@ def initialise(model: nn.Module, linear_std: float | None = None) -> None:
             nn.init.zeros_(module.bias)
 
 
+def unit(block: Callable, before: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    """Residual blocks in a row, of which the first changes the channels and the size."""
+    return nn.Sequential(
+        block(before, width, stride), *(block(width, width, 1) for _ in range(blocks - 1))
+    )
+
+
 class ResNetBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -122,9 +129,8 @@ class ResNet(nn.Module):
         self.conv1 = conv3x3(3, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         for i, stride in ((1, 1), (2, 2), (3, 2)):
-            unit = [ResNetBlock(widths[i - 1], widths[i], stride)]
-            unit += [ResNetBlock(widths[i], widths[i], 1) for _ in range(blocks - 1)]
-            setattr(self, f"layer{i}", nn.Sequential(*unit))
+            layer = unit(ResNetBlock, widths[i - 1], widths[i], blocks, stride)
+            setattr(self, f"layer{i}", layer)
         self.fc = nn.Linear(widths[-1], num_classes)
         initialise(self)
 
@@ -160,9 +166,8 @@ class WideResNet(nn.Module):
         widths = (16, 16 * width, 32 * width, 64 * width)
         self.conv1 = conv3x3(3, 16)
         for i, stride in ((1, 1), (2, 2), (3, 2)):
-            unit = [WideResNetBlock(widths[i - 1], widths[i], stride)]
-            unit += [WideResNetBlock(widths[i], widths[i], 1) for _ in range(blocks - 1)]
-            setattr(self, f"block{i}", nn.Sequential(OrderedDict(layer=nn.Sequential(*unit))))
+            layer = unit(WideResNetBlock, widths[i - 1], widths[i], blocks, stride)
+            setattr(self, f"block{i}", nn.Sequential(OrderedDict(layer=layer)))
         self.bn1 = nn.BatchNorm2d(widths[-1])
         self.fc = nn.Linear(widths[-1], num_classes)
         initialise(self)
@@ -199,7 +204,7 @@ class VGG(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int):
+    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int = 6):
         super().__init__()
         hidden = in_channels * expansion
         self.residual = stride == 1 and in_channels == channels
@@ -217,21 +222,17 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 (Sandler et al. 2018) at half width, with the benchmark's strides and ReLU."""
 
-    # expansion, channels, blocks, stride of the first block
-    GROUPS = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1))
-    GROUPS += ((6, 80, 3, 2), (6, 160, 1, 1))
+    # channels, blocks, stride of the first block; the first group, of 8 channels, expands none
+    GROUPS = ((12, 2, 1), (16, 3, 2), (32, 4, 2), (48, 3, 1), (80, 3, 2), (160, 1, 1))
 
     def __init__(self, num_classes: int):
         super().__init__()
-        before = 16
-        self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(3, before, stride=2)))
-        groups = []
-        for expansion, channels, blocks, stride in self.GROUPS:
-            group = [InvertedResidual(before, channels, stride, expansion)]
-            group += [InvertedResidual(channels, channels, 1, expansion) for _ in range(blocks - 1)]
-            groups.append(nn.Sequential(*group))
+        self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(3, 16, stride=2)))
+        self.blocks = nn.Sequential(nn.Sequential(InvertedResidual(16, 8, 1, expansion=1)))
+        before = 8
+        for channels, blocks, stride in self.GROUPS:
+            self.blocks.append(unit(InvertedResidual, before, channels, blocks, stride))
             before = channels
-        self.blocks = nn.Sequential(*groups)
         self.conv2 = nn.Sequential(*conv_bn_relu(conv1x1(before, 1280)))
         self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
         initialise(self, linear_std=0.01)
@@ -290,8 +291,8 @@ class ShuffleNetV2(nn.Module):
         self.conv1, self.bn1 = conv1x1(3, 24), nn.BatchNorm2d(24)
         units = ((24, 116, 3), (116, 232, 7), (232, 464, 3))
         for i, (before, width, blocks) in enumerate(units, 1):
-            unit = [ShuffleDownBlock(before, width), *(ShuffleBlock(width) for _ in range(blocks))]
-            setattr(self, f"layer{i}", nn.Sequential(*unit))
+            layer = [ShuffleDownBlock(before, width), *(ShuffleBlock(width) for _ in range(blocks))]
+            setattr(self, f"layer{i}", nn.Sequential(*layer))
         self.conv2, self.bn2 = conv1x1(464, 1024), nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
@@ -419,42 +420,6 @@ def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[A
                 handle.remove()
 
 
-def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
-    """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
-
-    n is the number of class tokens before the h * w tokens of a square map. The image's aspect
-    tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
-    """
-    shape = tuple(feature.shape)
-    if len(shape) == 3:
-        square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
-        for n in (0, 1, 2, 5) if square else ():
-            if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
-                return f"tokens+{n}"
-        where = f"the submodule '{name}' returns {shape}"
-        raise UsageError(f"{where}: {shape[1]} tokens are no square map")
-    if layout:
-        return check_name("layout", layout, ("channels_first", "channels_last"))
-    height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
-    near = max(height, width)  # a map may be rounded by a pixel
-    last, first = (abs(h * width - w * height) < near for h, w in (shape[1:3], shape[2:4]))
-    if first and last and shape[1] > 1:
-        raise UsageError(
-            f"the submodule '{name}' returns {shape}, which could have its channels first or last: "
-            'give layout="channels_first" or layout="channels_last"'
-        )
-    return "channels_last" if last and not first else "channels_first"
-
-
-def common_layout(seen: list[tuple], image: Tensor) -> str | None:
-    """ "channels_first" for a network in which no map has its channels last beyond doubt."""
-    for name, _, out in seen:
-        with contextlib.suppress(UsageError):
-            if is_feature(out) and layout_of(out, image, name, None) == "channels_last":
-                return None
-    return "channels_first"
-
-
 def is_feature(output: Any) -> bool:
     return isinstance(output, Tensor) and output.dim() in (3, 4)
 
@@ -462,16 +427,6 @@ def is_feature(output: Any) -> bool:
 def shape_of(output: Any) -> Any:
     """For messages."""
     return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-
-
-def as_map(feature: Tensor, layout: str) -> Tensor:
-    """A feature as a map [B, C, H, W]."""
-    if layout == "channels_first":
-        return feature
-    if layout == "channels_last":
-        return feature.permute(0, 3, 1, 2)
-    tokens = feature[:, int(layout[7:]) :]  # [B, h * w, C]
-    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 
 class FeatureExtractor(nn.Module):
@@ -629,17 +584,6 @@ def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tupl
             module.training = mode
 
 
-def check_name(what: str, name: str, names: Iterable[str]) -> str:
-    """The name, if it is one of the names; else a UsageError that lists the near ones, or all."""
-    names = list(names)
-    if name in names:
-        return name
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
-    some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
-    raise UsageError(f"there is no {what} '{name}': {hint}")
-
-
 # --------------------------------------------------------------------------------------------------
 # 3. The loss: equations 1 and 2
 # --------------------------------------------------------------------------------------------------
@@ -666,16 +610,14 @@ def mhkd_loss(
 
         sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S)) + sum_{h marked} CE(y, z_T)
 
-    p_T and p_S are the softmax of the teacher's and the student's logits divided by tau. All terms
-    are means over the rows whose label is not `ignore_index`; with no such row they are NaN, as
-    PyTorch's own means are. A class of teacher probability 0 contributes 0 to the divergence, also
-    where the student's probability is 0 (masked classes, whose logits are -inf). A term whose
-    coefficient is 0 is left out, with its gradients, were it infinite or NaN.
+    p_T and p_S are the softmax of the logits divided by tau. All terms are means over the rows
+    whose label is not `ignore_index`, NaN if there is none. A class of teacher probability 0
+    contributes 0 to the divergence, also where the student's is 0 (masked classes, whose logits are
+    -inf). A term whose coefficient is 0 is left out, with its gradients, were it infinite or NaN.
 
     Args:
         student_logits: a list with a tensor [..., K] for each head, the final output first: [B, K]
-            for images, [B, T, K] for a language model. They are read where they lie if view(-1, K)
-            is possible (and the classes are adjacent), otherwise copied.
+            for images, [B, T, K] for a language model. Copied only if view(-1, K) is impossible.
         teacher_logits: as many tensors of the same shape. The divergence sends them no gradient.
         labels: class indices [...], int64.
         tau: temperature, > 0. This, alpha and the weights are numbers, which get no gradient.
@@ -768,13 +710,10 @@ def kd_loss(
     the teacher. For the arithmetic and the errors raised see mhkd_loss, whose first term it is.
     """
     if labels is None:  # any class: the cross-entropy weighs nothing
-        labels = torch.zeros(student_logits.shape[:-1], dtype=torch.int64)
-        labels, ignore_index = labels.to(student_logits.device), -100
+        labels = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.int64)
+        ignore_index = -100
     settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False], "ignore_index": ignore_index}
     return mhkd_loss([student_logits], [teacher_logits], labels, backend=backend, **settings)
-
-
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check_settings(student, teacher, tau, alpha, head_weights, teacher_ce) -> None:
@@ -786,37 +725,32 @@ def _check_settings(student, teacher, tau, alpha, head_weights, teacher_ce) -> N
             f"{len(teacher)} teacher logits, {len(head_weights)} head weights, "
             f"{len(teacher_ce)} marks in teacher_ce"
         )
-    for value in (tau, alpha, *head_weights):
-        if type(value) is not float and isinstance(value, Tensor):
-            raise TypeError(
-                "mhkd_loss: tau, alpha and the weights must be numbers, which get no gradient, "
-                "not tensors (use item())"
-            )
-    if not (math.isfinite(tau) and tau > 0):
-        raise ValueError(f"mhkd_loss: tau must be a finite number above 0, not {tau}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"mhkd_loss: alpha must be between 0 and 1, not {alpha}")
-    for weight in head_weights:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
-                f"mhkd_loss: head weights must be finite and not negative, not {weight}"
-            )
+    if any(isinstance(value, Tensor) for value in (tau, alpha, *head_weights)):
+        raise TypeError(
+            "mhkd_loss: tau, alpha and the weights must be numbers, which get no gradient, "
+            "not tensors (use item())"
+        )
+    rules = [
+        ("tau must be a finite number above 0", tau, 0 < tau < math.inf),
+        ("alpha must be between 0 and 1", alpha, 0 <= alpha <= 1),
+    ]
+    rule = "head weights must be finite and not negative"
+    for rule, value, holds in rules + [(rule, w, 0 <= w < math.inf) for w in head_weights]:
+        if not holds:
+            raise ValueError(f"mhkd_loss: {rule}, not {value}")
 
 
 def _check_tensors(student, teacher, labels) -> None:
     shape, device = student[0].shape, labels.device
     for z in (*student, *teacher):
-        if z.dtype not in LOGIT_DTYPES:
+        if z.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"mhkd_loss: logits must be floating point, not {z.dtype}")
         if z.shape != shape or not shape or shape[-1] == 0:
-            raise ValueError(
-                "mhkd_loss: all logits must be [..., K] and of one shape: "
-                f"{list(z.shape)}, {list(shape)}"
-            )
+            shapes = f"{list(z.shape)}, {list(shape)}"
+            raise ValueError(f"mhkd_loss: all logits must be [..., K] and of one shape: {shapes}")
         if z.device != device:
-            raise RuntimeError(
-                f"mhkd_loss: logits and labels must be on one device: {z.device}, {device}"
-            )
+            devices = f"{z.device}, {device}"
+            raise RuntimeError(f"mhkd_loss: logits and labels must be on one device: {devices}")
     if labels.dtype != torch.int64:
         raise TypeError(f"mhkd_loss: labels must be class indices, int64, not {labels.dtype}")
     if labels.shape != shape[:-1]:
@@ -847,23 +781,22 @@ def _load_fused() -> bool:
     global _fused_is_there, _fused_loss
     if _fused_is_there is not None:
         return _fused_is_there
-    _fused_is_there = hasattr(torch.ops.mhkd, "loss")  # another copy of this file has loaded it
+    problem, operators = "", torch.ops.mhkd
     spec = importlib.util.find_spec("mhkd_fused")  # a library, no Python module: never imported
-    if not _fused_is_there and spec is not None and spec.origin is not None:
+    if not hasattr(operators, "loss") and spec is not None and spec.origin is not None:
         try:
             torch.ops.load_library(spec.origin)
-            _fused_is_there = True
         except OSError as error:  # built for another PyTorch
-            text = "the fused kernel cannot be loaded, plain PyTorch is used"
-            warnings.warn(f"{text}: {error}", stacklevel=2)
-    if _fused_is_there:
-        there = torch.ops.mhkd.interface() if hasattr(torch.ops.mhkd, "interface") else 1
+            problem = f"cannot be loaded ({error})"
+    if hasattr(operators, "loss"):  # by now, or another copy of this file has loaded it
+        there = operators.interface() if hasattr(operators, "interface") else 1
         if there == INTERFACE:
-            _fused_loss = torch.ops.mhkd.loss.default
+            _fused_loss = operators.loss.default
         else:
-            _fused_is_there = False
-            text = f"the fused kernel has interface {there}, mhkd.py needs {INTERFACE}"
-            warnings.warn(f"{text}: plain PyTorch is used; install both anew", stacklevel=2)
+            problem = f"has interface {there}, mhkd.py needs {INTERFACE} (install both anew)"
+    if problem:
+        warnings.warn(f"the fused kernel {problem}: plain PyTorch is used", stacklevel=2)
+    _fused_is_there = _fused_loss is not None
     return _fused_is_there
 
 
@@ -887,27 +820,27 @@ def check_kernel(device: torch.device | str) -> str:
     device = torch.device(device)
     if missing := _missing_kernel(device.type):
         return missing
+
+    def outputs(loss_of, z, *settings):
+        leaves = [leaf.detach().requires_grad_() for leaf in z]
+        loss, terms, *_ = loss_of(leaves[:2], leaves[2:], *settings)
+        gradients = torch.autograd.grad(loss, leaves[:2] + leaves[3:])
+        return [x.detach().double().cpu() for x in (loss, terms, *gradients)]
+
     generator = torch.Generator().manual_seed(0)
-    # Rows of odd stride, one ignored and NaN; a class masked on both sides; one head marked of two.
-    shapes = [(torch.float32, 40, 4.0), (torch.bfloat16, 40, 4.0), (torch.float16, 2050, 4.0)]
-    shapes += [(torch.float32, 2051, 2.5), (torch.bfloat16, 9000, 1.0), (torch.float64, 1100, 4.0)]
-    plain = torch.autocast(device.type, enabled=False), torch.inference_mode(False)
-    with plain[0], plain[1], torch.enable_grad():
-        for dtype, K, tau in shapes:
+    cases = [(torch.float32, 40, 4.0), (torch.bfloat16, 40, 4.0), (torch.float16, 2050, 4.0)]
+    cases += [(torch.float32, 2051, 2.5), (torch.bfloat16, 9000, 1.0), (torch.float64, 1100, 4.0)]
+    autocast, inference = torch.autocast(device.type, enabled=False), torch.inference_mode(False)
+    with autocast, inference, torch.enable_grad():
+        for dtype, K, tau in cases:
+            # An odd stride; a row ignored and NaN; a class masked on both sides; one head marked.
             z = 3 * torch.randn(4, 6, K + 1, generator=generator)
             z[:, 0], z[:, 1, 1] = math.nan, -math.inf
             z = z.to(device, dtype)[..., :K]
             labels = torch.tensor([-100, 0, K - 1, 2, 3, K // 2], device=device)
-
-            def outputs(loss_of, dtype, z=z, labels=labels, tau=tau):
-                leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in z]
-                settings = labels, tau, 0.9, [1.0, 0.5], [False, True], -100
-                loss, terms, *_ = loss_of(leaves[:2], leaves[2:], *settings)
-                gradients = torch.autograd.grad(loss, leaves[:2] + leaves[3:])
-                return [x.detach().double().cpu() for x in (loss, terms, *gradients)]
-
+            settings = labels, tau, 0.9, [1.0, 0.5], [False, True], -100
             try:
-                found = outputs(_fused_loss, dtype)
+                found = outputs(_fused_loss, z, *settings)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -919,7 +852,7 @@ def check_kernel(device: torch.device | str) -> str:
                     "GPU in this process: try again with --backend reference"
                 ) from error
             allowed = 2 * torch.finfo(dtype).eps + 1e-5  # of the largest number
-            for x, y in zip(found, outputs(_reference_loss, torch.float64)):
+            for x, y in zip(found, outputs(_reference_loss, z.double(), *settings)):
                 if not (x - y).abs().max() <= allowed * y.abs().max():
                     return f"the fused kernel differs from plain PyTorch on {dtype} [6, {K}]"
     return ""
@@ -959,15 +892,12 @@ def _use_fused(backend: str, device: torch.device, heads: int) -> bool:
         raise ValueError(f"mhkd_loss: backend must be one of {backends}, not {backend!r}")
     if backend == "reference" or (backend == "auto" and heads > MAX_FUSED_HEADS):
         return False
-    if missing := _missing_kernel(device.type):
-        if backend == "auto":
-            return False
+    missing = _missing_kernel(device.type)
+    if backend == "auto":
+        return not missing and (device.type not in TO_BE_CHECKED or _trusted(device))
+    if missing:
         raise RuntimeError(f'mhkd_loss: {missing}: use backend="auto" or backend="reference"')
-    if heads > MAX_FUSED_HEADS:
-        raise ValueError(
-            f"mhkd_loss: the fused kernel takes 1 to {MAX_FUSED_HEADS} heads, not {heads}"
-        )
-    return backend == "fused" or device.type not in TO_BE_CHECKED or _trusted(device)
+    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1035,11 +965,8 @@ class Method(nn.Module):
         return ()
 
     @classmethod
-    def adapt(cls, student: nn.Module, classifiers: Mapping[str, nn.Linear]) -> None:
-        """Change the plain student for its training; `plain` takes that back.
-
-        classifiers: the last linear layers of the "student" and of the "teacher".
-        """
+    def adapt(cls, student: nn.Module, teacher: Any, num_classes: int, example: Tensor) -> None:
+        """Change the plain student for its training; `plain` takes that back."""
 
     @classmethod
     def plain(cls, student: nn.Module) -> nn.Module:
@@ -1177,11 +1104,8 @@ class Distiller(nn.Module):
         networks = {"student": student} | ({"teacher": teacher} if teacher else {})
         for network in networks.values():
             network.to(memory_format=memory_format(data.device))
-        if any(m.adapt.__func__ is not Method.adapt.__func__ for m in methods.values()):
-            plain = [FeatureExtractor(n, [], K, example_input=x) for n in networks.values()]
-            last = [network.model.get_submodule(network.classifier) for network in plain]
-            for method in methods.values():
-                method.adapt(student, dict(zip(networks, last)))
+        for method in methods.values():
+            method.adapt(student, teacher, K, x)
         self.units, extractors = {}, {}
         for name, network in networks.items():
             needed = sorted({u for method in methods.values() for u in method.units(config, name)})
@@ -1272,7 +1196,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
             board = tensorboard(folder, log) if config.tensorboard and is_main() else None
             N = len(data.train)
-            bar = Progress(config.epochs * N, config.student, len(log) * N)
+            bar = progress_bar(config.epochs * N, config.student, len(log) * N)
             for epoch in range(len(log) + 1, config.epochs + 1):
                 started = time.perf_counter()
                 torch.manual_seed(seed_of(config.seed, epoch, rank()))  # of dropout, CRD's draws
@@ -1303,7 +1227,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 log.append(entry)
                 save(folder, record, distiller, optimizer, log)
                 board and board(entry)
-                bar.line(config, entry)
+                say(line_of(config, entry))
             return finish(folder, record, config, data, distiller, log)
 
 
@@ -1497,12 +1421,20 @@ def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list
     return log
 
 
+def line_of(config: Config, entry: dict[str, Any]) -> str:
+    left = datetime.timedelta(seconds=int((config.epochs - entry["epoch"]) * entry["seconds"]))
+    return (
+        f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
+        f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
+        f"train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
+        f"{entry['images_per_second']:.0f} images/s  {left} left"
+    )
+
+
 def tensorboard(folder: Path, log: list[dict[str, Any]]) -> Callable[[dict], None]:
     """A function that shows an entry of the log there; what is in the log is shown anew."""
     tool = import_optional("torch.utils.tensorboard", "tensorboard", "--tensorboard")
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    writer = tool.SummaryWriter(folder)
+    writer = tool.SummaryWriter(folder, purge_step=1)
 
     def show(*entries: dict[str, Any]) -> None:
         for entry in entries:
@@ -1594,15 +1526,7 @@ def build_model(
         state = pretrained_state(name, image_size)
     else:
         raise UsageError(f"there are no pretrained weights for {name}: give random or file:PATH")
-    fitting = {}
-    for key, wanted in shapes_of(model.state_dict()).items():
-        there = tuple(state[key].shape) if key in state else "missing"
-        if there == wanted:
-            fitting[key] = state[key]
-        elif there == "missing" or (num_classes, *there[1:]) != wanted:  # no new classifier
-            what = f"the weights '{init}' do not fit {name}"
-            raise UsageError(f"{what}: '{key}' is {there}, not {wanted}")
-    model.load_state_dict(fitting, strict=False)
+    load_state(model, state, f"the weights '{init}' do not fit {name}", num_classes)
     return model
 
 
@@ -1648,21 +1572,13 @@ def pretrained_state(name: str, image_size: int | None) -> dict[str, Tensor]:
     try:
         return from_library(name, image_size, pretrained=True).state_dict()
     except Exception as error:
-        known = library_weights(name)
-        raise UsageError(
-            f"the pretrained weights of {name} cannot be had ({first_line(error)}): put "
-            f"{known and known.where}, or give file:PATH instead of pretrained"
-        ) from error
+        *_, where = library_weights(name) or [None]
+        what = f"the pretrained weights of {name} cannot be had ({first_line(error)})"
+        raise UsageError(f"{what}: put {where}, or give file:PATH instead of pretrained") from error
 
 
-def library_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of the channels that a library's pretrained weights expect."""
-    known = library_weights(name)
-    return known and (tuple(known.mean), tuple(known.std))
-
-
-def library_weights(name: str) -> types.SimpleNamespace | None:
-    """Of a library's pretrained weights: mean, std, and where to put their file."""
+def library_weights(name: str) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:
+    """Of a library's pretrained weights: mean and std of the channels, where to put their file."""
     library, _, rest = name.partition(":")
     if library == "torchvision":
         models = import_optional("torchvision.models", "torchvision", f"the network {name}")
@@ -1675,7 +1591,7 @@ def library_weights(name: str) -> types.SimpleNamespace | None:
         where = facts and f"the file of {facts.hf_hub_id or facts.url} anywhere, and name it"
     else:
         return None
-    return facts and types.SimpleNamespace(mean=facts.mean, std=facts.std, where=where)
+    return facts and (tuple(facts.mean), tuple(facts.std), where)
 
 
 def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tuple[str, ...]:
@@ -1725,6 +1641,52 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
         raise UsageError(f"the units of the {role} could not be found (seen: {seen}): {hint}")
     say(f"{role} {getattr(config, role)}: heads go after {', '.join(found)}")
     return tuple(found)
+
+
+def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
+    """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
+
+    n is the number of class tokens before the h * w tokens of a square map. The image's aspect
+    tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
+    """
+    shape = tuple(feature.shape)
+    if len(shape) == 3:
+        square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
+        for n in (0, 1, 2, 5) if square else ():
+            if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
+                return f"tokens+{n}"
+        where = f"the submodule '{name}' returns {shape}"
+        raise UsageError(f"{where}: {shape[1]} tokens are no square map")
+    if layout:
+        return check_name("layout", layout, ("channels_first", "channels_last"))
+    height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
+    near = max(height, width)  # a map may be rounded by a pixel
+    last, first = (abs(h * width - w * height) < near for h, w in (shape[1:3], shape[2:4]))
+    if first and last and shape[1] > 1:
+        raise UsageError(
+            f"the submodule '{name}' returns {shape}, which could have its channels first or last: "
+            'give layout="channels_first" or layout="channels_last"'
+        )
+    return "channels_last" if last and not first else "channels_first"
+
+
+def common_layout(seen: list[tuple], image: Tensor) -> str | None:
+    """ "channels_first" for a network in which no map has its channels last beyond doubt."""
+    for name, _, out in seen:
+        with contextlib.suppress(UsageError):
+            if is_feature(out) and layout_of(out, image, name, None) == "channels_last":
+                return None
+    return "channels_first"
+
+
+def as_map(feature: Tensor, layout: str) -> Tensor:
+    """A feature as a map [B, C, H, W]."""
+    if layout == "channels_first":
+        return feature
+    if layout == "channels_last":
+        return feature.permute(0, 3, 1, 2)
+    tokens = feature[:, int(layout[7:]) :]  # [B, h * w, C]
+    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 
 class Deployed(nn.Module):
@@ -2067,7 +2029,7 @@ def decode(files: list[Path], side: int, cache: Path) -> Tensor:
             number = sum(len(chunks[i]) for i in todo)
             if todo:
                 say(f"decodes {number} images into '{folder}'; old ones beside it may go")
-            bar = Progress(len(files), "decoding", len(files) - number)
+            bar = progress_bar(len(files), "decoding", len(files) - number)
             for i in todo:
                 content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunks[i]))
                 store.seek(i * CHUNK * size)
@@ -2167,23 +2129,21 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
                 torch.tensor([content["mean"], content["std"]]).view(2, 3)
             return tuple(content["mean"]), tuple(content["std"])
     first = "teacher" if config.teacher else "student"
-    known = None
     if getattr(config, f"{first}_init") == "pretrained":
-        known = library_normalisation(getattr(config, first))
-    return known or STATISTICS.get(config.dataset)
+        if known := library_weights(getattr(config, first)):
+            return known[:2]
+    return STATISTICS.get(config.dataset)
 
 
 def measure(images: Tensor, places: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exactly."""
-    count = torch.zeros(3, 256, dtype=torch.float64)
+    sums = torch.zeros(2, 3, dtype=torch.int64)
     for part in places.split(100):
-        for channel, pixels in enumerate(images[part].unbind(dim=3)):
-            count[channel] += torch.bincount(pixels.flatten(), minlength=256)
-    value = torch.arange(256, dtype=torch.float64) / 255
-    share = count / count.sum(dim=1, keepdim=True)
-    mean = share @ value
-    std = (share * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
-    return tuple(round(m, 6) for m in mean.tolist()), tuple(round(s, 6) for s in std.tolist())
+        pixels = images[part].flatten(0, 2).int()
+        sums += torch.stack((pixels.sum(dim=0), pixels.square().sum(dim=0)))
+    mean, square = sums.double() / (len(places) * images[0, :, :, 0].numel())
+    std = (square - mean**2).sqrt().clamp(min=1)
+    return tuple(tuple(round(v / 255, 6) for v in values.tolist()) for values in (mean, std))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2382,9 +2342,22 @@ def explain(what: str, hint: str, kinds: Any = Exception) -> Iterator[None]:
         raise UsageError(f"{what} ({first_line(error)}): {hint}") from error
 
 
+def check_name(what: str, name: str, names: Iterable[str]) -> str:
+    """The name, if it is one of the names; else a UsageError that lists the near ones, or all."""
+    names = list(names)
+    if name in names:
+        return name
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
+    some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
+    raise UsageError(f"there is no {what} '{name}': {hint}")
+
+
 def writing(path: Path) -> contextlib.AbstractContextManager:
     kinds = OSError, RuntimeError  # torch.save reports a full disk as a RuntimeError
-    return explain(f"'{path}' could not be written", "with that mended, run the same again", kinds)
+    return explain(
+        f"'{path}' could not be written", "make room, or mend that, and run the same again", kinds
+    )
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any], keep: Path | None = None) -> None:
@@ -2524,29 +2497,25 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         UsageError: the file is missing or broken, holds another network or number of classes.
     """
     state = read_state(path, model.state_dict())
-    there, here = shapes_of(state), shapes_of(model.state_dict())
-    for key in {**here, **there}:
-        a, b = there.get(key, "missing"), here.get(key, "missing")
-        if a != b:
-            what = f"'{path}' holds {which_network(there)}, not {which_network(here)}"
-            raise UsageError(f"{what}: '{key}' is {a} there, {b} here")
-    model.load_state_dict(state)
+    load_state(model, state, f"'{path}' holds another network or number of classes")
     return model
 
 
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+def load_state(model: nn.Module, state: dict[str, Tensor], what: str, new: int = 0) -> None:
+    """Load a state dict strictly; `what` says what is wrong where an entry does not fit.
 
-
-def which_network(shapes: dict[str, tuple[int, ...]]) -> str:
-    """Which of ours has these entries, and for how many classes; for a message."""
-    *_, bias = [(), *shapes.values()]
-    K = bias[0] if bias else 1
-    for name in MODELS:
-        with torch.device("meta"):
-            if shapes_of(build_model(name, K).state_dict()) == shapes:
-                return f"{name} of {K} classes"
-    return "the network of somebody else"
+    new: the number of classes, where a classifier of another number may be left out.
+    """
+    there, here = (
+        {key: tuple(t.shape) for key, t in s.items()} for s in (state, model.state_dict())
+    )
+    for key in {**here, **there}:
+        a, b = there.get(key, "missing"), here.get(key, "missing")
+        left_out = new and (b == "missing" or (a != "missing" and (new, *a[1:]) == b))
+        if a != b and not left_out:
+            raise UsageError(f"{what}: '{key}' is {a} there, {b} here")
+    fitting = {key: tensor for key, tensor in state.items() if there[key] == here.get(key)}
+    model.load_state_dict(fitting, strict=False)
 
 
 def environment(config: Config, device: torch.device) -> dict[str, Any]:
@@ -2593,40 +2562,21 @@ def commit_of(file: Path) -> str | None:
         return None
 
 
-class Progress:
-    """A bar with rate and time left on a terminal, where tqdm is installed; elsewhere lines."""
-
-    def __init__(self, total: int, title: str, done: int):
-        self.bar = None
-        if is_main() and sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(None, title, total, unit=" images", unit_scale=True, initial=done)
-
-    def update(self, images: int) -> None:
-        if self.bar:
-            self.bar.update(images)
-
-    def line(self, config: Config, entry: dict[str, Any]) -> None:
-        left = datetime.timedelta(seconds=int((config.epochs - entry["epoch"]) * entry["seconds"]))
-        text = (
-            f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
-            f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
-            f"train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
-            f"{entry['images_per_second']:.0f} images/s  {left} left"
-        )
-        if not self.bar:
-            say(text)
-            return
-        self.bar.set_postfix_str(f"test {entry['test_accuracy']:.2f} %, lr {entry['lr']:.3g}")
-        if entry["epoch"] == config.epochs:
-            self.bar.close()
+def progress_bar(total: int, title: str, done: int) -> Any:
+    """tqdm's bar of images, on a terminal and where tqdm is installed; else what looks like it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return types.SimpleNamespace(update=lambda images: None)
+    options = {"unit": " images", "unit_scale": True, "disable": None if is_main() else True}
+    return tqdm(None, title, total, initial=done, **options)
 
 
 def say(text: str) -> None:
     if is_main():
-        print(text, flush=True)
+        tqdm = sys.modules.get("tqdm")
+        (tqdm.tqdm.write if tqdm else print)(text)  # above the bar
+        sys.stdout.flush()
 
 
 # Several processes, as torchrun or torch.multiprocessing start them.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -335,13 +335,16 @@ class FeatureMimicking(mhkd.Method):
         self.register_buffer("bias", torch.zeros(len(self.weight)))
 
     @classmethod
-    def adapt(cls, student: nn.Module, classifiers: Mapping[str, nn.Linear | None]) -> None:
-        own, target = classifiers["student"], classifiers["teacher"].in_features
-        if own.in_features != target:
-            name = next(name for name, module in student.named_modules() if module is own)
-            student.set_submodule(
-                name, WidenedClassifier(own.in_features, target, own.out_features)
-            )
+    def adapt(
+        cls, student: nn.Module, teacher: nn.Module, num_classes: int, example: Tensor
+    ) -> None:
+        own, its = (
+            FeatureExtractor(network, [], num_classes, example_input=example)
+            for network in (student, teacher)
+        )
+        if own.width != its.width:
+            widened = WidenedClassifier(own.width, its.width, num_classes)
+            student.set_submodule(own.classifier, widened)
 
     @classmethod
     def plain(cls, student: nn.Module) -> nn.Module:

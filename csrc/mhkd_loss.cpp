@@ -11,11 +11,11 @@
 //
 // (4 B K where the teacher's own cross-entropy asks for its gradient too). The probabilities are
 // never stored: the backward computes the exponentials again from six numbers a row, which is
-// cheaper than to write and read them. Where tau is a small integer one exponential a logit is
-// enough, as exp(x) = exp(x / tau)^tau. The memory beyond the inputs is the gradients. The gradient
-// that comes in multiplies before anything is rounded to a half type. Nothing saved is written to
-// and no state is kept between calls, so the backward can run again, and two runs give the same
-// bits.
+// cheaper than to write and read them. Where tau is 1, 2 or 4 (on CUDA: 4) one exponential a logit
+// is enough, as exp(x) = exp(x / tau)^tau. The memory beyond the inputs is the gradients. The
+// gradient that comes in multiplies before anything is rounded to a half type. Nothing saved is
+// written to and no state is kept between calls, so the backward can run again, and two runs give
+// the same bits.
 //
 // A file per device: mhkd_loss_cpu.cpp, mhkd_loss_cuda.cu. Their shared arithmetic stands in
 // mhkd_loss.h. All is registered in C++: from Python the registration alone would cost more than
@@ -25,15 +25,16 @@
 #include "mhkd_loss.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <type_traits>
@@ -51,41 +52,32 @@ constexpr int64_t kInterface = 2;
 // Checks and shapes
 // -------------------------------------------------------------------------------------------------
 
-// The complete checks, with a sentence for each mistake, are in mhkd.py; these are for callers of
-// the operator itself.
-void check_arguments(TensorList student, TensorList teacher, const Tensor& labels, double tau,
-    Weights head_weights, const Flags& teacher_ce) {
-  const size_t heads = student.size();
-  TORCH_CHECK_VALUE(heads >= 1 && heads <= size_t(kMaxHeads), "mhkd_loss: 1 to ", kMaxHeads,
-      " heads, got ", heads);
-  TORCH_CHECK_VALUE(
-      teacher.size() == heads && head_weights.size() == heads && teacher_ce.size() == heads,
-      "mhkd_loss: teacher_logits, head_weights and teacher_ce must have ", heads, " entries too");
-  TORCH_CHECK_VALUE(std::isfinite(tau) && tau > 0, "mhkd_loss: tau must be finite and above 0");
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "mhkd_loss: labels must be int64");
-  TORCH_CHECK_VALUE(labels.dim() == 1, "mhkd_loss: labels must be [B], got ", labels.sym_sizes());
-  const c10::SymInt batch = labels.sym_size(0);
-  const Tensor& first = student[0];
-  for (const TensorList& logits : {student, teacher}) {
+// What the memory that the kernels touch depends on. mhkd.py has a sentence for each mistake.
+static void check_arguments(const Call& call) {
+  const Tensor &labels = call.labels, &first = call.student[0];
+  const size_t heads = call.student.size();
+  TORCH_CHECK_VALUE(heads >= 1 && heads <= size_t(kMaxHeads) && call.teacher.size() == heads &&
+                        call.head_weights.size() == heads && call.teacher_ce.size() == heads,
+      "mhkd_loss: 1 to ", kMaxHeads, " heads, as many of each list");
+  TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong && labels.dim() == 1,
+      "mhkd_loss: labels must be int64 [B], got ", labels.sym_sizes());
+  for (const TensorList& logits : {call.student, call.teacher}) {
     for (const Tensor& z : logits) {
       const auto dtype = z.scalar_type();
-      TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
-                           dtype == at::kBFloat16,
-          "mhkd_loss: logits must be floating point, not ", dtype);
-      TORCH_CHECK_VALUE(z.dim() == 2 && z.sym_size(0) == batch && z.sym_size(1) >= 1 &&
+      const bool floating = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
+                            dtype == at::kBFloat16;
+      TORCH_CHECK_VALUE(floating && z.device() == labels.device() && z.dim() == 2 &&
+                            z.sym_size(0) == labels.sym_size(0) && z.sym_size(1) >= 1 &&
                             z.sym_size(1) == first.sym_size(1),
-          "mhkd_loss: all logits must be [B, K] and of one shape, with labels [B]: ", z.sym_sizes(),
-          ", ", first.sym_sizes(), ", labels ", labels.sym_sizes());
-      TORCH_CHECK(z.device() == labels.device(),
-          "mhkd_loss: logits and labels must be on one "
-          "device: ",
-          z.device(), ", ", labels.device());
+          "mhkd_loss: logits must be floating point [B, K] on the labels' device: ", dtype, " ",
+          z.sym_sizes(), " on ", z.device(), ", labels ", labels.sym_sizes());
     }
   }
 }
 
-at::ScalarType loss_dtype(TensorList student, TensorList teacher) {
-  for (const TensorList& logits : {student, teacher}) {
+// float64 if any logits are, else float32: the dtype of the loss, the terms, the rows' statistics.
+static at::ScalarType loss_dtype(const Call& call) {
+  for (const TensorList& logits : {call.student, call.teacher}) {
     for (const Tensor& z : logits) {
       if (z.scalar_type() == at::kDouble) return at::kDouble;
     }
@@ -93,35 +85,110 @@ at::ScalarType loss_dtype(TensorList student, TensorList teacher) {
   return at::kFloat;
 }
 
-std::vector<Tensor> adjacent_classes(TensorList logits) {
-  std::vector<Tensor> adjacent;
-  adjacent.reserve(logits.size());
-  for (const Tensor& z : logits)
-    adjacent.push_back(z.stride(1) == 1 || z.size(1) == 1 ? z : z.contiguous());
-  return adjacent;
+// Without the dispatcher on the CPU: its way to the allocator is long beside a short batch.
+static Tensor empty(const Tensor& labels, at::IntArrayRef sizes, at::ScalarType dtype) {
+  if (labels.is_cpu()) return Tensor(at::detail::empty_cpu(sizes, dtype));
+  return at::empty(sizes, labels.options().dtype(dtype));
 }
 
-// -------------------------------------------------------------------------------------------------
-// Meta: shapes and dtypes alone, for torch.compile
-// -------------------------------------------------------------------------------------------------
+// The logits as a device reads them: of one dtype, the classes of a row adjacent. Rows may have any
+// stride. What is otherwise (mixed dtypes, transposed logits) is copied.
+struct Prepared {
+  c10::DeviceGuard guard;
+  at::ScalarType result, dtype;  // of loss, terms and statistics; of the logits
+  std::vector<Tensor> logits;    // the student's heads, then the teacher's
+  Arguments args{};
 
-static std::tuple<Tensor, Tensor, Tensor> loss_meta(TensorList student, TensorList teacher,
-    const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
-    int64_t ignore_index) {
-  check_arguments(student, teacher, labels, tau, head_weights, teacher_ce);
-  const auto options = labels.options().dtype(loss_dtype(student, teacher));
-  const auto heads = int64_t(student.size());
-  const c10::SymInt stats = labels.sym_size(0) * (heads * kRowStats) + 1;
+  explicit Prepared(const Call& call)
+      : guard(call.labels.device()),
+        result(loss_dtype(call)),
+        dtype(call.student[0].scalar_type()) {
+    const int64_t heads = int64_t(call.student.size()), classes = call.student[0].size(1);
+    constexpr int64_t most = int64_t(1) << 30;  // classes are counted in int
+    TORCH_CHECK_VALUE(classes <= most, "mhkd_loss: at most ", most, " classes, got ", classes);
+    logits.reserve(2 * heads);
+    for (const TensorList& side : {call.student, call.teacher}) {
+      for (const Tensor& z : side) {
+        logits.push_back(z.stride(1) == 1 || classes == 1 ? z : z.contiguous());
+        if (z.scalar_type() != dtype) dtype = result;
+      }
+    }
+    for (Tensor& z : logits) {
+      if (z.scalar_type() != dtype) z = z.to(dtype);
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      const Tensor &s = logits[h], &t = logits[heads + h];
+      const double weight = call.head_weights[h], marked = call.teacher_ce[h];
+      args.heads[h] = {s.const_data_ptr(), t.const_data_ptr(), nullptr, nullptr, s.stride(0),
+          t.stride(0), {weight * call.alpha, weight * (1 - call.alpha), marked}};
+    }
+    args.labels = call.labels.const_data_ptr<int64_t>();
+    args.label_stride = call.labels.stride(0);
+    args.ignore_index = call.ignore_index;
+    args.batch = call.labels.size(0);
+    args.classes = int(classes);
+    args.head_count = int(heads);
+    args.tau = call.tau;
+  }
+};
+
+Outputs loss(const Call& call, Run* run) {
+  check_arguments(call);
+  Prepared ready(call);
+  Arguments& args = ready.args;
+  Tensor loss = empty(call.labels, {}, ready.result);
+  Tensor terms = empty(call.labels, {args.head_count, kTerms}, ready.result);
+  Tensor row_stats = empty(call.labels, {args.rows() * kRowStats + 1}, ready.result);
+  args.loss = loss.mutable_data_ptr();
+  args.terms = terms.mutable_data_ptr();
+  args.row_stats = row_stats.mutable_data_ptr();
+  run(args, ready.dtype, /*backward=*/false);
+  return {loss, terms, row_stats};
+}
+
+std::vector<Tensor> loss_backward(const Call& call, const Tensor& grad_loss,
+    const Tensor& row_stats, const Flags& needs_grad, Run* run) {
+  Prepared ready(call);
+  Arguments& args = ready.args;
+  Tensor incoming = grad_loss;  // a tensor on the CPU can scale a loss on a GPU
+  if (incoming.device() != call.labels.device()) incoming = incoming.to(call.labels.device());
+  args.grad_loss = incoming.const_data_ptr();
+  args.row_stats = const_cast<void*>(row_stats.const_data_ptr());
+  std::vector<Tensor> grads;
+  const int heads = args.head_count;
+  grads.reserve(2 * heads);
+  for (int i = 0; i < 2 * heads; ++i) {
+    if (!needs_grad[i]) continue;
+    grads.push_back(empty(call.labels, {args.batch, args.classes}, ready.dtype));
+    (i < heads ? args.heads[i].grad_s : args.heads[i - heads].grad_t) =
+        grads.back().mutable_data_ptr();
+  }
+  if (!grads.empty() && args.batch > 0) run(args, ready.dtype, /*backward=*/true);
+  for (int i = 0, next = 0; i < 2 * heads; ++i) {
+    if (!needs_grad[i]) continue;
+    const auto dtype = (i < heads ? call.student[i] : call.teacher[i - heads]).scalar_type();
+    Tensor& grad = grads[next++];
+    if (dtype != ready.dtype) grad = grad.to(dtype);
+  }
+  return grads;
+}
+
+// Shapes and dtypes alone, for torch.compile.
+
+static Outputs loss_meta(const Call& call) {
+  check_arguments(call);
+  const auto options = call.labels.options().dtype(loss_dtype(call));
+  const auto heads = int64_t(call.student.size());
+  const c10::SymInt stats = call.labels.sym_size(0) * (heads * kRowStats) + 1;
   return {at::empty({}, options), at::empty({heads, kTerms}, options),
       at::empty_symint({stats}, options)};
 }
 
-static std::vector<Tensor> loss_backward_meta(const Tensor& grad_loss, TensorList student,
-    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
+static std::vector<Tensor> loss_backward_meta(
+    const Call& call, const Tensor&, const Tensor&, const Flags& needs_grad) {
   std::vector<Tensor> grads;
-  for (size_t i = 0; i < needs_grad.size(); ++i) {
-    const Tensor& z = i < student.size() ? student[i] : teacher[i - student.size()];
+  for (size_t i = 0, heads = call.student.size(); i < 2 * heads; ++i) {
+    const Tensor& z = i < heads ? call.student[i] : call.teacher[i - heads];
     if (needs_grad[i]) grads.push_back(at::empty_symint(z.sym_sizes(), z.options()));
   }
   return grads;
@@ -136,25 +203,6 @@ static auto find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-static const auto& loss_operator() {
-  static const auto found = find_operator<decltype(loss_meta)>(MHKD_OPERATOR("loss"));
-  return found;
-}
-
-static const auto& backward_operator() {
-  static const auto found =
-      find_operator<decltype(loss_backward_meta)>(MHKD_OPERATOR("loss_backward"));
-  return found;
-}
-
-static bool any_requires_grad(TensorList tensors) {
-  for (const Tensor& tensor : tensors) {
-    if (tensor.requires_grad()) return true;
-  }
-  return false;
-}
-
-using torch::autograd::AutogradContext;
 using torch::autograd::Edge;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
@@ -163,13 +211,13 @@ using torch::autograd::variable_list;
 // What holds a node of the graph: std::shared_ptr, in newer PyTorch c10::intrusive_ptr.
 using NodePointer = decltype(Edge::function);
 
-template <class N, class Pointer = NodePointer>
-static Pointer make_node() {
+template <class N, class Pointer = NodePointer, class... Args>
+static Pointer make_node(Args&&... args) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    return Pointer(new N,
+    return Pointer(new N(std::forward<Args>(args)...),
         [](N* node) { deleteNode(node); });  // PyTorch's own: it does not recurse through the graph
   } else {
-    return c10::make_intrusive<N>();
+    return c10::make_intrusive<N>(std::forward<Args>(args)...);
   }
 }
 
@@ -179,17 +227,33 @@ static Pointer make_node() {
 struct MhkdLossBackward : Node {
   std::vector<SavedVariable> logits;  // of the student's heads, then of the teacher's
   SavedVariable labels, row_stats;
-  double tau = 1, alpha = 0;
+  double tau, alpha;
   std::vector<double> head_weights;
   Flags teacher_ce;
-  int64_t ignore_index = 0;
-  std::mutex mutex;  // backward() may run in several threads; to unpack what is saved may change it
+  int64_t ignore_index;
+
+  MhkdLossBackward(const Call& call, const Tensor& stats)
+      : Node(torch::autograd::collect_next_edges(call.student, call.teacher)),
+        labels(call.labels, /*is_output=*/false),
+        row_stats(stats, /*is_output=*/false),
+        tau(call.tau),
+        alpha(call.alpha),
+        head_weights(call.head_weights.vec()),
+        teacher_ce(call.teacher_ce),
+        ignore_index(call.ignore_index) {
+    logits.reserve(2 * call.student.size());
+    for (const TensorList& side : {call.student, call.teacher}) {
+      for (const Tensor& z : side) logits.emplace_back(z, /*is_output=*/false);
+    }
+  }
 
   variable_list apply(variable_list&& grad_outputs) override {
+    static const auto backward =
+        find_operator<decltype(flat_backward<loss_backward_meta>)>(MHKD_OPERATOR("loss_backward"));
     const size_t heads = logits.size() / 2;
     variable_list result(2 * heads);
     if (!grad_outputs[0].defined()) return result;
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::mutex> lock(mutex_);  // backward() may run in several threads
     std::vector<Tensor> z;
     z.reserve(2 * heads);
     for (const SavedVariable& saved : logits) z.push_back(saved.unpack());
@@ -199,9 +263,20 @@ struct MhkdLossBackward : Node {
       needs_grad.push_back(task_should_compute_output(i) && (i < heads || teacher_ce[i - heads]));
     }
     const TensorList all(z);
-    std::vector<Tensor> grads = backward_operator().call(grad_outputs[0], all.slice(0, heads),
-        all.slice(heads, heads), labels.unpack(), row_stats.unpack(), tau, alpha, head_weights,
-        teacher_ce, ignore_index, needs_grad);
+    std::vector<Tensor> grads;
+    {
+      at::AutoDispatchBelowADInplaceOrView below;
+      grads = backward.call(grad_outputs[0], all.slice(0, heads), all.slice(heads, heads),
+          labels.unpack(), row_stats.unpack(), tau, alpha, head_weights, teacher_ce, ignore_index,
+          needs_grad);
+    }
+    if (at::GradMode::is_enabled()) {  // create_graph=True: to differentiate them is refused
+      const NodePointer refuses = make_node<torch::autograd::Error>(
+          "mhkd_loss: the fused kernel has no second derivative; call mhkd_loss with "
+          "backend=\"reference\" to differentiate its gradients",
+          torch::autograd::collect_next_edges(grad_outputs[0], all));
+      for (Tensor& grad : grads) torch::autograd::set_history(grad, refuses);
+    }
     for (size_t i = 0, next = 0; i < 2 * heads; ++i) {
       if (needs_grad[i]) result[i] = std::move(grads[next++]);
     }
@@ -209,7 +284,7 @@ struct MhkdLossBackward : Node {
   }
 
   void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& saved : logits) saved.reset_data();
     labels.reset_data();
     row_stats.reset_data();
@@ -218,73 +293,28 @@ struct MhkdLossBackward : Node {
   std::string name() const override { return "MhkdLossBackward"; }
 };
 
-static std::tuple<Tensor, Tensor, Tensor> loss_autograd(TensorList student, TensorList teacher,
-    const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
-    int64_t ignore_index) {
-  std::tuple<Tensor, Tensor, Tensor> out;
+static Outputs loss_autograd(const Call& call) {
+  static const auto forward = find_operator<decltype(flat<loss_meta>)>(MHKD_OPERATOR("loss"));
+  Outputs out;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    out = loss_operator().call(
-        student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
+    out = forward.call(call.student, call.teacher, call.labels, call.tau, call.alpha,
+        call.head_weights, call.teacher_ce, call.ignore_index);
   }
-  if (!at::GradMode::is_enabled() || !(any_requires_grad(student) || any_requires_grad(teacher)))
-    return out;
-
+  if (!torch::autograd::compute_requires_grad(call.student, call.teacher)) return out;
   // torch.func would get wrong results from a node that it does not know; this refuses.
   if (const auto& functorch = at::functorch::functorchTLSAccessor())
     functorch->checkSupportsCppAutogradFunction();
-  const NodePointer held = make_node<MhkdLossBackward>();
-  auto* node = static_cast<MhkdLossBackward*>(held.get());
-  node->set_next_edges(torch::autograd::collect_next_edges(student, teacher));
-  node->logits.reserve(2 * student.size());
-  for (const TensorList& side : {student, teacher}) {
+  for (const TensorList& side : {call.student, call.teacher}) {
     for (const Tensor& z : side) {
       TORCH_CHECK_NOT_IMPLEMENTED(!z._fw_grad(/*level=*/0).defined(),
-          "mhkd_loss: the fused kernel has no forward-mode "
-          "derivative; call mhkd_loss with backend=\"reference\"");
-      node->logits.emplace_back(z, /*is_output=*/false);
+          "mhkd_loss: the fused kernel has no forward-mode derivative; call mhkd_loss with "
+          "backend=\"reference\"");
     }
   }
-  node->labels = SavedVariable(labels, /*is_output=*/false);
-  node->row_stats = SavedVariable(std::get<2>(out), /*is_output=*/false);
-  node->tau = tau;
-  node->alpha = alpha;
-  node->head_weights = head_weights.vec();
-  node->teacher_ce = teacher_ce;
-  node->ignore_index = ignore_index;
-  torch::autograd::set_history(std::get<0>(out), held);
+  torch::autograd::set_history(
+      std::get<0>(out), NodePointer(make_node<MhkdLossBackward>(call, std::get<2>(out))));
   return out;
-}
-
-// The gradients can be asked for with create_graph=True; to differentiate them is refused when it
-// is tried.
-struct LossBackwardFunction : torch::autograd::Function<LossBackwardFunction> {
-  using Compute = std::function<std::vector<Tensor>()>;
-
-  static variable_list forward(
-      AutogradContext*, const Tensor& grad_loss, TensorList logits, const Compute& compute) {
-    return compute();
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "mhkd_loss: the fused kernel has no second derivative; call mhkd_loss with "
-                       "backend=\"reference\" to differentiate its gradients");
-  }
-};
-
-static std::vector<Tensor> loss_backward_autograd(const Tensor& grad_loss, TensorList student,
-    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
-  const auto compute = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return backward_operator().call(grad_loss, student, teacher, labels, row_stats, tau, alpha,
-        head_weights, teacher_ce, ignore_index, needs_grad);
-  };
-  if (!at::GradMode::is_enabled()) return compute();
-  std::vector<Tensor> logits = student.vec();
-  logits.insert(logits.end(), teacher.begin(), teacher.end());
-  return LossBackwardFunction::apply(grad_loss, TensorList(logits),
-      LossBackwardFunction::Compute(compute));
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -294,32 +324,23 @@ static std::vector<Tensor> loss_backward_autograd(const Tensor& grad_loss, Tenso
 MHKD_TORCH_LIBRARY(MHKD_LIBRARY, m) {
   // terms [H, 3]: KL * tau^2, CE(y, z_S), CE(y, z_T) of each head, without a gradient. row_stats is
   // for the backward.
-  m.def(
-      "loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float tau, float "
-      "alpha, "
-      "float[] head_weights, bool[] teacher_ce, int ignore_index=-100) -> (Tensor loss, Tensor "
-      "terms, "
-      "Tensor row_stats)");
+  m.def("loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float tau, "
+        "float alpha, float[] head_weights, bool[] teacher_ce, int ignore_index=-100) -> "
+        "(Tensor loss, Tensor terms, Tensor row_stats)");
   // needs_grad: a bool for each student head, then for each teacher head; as many gradients come
   // back as are true.
-  m.def(
-      "loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, Tensor "
-      "labels, "
-      "Tensor row_stats, float tau, float alpha, float[] head_weights, bool[] teacher_ce, int "
-      "ignore_index, "
-      "bool[] needs_grad) -> Tensor[]");
+  m.def("loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, "
+        "Tensor labels, Tensor row_stats, float tau, float alpha, float[] head_weights, "
+        "bool[] teacher_ce, int ignore_index, bool[] needs_grad) -> Tensor[]");
   // mhkd.py takes a library of this number alone: raise it with every change of what it relies on.
   m.def("interface() -> int", [] { return kInterface; });
 }
 
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Meta, m) {
-  m.impl("loss", loss_meta);
-  m.impl("loss_backward", loss_backward_meta);
+  m.impl("loss", flat<loss_meta>);
+  m.impl("loss_backward", flat_backward<loss_backward_meta>);
 }
 
-TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Autograd, m) {
-  m.impl("loss", loss_autograd);
-  m.impl("loss_backward", loss_backward_autograd);
-}
+TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Autograd, m) { m.impl("loss", flat<loss_autograd>); }
 
 }  // namespace MHKD_LIBRARY

@@ -1,12 +1,11 @@
-// What the CPU and the CUDA kernel of the fused multi-head distillation loss share: layouts,
-// limits, and the arithmetic of one row. mhkd_loss.cpp says what is fused and why.
+// What the files of the fused multi-head distillation loss share: the operator's arguments, the
+// layout of a call, the arithmetic of one row. mhkd_loss.cpp says what is fused and why.
 #pragma once
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <cmath>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -17,8 +16,7 @@
 #define MHKD_HD inline
 #endif
 
-// The namespace of the operators. The tests build a second library from these sources under another
-// name.
+// The namespace of the operators. The tests build a second library under another name.
 #ifndef MHKD_LIBRARY
 #define MHKD_LIBRARY mhkd
 #endif
@@ -30,15 +28,96 @@ using at::TensorList;
 using Weights = at::ArrayRef<double>;
 using Flags = c10::List<bool>;
 
-// Head pointers travel to the GPU by value, in its 4 KiB of kernel arguments: 16 heads take 1.2
-// KiB.
-constexpr int kMaxHeads = 16;
+template <class In>  // of logits of type In
+using Arithmetic = std::conditional_t<std::is_same_v<In, double>, double, float>;
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // What multiplies a logit: with x = (z - max) * scale(tau), exp((z - max) / tau) is 2^x and
 // exp(z - max) is 2^(tau x).
 MHKD_HD double scale(double tau) { return kLog2E / tau; }
+
+// 2^(tau x) is 2^x squared so many times: one exponential a logit serves both temperatures. Any
+// other tau (kNoSquarings) takes two.
+constexpr int kNoSquarings = -1;
+
+MHKD_HD int squarings(double tau) {
+  return tau == 1 ? 0 : tau == 2 ? 1 : tau == 4 ? 2 : kNoSquarings;
+}
+
+// -------------------------------------------------------------------------------------------------
+// One call as the kernels take it
+// -------------------------------------------------------------------------------------------------
+
+// What a row adds to the terms of its head: KL * tau^2, the student's cross-entropy, the teacher's.
+enum Term { kKl, kCe, kCeTeacher, kTerms };
+
+// What the forward writes for each row: six numbers for the backward, and the row's terms.
+enum RowStat { kMaxS, kMaxT, kInvTauS, kInvTauT, kInvOneS, kInvOneT, kRowTerms };
+constexpr int kRowStats = int(kRowTerms) + int(kTerms);
+
+struct Head {
+  const void *s, *t;           // [B, K] logits
+  void *grad_s, *grad_t;       // [B, K] contiguous, or null
+  int64_t stride_s, stride_t;  // of the rows, in elements
+  // Of the terms in the loss, equations 1 and 2. Where one is 0 its term counts nothing, were it
+  // infinite or NaN.
+  double weights[kTerms];
+
+  MHKD_HD bool marked() const { return weights[kCeTeacher] != 0; }
+
+  // From the sums over all rows to the terms, means over those that count; their part of the loss.
+  template <class A>
+  MHKD_HD double finish(const double* sums, double counted, A* terms) const {
+    double loss = 0;
+    for (int i = 0; i < kTerms; ++i) {
+      const double mean = i == kCeTeacher && !marked() ? 0 : sums[i] / counted;  // 0 / 0 is NaN
+      terms[i] = static_cast<A>(mean);
+      if (weights[i] != 0) loss += weights[i] * mean;
+    }
+    return loss;
+  }
+};
+
+constexpr int kMaxHeads = 16;
+
+struct Arguments {
+  Head heads[kMaxHeads];
+  const int64_t* labels;
+  int64_t label_stride, ignore_index, batch;
+  int classes, head_count;
+  double tau;
+  void *loss, *terms;     // outputs of the forward
+  const void* grad_loss;  // input of the backward
+  void* row_stats;        // [H * B, kRowStats], then the number of rows that count
+  unsigned* finished;     // blocks that have finished, forward on CUDA only
+
+  MHKD_HD int64_t rows() const { return head_count * batch; }
+};
+static_assert(sizeof(Arguments) <= 4096, "they travel to the GPU by value, in 4 KiB at most");
+
+// One row of one head: row b of the batch.
+template <class In>
+struct Row {
+  const Head& head;
+  int64_t b, label;
+  bool counts;
+  const In *s, *t;
+  Arithmetic<In>* stats;
+
+  MHKD_HD Row(const Arguments& args, int64_t i)
+      : head(args.heads[i / args.batch]),
+        b(i % args.batch),
+        label(args.labels[b * args.label_stride]),
+        counts(label != args.ignore_index),
+        s(static_cast<const In*>(head.s) + b * head.stride_s),
+        t(static_cast<const In*>(head.t) + b * head.stride_t),
+        stats(static_cast<Arithmetic<In>*>(args.row_stats) + i * kRowStats) {}
+};
+
+// -------------------------------------------------------------------------------------------------
+// Forward: the sums of a row
+// -------------------------------------------------------------------------------------------------
 
 // Sums over (a part of) a row, of its x_s and x_t:
 //     tau_s = sum 2^x_s    one_s = sum 2^(tau x_s)    cross = sum 2^x_t (x_t - x_s)
@@ -70,118 +149,112 @@ MHKD_HD void rebase(RowSums<A>& sums, A max_s, A max_t, A tau, A unit) {
   sums.max_t = max_t;
 }
 
-// Kept from the forward for the backward: six numbers a row, and behind all rows the count of those
-// that count.
-enum RowStat { kMaxS, kMaxT, kInvTauS, kInvTauT, kInvOneS, kInvOneT, kRowStats };
-
-// What a row adds to the terms of its head: KL * tau^2, the student's cross-entropy, the teacher's.
-enum Term { kKl, kCe, kCeTeacher, kTerms };
-
-template <class A>
-MHKD_HD A log2_of(A x) {
-#ifdef __CUDA_ARCH__
-  return std::log2(x);
-#else
-  return std::log(x) * A(kLog2E);  // the C library's log2 is slower: it shows with short rows
-#endif
-}
-
-// From the sums of a whole row to its terms and statistics; x_s and x_t are those of its label.
-// With p = 2^x_t / tau_t and q likewise, the bracket is sum p (log2 p - log2 q).
-template <class A, class To, class Out>
-MHKD_HD void finish_row(
-    const RowSums<A>& sums, A x_s, A x_t, A tau, bool marked, To* stats, Out* terms) {
+// From the sums of a whole row to what is kept; x_s and x_t are those of its label. With
+// p = 2^x_t / tau_t and q likewise, kl is sum p (log p - log q).
+template <class A, class To>
+MHKD_HD void finish_row(const RowSums<A>& sums, A x_s, A x_t, A tau, bool marked, To* stats) {
   const A ln2 = A(kLn2);
-  terms[kKl] = (sums.cross / sums.tau_t + log2_of(sums.tau_s / sums.tau_t)) * ln2 * tau * tau;
-  terms[kCe] = (log2_of(sums.one_s) - tau * x_s) * ln2;
-  terms[kCeTeacher] = marked ? (log2_of(sums.one_t) - tau * x_t) * ln2 : A(0);
-  stats[kMaxS] = To(sums.max_s);
-  stats[kMaxT] = To(sums.max_t);
-  stats[kInvTauS] = To(1 / sums.tau_s);
-  stats[kInvTauT] = To(1 / sums.tau_t);
-  stats[kInvOneS] = To(1 / sums.one_s);
-  stats[kInvOneT] = To(marked ? 1 / sums.one_t : A(0));
+  const A kl = sums.cross / sums.tau_t * ln2 + std::log(sums.tau_s / sums.tau_t);
+  const A ce = std::log(sums.one_s) - tau * x_s * ln2;
+  const A ce_teacher = marked ? std::log(sums.one_t) - tau * x_t * ln2 : A(0);
+  const A kept[kRowStats] = {sums.max_s, sums.max_t, 1 / sums.tau_s, 1 / sums.tau_t,
+      1 / sums.one_s, marked ? 1 / sums.one_t : A(0), kl * tau * tau, ce, ce_teacher};
+  for (int i = 0; i < kRowStats; ++i) stats[i] = static_cast<To>(kept[i]);
 }
 
-// What the terms of one head weigh in the loss, equations 1 and 2: the divergence, the student's
-// cross-entropy, the teacher's. Where one is 0 its term counts nothing, were it infinite or NaN.
-struct HeadWeights {
-  double kl, ce, ce_teacher;
+// -------------------------------------------------------------------------------------------------
+// Backward: the gradients of a row
+// -------------------------------------------------------------------------------------------------
 
-  MHKD_HD HeadWeights(double alpha, double head_weight, bool marked)
-      : kl(head_weight * alpha), ce(head_weight * (1 - alpha)), ce_teacher(marked) {}
-
-  MHKD_HD double loss(const double* terms) const {
-    return (kl != 0 ? kl * terms[kKl] : 0) + (ce != 0 ? ce * terms[kCe] : 0) +
-           (ce_teacher != 0 ? terms[kCeTeacher] : 0);
-  }
+// With e = 2^x of the side whose gradient it is and e_t of the teacher:
+//     tau * e - tau_t * e_t + one * e^tau,  minus label at the label
+template <class A>
+struct Coefficients {
+  A max, tau, tau_t, one, label;
 };
 
-// The gradient of one row of one side, the student's or the teacher's. With e = 2^x of this side
-// and e_t of the teacher:
-//     grad = tau * e - tau_t * e_t + one * e^tau,  minus label at the label
-template <class Z, class G, class A>  // Z, G: what the kernel needs to know of logits and gradients
+template <class Z>
 struct GradRow {
-  Z z;
-  G grad;
-  A max, tau, tau_t, one, label;
+  const Z* z;
+  Z* grad;
+  Coefficients<Arithmetic<Z>> c;
 };
 
 // What of it is there: the student's whole gradient, the teacher's too (they share exponentials),
 // or a cross-entropy alone, of either side, for which nothing of the other is read.
-enum Part { kStudent, kBoth, kAlone };
+enum Part { kStudent, kBoth, kAlone, kParts };
 
-// Calls run(row of this side, row of the teacher, a Part as a type) for the gradients of a row.
-// `incoming` is the gradient of the loss over the number of rows that count: it is in here so that
-// half types are rounded after it. The divergence is detached from the teacher.
-template <class Z, class G, class A, class Run>
-MHKD_HD void for_gradients(Z z_s, Z z_t, G grad_s, G grad_t, const HeadWeights& weights,
-    const A* stats, double incoming, double tau, const Run& run) {
-  const bool kl = weights.kl != 0, ce = weights.ce != 0;
-  const A of_kl = A(incoming * weights.kl * tau), of_ce = A(incoming * weights.ce);
-  const A of_teacher = A(incoming), zero = 0;
-  const GradRow<Z, G, A> s{z_s, grad_s, stats[kMaxS], of_kl * stats[kInvTauS],
-      of_kl * stats[kInvTauT], ce ? of_ce * stats[kInvOneS] : zero, ce ? of_ce : zero};
-  const GradRow<Z, G, A> t{
-      z_t, grad_t, stats[kMaxT], zero, zero, of_teacher * stats[kInvOneT], of_teacher};
+// Calls run(row of this side, row of the teacher, a Part as a type) for the gradients of a row, and
+// zero() for those that are 0 whatever the logits are. The divergence is detached from the teacher.
+// The gradient that comes in is in the coefficients: half types are rounded after it.
+template <class In, class Zero, class Run>
+MHKD_HD void for_gradients(
+    const Arguments& args, const Row<In>& row, const Zero& zero, const Run& run) {
+  using A = Arithmetic<In>;
+  const Head& head = row.head;
+  const bool kl = head.weights[kKl] != 0, ce = head.weights[kCe] != 0;
+  In *grad_s = static_cast<In*>(head.grad_s), *grad_t = static_cast<In*>(head.grad_t);
+  if (grad_s) grad_s += row.b * args.classes;
+  if (grad_t) grad_t += row.b * args.classes;
+  if (grad_s && !(row.counts && (kl || ce))) {
+    zero(grad_s);
+    grad_s = nullptr;
+  }
+  if (!row.counts) {
+    if (grad_t) zero(grad_t);
+    return;
+  }
+  const A* stats = row.stats;
+  const double counted = static_cast<const A*>(args.row_stats)[args.rows() * kRowStats];
+  const double incoming = *static_cast<const A*>(args.grad_loss) / counted;
+  const A of_kl = A(incoming * head.weights[kKl] * args.tau), of_teacher = A(incoming);
+  const A of_ce = ce ? A(incoming * head.weights[kCe]) : A(0);
+  const GradRow<In> s{row.s, grad_s,
+      {stats[kMaxS], of_kl * stats[kInvTauS], of_kl * stats[kInvTauT],
+          ce ? of_ce * stats[kInvOneS] : A(0), of_ce}};
+  const GradRow<In> t{
+      row.t, grad_t, {stats[kMaxT], 0, 0, of_teacher * stats[kInvOneT], of_teacher}};
   if (kl && grad_s && grad_t) return run(s, t, std::integral_constant<Part, kBoth>());
   if (kl && grad_s) run(s, t, std::integral_constant<Part, kStudent>());
   if (!kl && grad_s) run(s, s, std::integral_constant<Part, kAlone>());
   if (grad_t) run(t, t, std::integral_constant<Part, kAlone>());
 }
 
-// 2^(tau x) = (2^x)^tau: one exponential a logit serves both temperatures where tau is one of these
-// integers. Beyond, the power's rounding error (tau times that of its base) would cost more than
-// the exponential. 0: tau is no such integer.
-constexpr int kLargestPower = 5;
+// -------------------------------------------------------------------------------------------------
+// The operators, in mhkd_loss.cpp: all but the numbers themselves
+// -------------------------------------------------------------------------------------------------
 
-MHKD_HD int integer_power(double tau) {
-  return tau >= 1 && tau <= kLargestPower && tau == std::floor(tau) ? int(tau) : 0;
+struct Call {
+  TensorList student, teacher;
+  const Tensor& labels;
+  double tau, alpha;
+  Weights head_weights;
+  const Flags& teacher_ce;
+  int64_t ignore_index;
+};
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, terms, row_stats
+
+// How a device computes a call, forward or backward, whose logits are of this dtype.
+using Run = void(Arguments& args, at::ScalarType logits, bool backward);
+
+Outputs loss(const Call& call, Run* run);
+std::vector<Tensor> loss_backward(const Call& call, const Tensor& grad_loss,
+    const Tensor& row_stats, const Flags& needs_grad, Run* run);
+
+// Functions of a Call as the dispatcher calls them, argument by argument.
+template <auto function, auto... more>
+Outputs flat(TensorList student, TensorList teacher, const Tensor& labels, double tau,
+    double alpha, Weights head_weights, const Flags& teacher_ce, int64_t ignore_index) {
+  const Call call{student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index};
+  return function(call, more...);
 }
 
-// In place: as an argument or a result a vector register would be passed as the instruction set of
-// this header says.
-template <int kPower, class V>
-__attribute__((always_inline)) MHKD_HD void raise(V& x) {
-  static_assert(kPower >= 1 && kPower <= kLargestPower, "see integer_power");
-  const V base = x;
-  if constexpr (kPower == 2 || kPower >= 4) x *= x;
-  if constexpr (kPower == 3) x *= x * x;
-  if constexpr (kPower >= 4) x *= x;
-  if constexpr (kPower == 5) x *= base;
+template <auto function, auto... more>
+std::vector<Tensor> flat_backward(const Tensor& grad_loss, TensorList student, TensorList teacher,
+    const Tensor& labels, const Tensor& row_stats, double tau, double alpha, Weights head_weights,
+    const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
+  const Call call{student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index};
+  return function(call, grad_loss, row_stats, needs_grad, more...);
 }
-
-// ---- checks and shapes, in mhkd_loss.cpp ----
-
-// What the memory that the kernels touch depends on. mhkd.py has asked for more and said it better.
-void check_arguments(TensorList student, TensorList teacher, const Tensor& labels, double tau,
-    Weights head_weights, const Flags& teacher_ce);
-
-// float64 if any logits are, else float32: the dtype of the loss, the terms, the rows' statistics.
-at::ScalarType loss_dtype(TensorList student, TensorList teacher);
-
-// Rows may have any stride; within a row the classes have to be adjacent. Copies what is not
-// (transposed logits).
-std::vector<Tensor> adjacent_classes(TensorList logits);
 
 }  // namespace MHKD_LIBRARY

@@ -61,7 +61,7 @@ MHKD_INLINE void store(T* to, typename Simd<T>::V v) {
 // over. The lanes that they have had, or that lie before the row, are -inf: masked classes, which
 // add nothing to any sum.
 template <class T>
-MHKD_INLINE typename Simd<T>::V load_rest(const T* from, int64_t n, int rest) {
+MHKD_INLINE typename Simd<T>::V load_rest(const T* from, int n, int rest) {
   using S = Simd<T>;
   constexpr T kMasked = -std::numeric_limits<T>::infinity();
   if (n >= S::kWidth) {
@@ -90,6 +90,26 @@ MHKD_INLINE typename Simd<T>::V larger(typename Simd<T>::V x, typename Simd<T>::
   return x > y ? x : y;
 }
 
+template <class T>
+MHKD_INLINE T largest(const T* z, int n, T so_far) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::kWidth;
+  V a = V{} + so_far, b = a, c = a, d = a;  // four chains hide the latency of the comparison
+  int i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    a = larger<T>(load(z + i), a);
+    b = larger<T>(load(z + i + W), b);
+    c = larger<T>(load(z + i + 2 * W), c);
+    d = larger<T>(load(z + i + 3 * W), d);
+  }
+  for (; i + W <= n; i += W) a = larger<T>(load(z + i), a);
+  if (i < n) b = larger<T>(load_rest(z, n, n - i), b);
+  a = larger<T>(larger<T>(a, b), larger<T>(c, d));
+  T found = a[0];
+  for (int j = 1; j < W; ++j) found = a[j] > found ? a[j] : found;
+  return found;
+}
+
 // e = 2^(d * scale) for d <= 0, kCount registers side by side, as each is a chain of dependent
 // steps. What limits it is the number of instructions: d * scale is contracted into the two steps
 // that use it, and Estrin's scheme, which has a shorter chain but one more product, is slower. The
@@ -102,9 +122,8 @@ MHKD_INLINE void exp2_scaled(const typename Simd<T>::V* d, T scale, typename Sim
   V shifted[kCount], f[kCount];
   for (int j = 0; j < kCount; ++j) {
     const V x = lowest > d[j] ? lowest : d[j];
-    shifted[j] =
-        x * scale +
-        S::kRound;  // its low bits hold the whole part of x * scale, plus the bias of an exponent
+    // Its low bits hold the whole part of x * scale, plus the bias of an exponent.
+    shifted[j] = x * scale + S::kRound;
     f[j] = x * scale - (shifted[j] - S::kRound);
   }
   for (int j = 0; j < kCount; ++j)
@@ -118,59 +137,35 @@ MHKD_INLINE void exp2_scaled(const typename Simd<T>::V* d, T scale, typename Sim
   }
 }
 
-template <class T>
-MHKD_INLINE double sum_lanes(typename Simd<T>::V v) {
-  constexpr int W = Simd<T>::kWidth, kParts = W < 4 ? W : 4;
-  T lanes[W];
-  store(lanes, v);
-  double parts[kParts] = {};
-  for (int i = 0; i < W; i += kParts) {
-    for (int j = 0; j < kParts; ++j) parts[j] += double(lanes[i + j]);
-  }
-  for (int j = 1; j < kParts; ++j) parts[0] += parts[j];
-  return parts[0];
-}
-
-template <class T>
-MHKD_INLINE T largest_lane(typename Simd<T>::V v) {
-  T largest = v[0];
-  for (int i = 1; i < Simd<T>::kWidth; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
-}
-
-template <class T>
-MHKD_INLINE T largest(const T* z, int64_t n, T so_far) {
-  using V = typename Simd<T>::V;
-  constexpr int W = Simd<T>::kWidth;
-  V a = V{} + so_far, b = a, c = a, d = a;  // four chains hide the latency of the comparison
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    a = larger<T>(load(z + i), a);
-    b = larger<T>(load(z + i + W), b);
-    c = larger<T>(load(z + i + 2 * W), c);
-    d = larger<T>(load(z + i + 3 * W), d);
-  }
-  for (; i + W <= n; i += W) a = larger<T>(load(z + i), a);
-  if (i < n) b = larger<T>(load_rest(z, n, int(n - i)), b);
-  return largest_lane<T>(larger<T>(larger<T>(a, b), larger<T>(c, d)));
-}
-
 // exp(d) of kCount registers, from their exp(d / tau) or anew.
-template <class T, int kPower, int kCount>
+template <class T, int kSquarings, int kCount>
 MHKD_INLINE void at_one(
     const typename Simd<T>::V* d, const typename Simd<T>::V* at_tau, typename Simd<T>::V* e) {
-  if constexpr (kPower == 0) {
-    exp2_scaled<T, kCount>(d, T(kLog2E), e);
-  } else {
-    for (int j = 0; j < kCount; ++j) {
-      e[j] = at_tau[j];
-      raise<kPower>(e[j]);
-    }
+  if constexpr (kSquarings == kNoSquarings) return exp2_scaled<T, kCount>(d, T(kLog2E), e);
+  for (int j = 0; j < kCount; ++j) {
+    e[j] = at_tau[j];
+    for (int k = 0; k < kSquarings; ++k) e[j] *= e[j];
   }
 }
 
+// A block of a row for the arithmetic: half types are converted into the buffer, where their
+// gradients are computed, too. Here, so that it is compiled for each instruction set.
+template <class In, class T>
+MHKD_INLINE const T* converted(const In* z, int n, T* buffer) {
+  if constexpr (std::is_same_v<In, T>) return z;
+  for (int i = 0; i < n; ++i) buffer[i] = static_cast<T>(z[i]);
+  return buffer;
+}
+
+template <class In>
+constexpr int kBuffer = std::is_same_v<In, Arithmetic<In>> ? 1 : kBlock;
+
+// -------------------------------------------------------------------------------------------------
+// Forward
+// -------------------------------------------------------------------------------------------------
+
 // The sums over some registers of classes, one for each lane.
-template <class T, int kPower, bool kMarked>
+template <class T, int kSquarings, bool kMarked>
 struct LaneSums {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
@@ -180,7 +175,7 @@ struct LaneSums {
     const V d[] = {d_s, d_t};
     V e[2], e_one[2];
     exp2_scaled<T, 2>(d, scale, e);
-    at_one<T, kPower, kMarked ? 2 : 1>(d, e, e_one);
+    at_one<T, kSquarings, kMarked ? 2 : 1>(d, e, e_one);
     tau_s += e[0];
     one_s += e_one[0];
     tau_t += e[1];
@@ -198,6 +193,17 @@ struct LaneSums {
   }
 };
 
+template <class T>
+MHKD_INLINE double sum_lanes(typename Simd<T>::V v) {
+  constexpr int W = Simd<T>::kWidth, kParts = W < 4 ? W : 4;
+  double parts[kParts] = {};
+  for (int i = 0; i < W; i += kParts) {
+    for (int j = 0; j < kParts; ++j) parts[j] += double(v[i + j]);
+  }
+  for (int j = 1; j < kParts; ++j) parts[0] += parts[j];
+  return parts[0];
+}
+
 // Asks for the next block of a row while a run of the current one is computed: the search for the
 // next block's largest logit would wait for memory with nothing else to do. Behind the last row
 // this asks for nothing real: harmless.
@@ -210,18 +216,17 @@ MHKD_INLINE void prefetch_run(const T* run) {
 
 // Adds n classes to the sums of their row, whose maxima are already no smaller than these logits. A
 // lane adds up a run of kRun registers, then the runs: long chains of float32 additions round more.
-template <class T, int kPower, bool kMarked>
-void add_classes(const T* s, const T* t, int64_t n, double tau, RowSums<double>& sums) {
+template <class T, int kSquarings, bool kMarked>
+void add_classes(const T* s, const T* t, int n, double tau, RowSums<double>& sums) {
   constexpr int W = Simd<T>::kWidth;
   const T max_s = T(sums.max_s), max_t = T(sums.max_t), scale_z = T(scale(tau));
-  const int rest = int(n % W);
-  const int64_t whole = n - rest;
-  LaneSums<T, kPower, kMarked> lanes;
-  for (int64_t i = 0; i < whole;) {
-    const int64_t end = std::min(whole, i + kRun * W);
+  const int rest = n % W, whole = n - rest;
+  LaneSums<T, kSquarings, kMarked> lanes;
+  for (int i = 0; i < whole;) {
+    const int end = std::min(whole, i + kRun * W);
     prefetch_run(s + i);
     prefetch_run(t + i);
-    LaneSums<T, kPower, kMarked> run;
+    LaneSums<T, kSquarings, kMarked> run;
     for (; i < end; i += W) run.add(load(s + i) - max_s, load(t + i) - max_t, scale_z);
     lanes.add(run);
   }
@@ -233,153 +238,106 @@ void add_classes(const T* s, const T* t, int64_t n, double tau, RowSums<double>&
   sums.cross += sum_lanes<T>(lanes.cross);
 }
 
-// The gradients of one register of classes.
-template <class T, int kPower, Part kPart, class Grad>
-MHKD_INLINE void grad_register(const Grad& s, const Grad& t, const typename Simd<T>::V* d, T scale,
-    typename Simd<T>::V* grad) {
-  using V = typename Simd<T>::V;
-  V e[2], e_one[2];
-  exp2_scaled<T, kPart == kAlone ? 1 : 2>(d, scale, e);
-  at_one<T, kPower, kPart == kBoth ? 2 : 1>(d, e, e_one);
-  grad[0] = e_one[0] * s.one;
-  if constexpr (kPart != kAlone) grad[0] += e[0] * s.tau - e[1] * s.tau_t;
-  if constexpr (kPart == kBoth) grad[1] = e_one[1] * t.one;
-}
-
-// n gradients of a row; they may be where the logits are.
-template <class T, int kPower, Part kPart, class Grad>
-void grad_classes(const T* z_s, const T* z_t, int64_t n, double tau, const Grad& of_s,
-    const Grad& of_t, T* grad_s, T* grad_t) {
-  using V = typename Simd<T>::V;
-  constexpr int W = Simd<T>::kWidth;
-  const Grad s = of_s, t = of_t;  // copies of its own: what is written cannot change them
-  const T scale_z = T(scale(tau));
-  const int rest = int(n % W);
-  // The last register overlaps the one before it. It is read first, as the gradients may overwrite
-  // the logits.
-  V last[2], d[2], grad[2];
-  if (rest != 0) {
-    last[0] = load_rest(z_s, n, rest) - s.max;
-    if constexpr (kPart != kAlone) last[1] = load_rest(z_t, n, rest) - t.max;
-  }
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    d[0] = load(z_s + i) - s.max;
-    if constexpr (kPart != kAlone) d[1] = load(z_t + i) - t.max;
-    grad_register<T, kPower, kPart>(s, t, d, scale_z, grad);
-    store(grad_s + i, grad[0]);
-    if constexpr (kPart == kBoth) store(grad_t + i, grad[1]);
-  }
-  if (rest == 0) return;
-  grad_register<T, kPower, kPart>(s, t, last, scale_z, grad);
-  store_rest<T>(grad_s + i, grad[0], rest);
-  if constexpr (kPart == kBoth) store_rest<T>(grad_t + i, grad[1], rest);
-}
-
-// A block of a row as T: where it lies if it is T already, else converted into the buffer.
-template <class T>
-const T* as_arithmetic(const Row& row, int64_t start, int64_t n, T* buffer) {
-  const auto convert = [&](auto* z) -> const T* {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(z[start + i]);
-    return buffer;
-  };
-  if (row.dtype == c10::CppTypeToScalarType<T>::value)
-    return static_cast<const T*>(row.data) + start;
-  switch (row.dtype) {
-    case at::kDouble: return convert(static_cast<const double*>(row.data));
-    case at::kFloat: return convert(static_cast<const float*>(row.data));
-    case at::kHalf: return convert(static_cast<const c10::Half*>(row.data));
-    default: return convert(static_cast<const c10::BFloat16*>(row.data));
-  }
-}
-
-// Where a block of gradients is computed: in place if the gradient's dtype is T, else in the
-// buffer.
-template <class T>
-T* gradient_block(const Row& row, int64_t start, T* buffer) {
-  return row.dtype == c10::CppTypeToScalarType<T>::value ? static_cast<T*>(row.data) + start
-                                                         : buffer;
-}
-
-template <class T>
-void write_gradient(const Row& row, int64_t start, int64_t n, const T* block) {
-  const auto convert = [&](auto* grad) {
-    using To = std::remove_reference_t<decltype(*grad)>;
-    for (int64_t i = 0; i < n; ++i) grad[start + i] = static_cast<To>(block[i]);
-  };
-  if (row.dtype == c10::CppTypeToScalarType<T>::value) return;
-  switch (row.dtype) {
-    case at::kDouble: return convert(static_cast<double*>(row.data));
-    case at::kFloat: return convert(static_cast<float*>(row.data));
-    case at::kHalf: return convert(static_cast<c10::Half*>(row.data));
-    default: return convert(static_cast<c10::BFloat16*>(row.data));
-  }
-}
-
-template <class T, int kPower>
-RowSums<double> sum_row(const Row& s, const Row& t, int64_t classes, double tau, bool marked) {
-  T buffer_s[kBlock], buffer_t[kBlock];
+template <class In, int kSquarings, bool kMarked>
+RowSums<double> sum_row(const In* s, const In* t, int classes, double tau) {
+  using T = Arithmetic<In>;
+  alignas(MHKD_VECTOR_BYTES) T buffer_s[kBuffer<In>], buffer_t[kBuffer<In>];
   constexpr double lowest = std::numeric_limits<T>::lowest();
   RowSums<double> sums{lowest, lowest};
-  for (int64_t start = 0; start < classes; start += kBlock) {
-    const int64_t n = std::min(kBlock, classes - start);
-    const T* block_s = as_arithmetic(s, start, n, buffer_s);
-    const T* block_t = as_arithmetic(t, start, n, buffer_t);
+  for (int start = 0; start < classes; start += kBlock) {
+    const int n = std::min(kBlock, classes - start);
+    const T* block_s = converted(s + start, n, buffer_s);
+    const T* block_t = converted(t + start, n, buffer_t);
     const T max_s = largest(block_s, n, T(sums.max_s)), max_t = largest(block_t, n, T(sums.max_t));
     if (start == 0) {
       sums = {max_s, max_t};  // nothing to rescale: most rows are one block and save the work
     } else if (max_s > sums.max_s || max_t > sums.max_t) {
       rebase<double>(sums, max_s, max_t, tau, scale(tau));
     }
-    (marked ? add_classes<T, kPower, true> : add_classes<T, kPower, false>)(block_s, block_t, n,
-        tau, sums);
+    add_classes<T, kSquarings, kMarked>(block_s, block_t, n, tau, sums);
   }
   return sums;
 }
 
-template <class T, int kPower, Part kPart>
-void grad_row(const GradRow<Row, Row, T>& s, const GradRow<Row, Row, T>& t, int64_t classes,
-    double tau, int64_t label) {
-  T buffer_s[kBlock], buffer_t[kBlock];
-  for (int64_t start = 0; start < classes; start += kBlock) {
-    const int64_t n = std::min(kBlock, classes - start);
-    const T* z_s = as_arithmetic(s.z, start, n, buffer_s);
-    const T* z_t = kPart == kAlone ? nullptr : as_arithmetic(t.z, start, n, buffer_t);
-    T* grad_s = gradient_block(s.grad, start, buffer_s);
-    T* grad_t = kPart == kBoth ? gradient_block(t.grad, start, buffer_t) : nullptr;
-    grad_classes<T, kPower, kPart>(z_s, z_t, n, tau, s, t, grad_s, grad_t);
-    const bool here = label >= start && label < start + n;
-    if (here) grad_s[label - start] -= s.label;
-    write_gradient(s.grad, start, n, grad_s);
-    if constexpr (kPart == kBoth) {
-      if (here) grad_t[label - start] -= t.label;
-      write_gradient(t.grad, start, n, grad_t);
-    }
+// -------------------------------------------------------------------------------------------------
+// Backward
+// -------------------------------------------------------------------------------------------------
+
+// The gradients of n classes, the label's counted from the first of them.
+template <class T, int kSquarings, Part kPart>
+void grad_block(GradRow<T> s, GradRow<T> t, int n, double tau, int64_t label) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::kWidth;
+  const T scale_z = T(scale(tau));
+  V grad[2];
+  const auto compute = [&](V z_s, V z_t) __attribute__((always_inline)) {
+    const V d[] = {z_s - s.c.max, z_t - t.c.max};
+    V e[2], e_one[2];
+    exp2_scaled<T, kPart == kAlone ? 1 : 2>(d, scale_z, e);
+    at_one<T, kSquarings, kPart == kBoth ? 2 : 1>(d, e, e_one);
+    grad[0] = e_one[0] * s.c.one;
+    if constexpr (kPart != kAlone) grad[0] += e[0] * s.c.tau - e[1] * s.c.tau_t;
+    if constexpr (kPart == kBoth) grad[1] = e_one[1] * t.c.one;
+  };
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    compute(load(s.z + i), load(t.z + i));
+    store(s.grad + i, grad[0]);
+    if constexpr (kPart == kBoth) store(t.grad + i, grad[1]);
+  }
+  if (const int rest = n - i) {
+    compute(load_rest(s.z, n, rest), load_rest(t.z, n, rest));
+    store_rest<T>(s.grad + i, grad[0], rest);
+    if constexpr (kPart == kBoth) store_rest<T>(t.grad + i, grad[1], rest);
+  }
+  if (label < 0 || label >= n) return;
+  s.grad[label] -= s.c.label;
+  if constexpr (kPart == kBoth) t.grad[label] -= t.c.label;
+}
+
+template <class In, class T>
+MHKD_INLINE GradRow<T> block_of(const GradRow<In>& row, int start, int n, T* buffer) {
+  T* grad = buffer;
+  if constexpr (std::is_same_v<In, T>) grad = row.grad + start;
+  return {converted(row.z + start, n, buffer), grad, row.c};
+}
+
+template <class In, int kSquarings, Part kPart>
+void grad_row(const GradRow<In>& s, const GradRow<In>& t, int classes, double tau, int64_t label) {
+  using T = Arithmetic<In>;
+  alignas(MHKD_VECTOR_BYTES) T buffer_s[kBuffer<In>], buffer_t[kBuffer<In>];
+  for (int start = 0; start < classes; start += kBlock) {
+    const int n = std::min(kBlock, classes - start);
+    const GradRow<T> block_s = block_of(s, start, n, buffer_s);
+    const GradRow<T> block_t = kPart == kAlone ? block_s : block_of(t, start, n, buffer_t);
+    grad_block<T, kSquarings, kPart>(block_s, block_t, n, tau, label - start);
+    if constexpr (std::is_same_v<In, T>) continue;
+    for (int i = 0; i < n; ++i) s.grad[start + i] = static_cast<In>(buffer_s[i]);
+    for (int i = 0; kPart == kBoth && i < n; ++i) t.grad[start + i] = static_cast<In>(buffer_t[i]);
   }
 }
 
-template <class T, int kPower>
-void backward_row(const Row& s, const Row& t, int64_t classes, double tau, int64_t label,
-    const void* stats, const HeadWeights& weights, double incoming, const Row& grad_s,
-    const Row& grad_t) {
-  const auto run = [&](const auto& side, const auto& teacher, auto part) {
-    grad_row<T, kPower, part.value>(side, teacher, classes, tau, label);
-  };
-  for_gradients(s, t, grad_s, grad_t, weights, static_cast<const T*>(stats), incoming, tau, run);
-}
+template <class In, int kSquarings>
+constexpr RowKernels<In> kKernels{{sum_row<In, kSquarings, false>, sum_row<In, kSquarings, true>},
+    {grad_row<In, kSquarings, kStudent>, grad_row<In, kSquarings, kBoth>,
+        grad_row<In, kSquarings, kAlone>}};
 
 // Which instance computes the rows. float64 is for checks: it takes every exponential itself.
-inline RowKernels row_kernels(bool float64, double tau) {
-  if (float64) return {sum_row<double, 0>, backward_row<double, 0>};
-  switch (integer_power(tau)) {
-    case 1: return {sum_row<float, 1>, backward_row<float, 1>};
-    case 2: return {sum_row<float, 2>, backward_row<float, 2>};
-    case 3: return {sum_row<float, 3>, backward_row<float, 3>};
-    case 4: return {sum_row<float, 4>, backward_row<float, 4>};
-    case 5: return {sum_row<float, 5>, backward_row<float, 5>};
-    default: return {sum_row<float, 0>, backward_row<float, 0>};
+template <class In>
+RowKernels<In> row_kernels(double tau) {
+  if constexpr (!std::is_same_v<In, double>) {
+    switch (squarings(tau)) {
+      case 0: return kKernels<In, 0>;
+      case 1: return kKernels<In, 1>;
+      case 2: return kKernels<In, 2>;
+    }
   }
+  return kKernels<In, kNoSquarings>;
 }
 
 }  // namespace MHKD_ISA
 }  // namespace MHKD_LIBRARY
+
+#undef MHKD_INLINE
+#undef MHKD_ISA
+#undef MHKD_VECTOR_BYTES

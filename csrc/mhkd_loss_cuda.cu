@@ -46,11 +46,9 @@
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <type_traits>
 
 #ifdef __CUDACC__
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -94,72 +92,19 @@ constexpr int kLoadBytes = 16;  // the widest load of a thread
 // whose factor underflows (2^-126) loses nothing beside the sums of 1 and more that it is added to.
 constexpr double kLargeSum = 18446744073709551616.;  // 2^64: a logit 44 above the shift, at tau 1
 
-struct Head {
-  const void *s, *t;           // [B, K] logits
-  void *grad_s, *grad_t;       // [B, K] contiguous, or null
-  int64_t stride_s, stride_t;  // of the rows, in elements
-  double weight;
-  bool marked;
-};
-
-struct Arguments {
-  Head heads[kMaxHeads];
-  const int64_t* labels;
-  int64_t label_stride, ignore_index, batch;
-  int classes, head_count;
-  double tau, alpha;
-  void* row_stats;     // [H * B, kRowStats], then the count of rows; as all below float or double
-  void* row_terms;     // [H * B, kTerms], forward only
-  unsigned* finished;  // blocks that have finished, forward only
-  void *loss, *terms;  // outputs of the forward
-  const void* grad_loss;  // input of the backward
-};
-static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
-
-template <class In>
-using Arithmetic = std::conditional_t<std::is_same_v<In, double>, double, float>;
-
 // -------------------------------------------------------------------------------------------------
 // Loads and stores
 // -------------------------------------------------------------------------------------------------
+
+// Those that share a row: of a warp, of a block, of several blocks.
+struct Threads {
+  int mine, count;
+};
 
 template <class In>
 struct alignas(kLoadBytes) Pack {
   static constexpr int kSize = kLoadBytes / sizeof(In);
   In values[kSize];
-};
-
-// How a row is cut: `before` classes one by one, `count` packs of 16 aligned bytes, the rest one by
-// one. Rows of odd length start at any address; packs are possible where all pointers reach an
-// aligned address at the same class. Null pointers agree with all.
-template <class In>
-struct Cut {
-  int classes, before, count;
-
-  __device__ Cut(
-      int classes, const In* a, const In* b, const In* c = nullptr, const In* d = nullptr)
-      : classes(classes), before(classes), count(0) {
-    if constexpr (std::is_same_v<In, double>) return;  // bound by its arithmetic, not by its loads
-    const In* pointers[] = {a, b, c, d};
-    const auto offset = [](const In* z) {
-      return int(reinterpret_cast<uintptr_t>(z) % kLoadBytes);
-    };
-    for (const In* z : pointers) {
-      if (z != nullptr && offset(z) != offset(a)) return;
-    }
-    const int first = (kLoadBytes - offset(a)) % kLoadBytes / int(sizeof(In));
-    if (first >= classes) return;
-    before = first;
-    count = (classes - first) / Pack<In>::kSize;
-  }
-
-  __device__ int rest() const { return before + count * Pack<In>::kSize; }
-
-  // The thread, of those that share the row, that reads class i.
-  __device__ int owner(int i, int threads) const {
-    if (i < before) return i % threads;
-    return i < rest() ? (i - before) / Pack<In>::kSize % threads : (i - rest()) % threads;
-  }
 };
 
 // kLast: it is the last time that these logits are read, they are the first to leave the cache.
@@ -178,6 +123,66 @@ __device__ void store_pack(In* packs, int i, const A* values) {
   reinterpret_cast<Pack<In>*>(packs)[i] = out;
 }
 
+// A row of both sides, handed out to the threads that share it: packs of 16 aligned bytes, and one
+// by one the classes before and behind them. Rows of odd length start at any address; packs are
+// possible where all pointers reach an aligned address at the same class. Null pointers agree with
+// all. A thread's next packs are on their way, from the constructor on, while the last are worked
+// on.
+template <bool kLast, class In>
+struct Packs {
+  static constexpr int kSize = Pack<In>::kSize;
+  const In *s, *t;
+  Threads threads;
+  int classes, begin, count = 0;  // classes before the first pack, packs
+  Pack<In> next_s, next_t;
+
+  __device__ Packs(const In* s, const In* t, const In* grad_s, const In* grad_t, int classes,
+      Threads threads)
+      : s(s), t(t), threads(threads), classes(classes), begin(classes) {
+    if constexpr (std::is_same_v<In, double>) return;  // bound by its arithmetic, not by its loads
+    const auto offset = [](const In* z) {
+      return int(reinterpret_cast<uintptr_t>(z) % kLoadBytes);
+    };
+    const In* others[] = {t, grad_s, grad_t};
+    for (const In* z : others) {
+      if (z != nullptr && offset(z) != offset(s)) return;
+    }
+    const int first = (kLoadBytes - offset(s)) % kLoadBytes / int(sizeof(In));
+    if (first >= classes) return;
+    begin = first;
+    count = (classes - first) / kSize;
+    load(threads.mine);
+  }
+
+  __device__ void load(int pack) {
+    if (pack >= count) return;
+    next_s = load_pack<kLast>(s + begin, pack);
+    next_t = load_pack<kLast>(t + begin, pack);
+  }
+
+  // Calls on_pack(its number, of s, of t) and on_class(class) for all that is this thread's.
+  template <class OnPack, class OnClass>
+  __device__ void for_each(const OnPack& on_pack, const OnClass& on_class) {
+    for (int pack = threads.mine; pack < count; pack += threads.count) {
+      const Pack<In> now_s = next_s, now_t = next_t;
+      load(pack + threads.count);
+      on_pack(pack, now_s, now_t);
+    }
+    const int packed = count * kSize;
+#pragma unroll 1  // it is short, or slow anyway: registers count more
+    for (int i = threads.mine; i < classes - packed; i += threads.count) {
+      on_class(i < begin ? i : i + packed);
+    }
+  }
+
+  // Whether class i is this thread's.
+  __device__ bool owns(int i) const {
+    const int at = i - begin, packed = count * kSize;
+    const int nth = at < 0 ? i : at < packed ? at / kSize : i - packed;
+    return nth % threads.count == threads.mine;
+  }
+};
+
 // -------------------------------------------------------------------------------------------------
 // Arithmetic of a thread, of a warp, of a block
 // -------------------------------------------------------------------------------------------------
@@ -193,23 +198,13 @@ __device__ float fast_exp2(float x) {
 #endif
 }
 
-// 2^(tau x), from 2^x where tau is kPower.
-template <int kPower, class A>
+// 2^(tau x), from 2^x where squarings lead there.
+template <int kSquarings, class A>
 __device__ A at_one(A x, A exp2_x, A tau) {
-  if constexpr (kPower == 0) return fast_exp2(x * tau);
-  if constexpr (kPower != 0) raise<kPower>(exp2_x);
+  if constexpr (kSquarings == kNoSquarings) return fast_exp2(x * tau);
+#pragma unroll
+  for (int i = 0; i < kSquarings; ++i) exp2_x *= exp2_x;
   return exp2_x;
-}
-
-template <int kPower, bool kMarked, class A>
-__device__ void add_class(A s, A t, A scale, A tau, RowSums<A>& sums) {
-  const A x_s = std::fma(s, scale, -sums.max_s), x_t = std::fma(t, scale, -sums.max_t);
-  const A e_s = fast_exp2(x_s), e_t = fast_exp2(x_t);
-  sums.tau_s += e_s;
-  sums.tau_t += e_t;
-  sums.cross += e_t * (x_t - x_s);
-  sums.one_s += at_one<kPower>(x_s, e_s, tau);
-  if constexpr (kMarked) sums.one_t += at_one<kPower>(x_t, e_t, tau);
 }
 
 template <class A>
@@ -259,59 +254,39 @@ __device__ bool group_all(bool condition) {
   return __all_sync(kAllLanes, condition);
 }
 
-// Thread 0 ends with the sum over the block. All threads of the block have to come here.
-template <int kBlock>
-__device__ double block_sum(double x) {
-  __shared__ double of_warp[kBlock / kWarp];
-  x = warp_sum(x);
-  __syncthreads();  // the previous call may still be reading
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  double sum = 0;
-  if (threadIdx.x == 0) {
-    for (int warp = 0; warp < kBlock / kWarp; ++warp) sum += of_warp[warp];
-  }
-  return sum;
-}
-
 // -------------------------------------------------------------------------------------------------
 // Forward
 // -------------------------------------------------------------------------------------------------
 
+template <int kSquarings, bool kMarked, class A>
+__device__ void add_class(A s, A t, A scale, A tau, RowSums<A>& sums) {
+  const A x_s = std::fma(s, scale, -sums.max_s), x_t = std::fma(t, scale, -sums.max_t);
+  const A e_s = fast_exp2(x_s), e_t = fast_exp2(x_t);
+  sums.tau_s += e_s;
+  sums.tau_t += e_t;
+  sums.cross += e_t * (x_t - x_s);
+  sums.one_s += at_one<kSquarings>(x_s, e_s, tau);
+  if constexpr (kMarked) sums.one_t += at_one<kSquarings>(x_t, e_t, tau);
+}
+
 // A thread's share of the sums of a row, without a guard: the shift is the largest of 32 logits and
 // is never corrected, and -inf - -inf gives NaN. good() tells whether that has gone well.
-template <class In, int kPower, int kGroup, bool kMarked, class A = Arithmetic<In>>
+template <class In, int kSquarings, int kGroup, bool kMarked, class A = Arithmetic<In>>
 __device__ RowSums<A> fast_sums(const In* s, const In* t, int classes, A scale, A tau) {
   constexpr A lowest = std::numeric_limits<A>::lowest();
   const int thread = threadIdx.x % kGroup;
-  const Cut<In> cut(classes, s, t);
-  const In *packs_s = s + cut.before, *packs_t = t + cut.before;
-  Pack<In> next_s, next_t;  // on their way while the current ones are worked on
-  const auto load = [&](int pack) {
-    if (pack >= cut.count) return;
-    next_s = load_pack<false>(packs_s, pack);
-    next_t = load_pack<false>(packs_t, pack);
-  };
-  load(thread);
+  Packs<false, In> packs(s, t, nullptr, nullptr, classes, {thread, kGroup});
   const int sample = thread < classes ? thread : classes - 1;
   RowSums<A> sums{warp_max(std::fmax(A(s[sample]) * scale, lowest)),
       warp_max(std::fmax(A(t[sample]) * scale, lowest))};
-  for (int pack = thread; pack < cut.count; pack += kGroup) {
-    const Pack<In> now_s = next_s, now_t = next_t;
-    load(pack + kGroup);
-#pragma unroll
-    for (int j = 0; j < Pack<In>::kSize; ++j) {
-      add_class<kPower, kMarked>(A(now_s.values[j]), A(now_t.values[j]), scale, tau, sums);
-    }
-  }
-  const auto add_range = [&](int begin, int end) {
-#pragma unroll 1  // it is short, or slow anyway: registers count more
-    for (int i = begin + thread; i < end; i += kGroup) {
-      add_class<kPower, kMarked>(A(s[i]), A(t[i]), scale, tau, sums);
-    }
+  const auto add = [&](In z_s, In z_t) {
+    add_class<kSquarings, kMarked>(A(z_s), A(z_t), scale, tau, sums);
   };
-  add_range(0, cut.before);
-  add_range(cut.rest(), classes);
+  const auto add_pack = [&](int, const Pack<In>& of_s, const Pack<In>& of_t) {
+#pragma unroll
+    for (int j = 0; j < Pack<In>::kSize; ++j) add(of_s.values[j], of_t.values[j]);
+  };
+  packs.for_each(add_pack, [&](int i) { add(s[i], t[i]); });
   return sums;
 }
 
@@ -341,73 +316,64 @@ __device__ RowSums<A> guarded_sums(const In* s, const In* t, int classes, A scal
   return sums;
 }
 
-// The last block: means over the rows that count, and the loss. Other blocks wrote the rows' terms:
-// __ldcg does not take them from this multiprocessor's cache.
+// The last block: means over the rows that count, and the loss. A warp adds up one term of one
+// head, or the number of rows that count. Other blocks wrote the rows' terms: __ldcg does not take
+// them from this multiprocessor's cache.
 template <class A, int kBlock>
 __device__ void reduce_rows(const Arguments& args) {
-  const A* row_terms = static_cast<const A*>(args.row_terms);
-  double counted = 0;
+  __shared__ double sums[kMaxHeads * kTerms + 1];
+  A* stats = static_cast<A*>(args.row_stats);
+  const int count = args.head_count * kTerms;
+  for (int i = threadIdx.x / kWarp; i <= count; i += kBlock / kWarp) {
+    const A* terms = stats + i / kTerms * args.batch * kRowStats + kRowTerms + i % kTerms;
+    double sum = 0;
 #pragma unroll 8
-  for (int64_t b = threadIdx.x; b < args.batch; b += kBlock) {
-    counted += args.labels[b * args.label_stride] != args.ignore_index;
+    for (int64_t b = threadIdx.x % kWarp; b < args.batch; b += kWarp) {
+      sum += i < count ? double(__ldcg(terms + b * kRowStats))
+                       : double(args.labels[b * args.label_stride] != args.ignore_index);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) sums[i] = sum;
   }
-  counted = block_sum<kBlock>(counted);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
   double loss = 0;
   for (int h = 0; h < args.head_count; ++h) {
-    double sums[kTerms] = {0, 0, 0};
-    const A* of_head = row_terms + h * args.batch * kTerms;
-#pragma unroll 8
-    for (int64_t b = threadIdx.x; b < args.batch; b += kBlock) {
-      for (int i = 0; i < kTerms; ++i) sums[i] += __ldcg(of_head + b * kTerms + i);
-    }
-    for (int i = 0; i < kTerms; ++i) sums[i] = block_sum<kBlock>(sums[i]);
-    if (threadIdx.x == 0) {
-      const bool marked = args.heads[h].marked;
-      for (int i = 0; i < kTerms; ++i) {
-        sums[i] = i == kCeTeacher && !marked ? 0 : sums[i] / counted;  // no row: 0 / 0 is NaN
-        static_cast<A*>(args.terms)[h * kTerms + i] = static_cast<A>(sums[i]);
-      }
-      loss += HeadWeights(args.alpha, args.heads[h].weight, marked).loss(sums);
-    }
+    A* terms = static_cast<A*>(args.terms) + h * kTerms;
+    loss += args.heads[h].finish(sums + h * kTerms, sums[count], terms);
   }
-  if (threadIdx.x == 0) {
-    *static_cast<A*>(args.loss) = static_cast<A>(loss);
-    A* stats = static_cast<A*>(args.row_stats);
-    stats[args.head_count * args.batch * kRowStats] = static_cast<A>(counted);
-  }
+  *static_cast<A*>(args.loss) = static_cast<A>(loss);
+  stats[args.rows() * kRowStats] = static_cast<A>(sums[count]);
 }
 
-template <class In, int kPower, int kGroup>
+template <class In, int kSquarings, int kGroup>
 __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
     forward_kernel(const Arguments args) {
   using A = Arithmetic<In>;
   constexpr int kBlock = kBlockOf<kGroup>;
-  const int64_t row = int64_t(blockIdx.x) * (kBlock / kGroup) + threadIdx.x / kGroup;
-  if (row < args.head_count * args.batch) {  // all threads of a group: their barriers are safe
-    const Head& head = args.heads[row / args.batch];
-    const int64_t b = row % args.batch, label = args.labels[b * args.label_stride];
-    A* stats = static_cast<A*>(args.row_stats) + row * kRowStats;
-    A* terms = static_cast<A*>(args.row_terms) + row * kTerms;
-    if (label != args.ignore_index) {
-      MHKD_ASSERT_LABEL(label, args.classes);
-      const In* s = static_cast<const In*>(head.s) + b * head.stride_s;
-      const In* t = static_cast<const In*>(head.t) + b * head.stride_t;
-      const A tau = A(args.tau), scale_z = A(scale(args.tau));
-      RowSums<A> sums =
-          head.marked ? fast_sums<In, kPower, kGroup, true>(s, t, args.classes, scale_z, tau)
-                      : fast_sums<In, kPower, kGroup, false>(s, t, args.classes, scale_z, tau);
+  const int64_t i = int64_t(blockIdx.x) * (kBlock / kGroup) + threadIdx.x / kGroup;
+  if (i < args.rows()) {  // all threads of a group: their barriers are safe
+    const Row<In> row(args, i);
+    const bool marked = row.head.marked();
+    if (row.counts) {
+      MHKD_ASSERT_LABEL(row.label, args.classes);
+      const A tau = A(args.tau), unit = A(scale(args.tau));
+      const auto fast = [&](auto of_teacher) {
+        return fast_sums<In, kSquarings, kGroup, of_teacher.value>(
+            row.s, row.t, args.classes, unit, tau);
+      };
+      RowSums<A> sums = marked ? fast(std::true_type()) : fast(std::false_type());
       if (!group_all<kGroup>(good(sums))) {
-        sums = guarded_sums<In, kGroup>(s, t, args.classes, scale_z, tau);
+        sums = guarded_sums<In, kGroup>(row.s, row.t, args.classes, unit, tau);
       }
       sums = group_sum<kGroup>(sums, tau);
       if (threadIdx.x % kGroup == 0) {
-        const A x_s = std::fma(A(s[label]), scale_z, -sums.max_s);
-        const A x_t = std::fma(A(t[label]), scale_z, -sums.max_t);
-        finish_row(sums, x_s, x_t, tau, head.marked, stats, terms);
+        const A x_s = std::fma(A(row.s[row.label]), unit, -sums.max_s);
+        const A x_t = std::fma(A(row.t[row.label]), unit, -sums.max_t);
+        finish_row(sums, x_s, x_t, tau, marked, row.stats);
       }
     } else if (threadIdx.x % kGroup == 0) {
-      for (int i = 0; i < kRowStats; ++i) stats[i] = 0;
-      for (int i = 0; i < kTerms; ++i) terms[i] = 0;
+      for (int j = 0; j < kRowStats; ++j) row.stats[j] = 0;
     }
   }
   __shared__ bool is_last;
@@ -424,94 +390,55 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
 // Backward
 // -------------------------------------------------------------------------------------------------
 
-// The threads of a row's gradients: of a warp, of a block, of the blocks that share the row.
-struct Threads {
-  int mine, count;
-};
-
-template <int kPower, Part kPart, class In, class A = Arithmetic<In>>
-__device__ void grad_row(const GradRow<const In*, In*, A>& s, const GradRow<const In*, In*, A>& t,
-    int classes, int label, A scale, A tau, Threads threads) {
+template <int kSquarings, Part kPart, class In, class A = Arithmetic<In>>
+__device__ void grad_row(const GradRow<In>& s, const GradRow<In>& t, int classes, int label,
+    A scale, A tau, Threads threads) {
   const auto of_class = [&](In z_s, In z_t, A& grad_s, A& grad_t) {
-    const A x = std::fma(A(z_s), scale, -s.max), e = fast_exp2(x);
-    grad_s = s.one * at_one<kPower>(x, e, tau);
+    const A x_s = std::fma(A(z_s), scale, -s.c.max), e_s = fast_exp2(x_s);
+    grad_s = s.c.one * at_one<kSquarings>(x_s, e_s, tau);
     if constexpr (kPart == kAlone) return;
-    const A x_t = std::fma(A(z_t), scale, -t.max), e_t = fast_exp2(x_t);
-    grad_s += s.tau * e - s.tau_t * e_t;
-    if constexpr (kPart == kBoth) grad_t = t.one * at_one<kPower>(x_t, e_t, tau);
+    const A x_t = std::fma(A(z_t), scale, -t.c.max), e_t = fast_exp2(x_t);
+    grad_s += s.c.tau * e_s - s.c.tau_t * e_t;
+    if constexpr (kPart == kBoth) grad_t = t.c.one * at_one<kSquarings>(x_t, e_t, tau);
   };
-  const Cut<In> cut(
-      classes, s.z, kPart == kAlone ? nullptr : t.z, s.grad, kPart == kBoth ? t.grad : nullptr);
-  const In *packs_s = s.z + cut.before, *packs_t = t.z + cut.before;
-  In *to_s = s.grad + cut.before, *to_t = t.grad + cut.before;
-  constexpr int kSize = Pack<In>::kSize;
-  Pack<In> next_s, next_t;
-  const auto load = [&](int pack) {
-    if (pack >= cut.count) return;
-    next_s = load_pack<true>(packs_s, pack);
-    if constexpr (kPart != kAlone) next_t = load_pack<true>(packs_t, pack);
-  };
-  load(threads.mine);
-  for (int pack = threads.mine; pack < cut.count; pack += threads.count) {
-    const Pack<In> now_s = next_s, now_t = next_t;
-    load(pack + threads.count);
-    A grad_s[kSize], grad_t[kSize];
+  Packs<true, In> packs(s.z, t.z, s.grad, kPart == kBoth ? t.grad : nullptr, classes, threads);
+  In *const packs_s = s.grad + packs.begin, *const packs_t = t.grad + packs.begin;
+  const auto on_pack = [&](int pack, const Pack<In>& of_s, const Pack<In>& of_t) {
+    A grad_s[Pack<In>::kSize], grad_t[Pack<In>::kSize];
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      of_class(now_s.values[j], now_t.values[j], grad_s[j], grad_t[j]);
+    for (int j = 0; j < Pack<In>::kSize; ++j) {
+      of_class(of_s.values[j], of_t.values[j], grad_s[j], grad_t[j]);
     }
-    store_pack(to_s, pack, grad_s);
-    if constexpr (kPart == kBoth) store_pack(to_t, pack, grad_t);
-  }
+    store_pack(packs_s, pack, grad_s);
+    if constexpr (kPart == kBoth) store_pack(packs_t, pack, grad_t);
+  };
   const auto one = [&](int i, A minus_s, A minus_t) {
     A grad_s, grad_t;
     of_class(s.z[i], t.z[i], grad_s, grad_t);
     s.grad[i] = static_cast<In>(grad_s - minus_s);
     if constexpr (kPart == kBoth) t.grad[i] = static_cast<In>(grad_t - minus_t);
   };
-  const auto range = [&](int begin, int end) {
-#pragma unroll 1  // it is short, or slow anyway: registers count more
-    for (int i = begin + threads.mine; i < end; i += threads.count) one(i, 0, 0);
-  };
-  range(0, cut.before);
-  range(cut.rest(), classes);
+  packs.for_each(on_pack, [&](int i) { one(i, 0, 0); });
   // The label's is written again, by the thread that wrote it: its writes stay in order.
-  if (threads.mine == cut.owner(label, threads.count)) one(label, s.label, t.label);
+  if (packs.owns(label)) one(label, s.c.label, t.c.label);
 }
 
-template <class In, int kPower, int kGroup>
+template <class In, int kSquarings, int kGroup>
 __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
     backward_kernel(const Arguments args) {
   using A = Arithmetic<In>;
-  constexpr int kBlock = kBlockOf<kGroup>;
-  const int64_t row = int64_t(blockIdx.x) * (kBlock / kGroup) + threadIdx.x / kGroup;
-  if (row >= args.head_count * args.batch) return;
-  const Head& head = args.heads[row / args.batch];
-  const int64_t b = row % args.batch, label = args.labels[b * args.label_stride];
+  const int64_t i = int64_t(blockIdx.x) * (kBlockOf<kGroup> / kGroup) + threadIdx.x / kGroup;
+  if (i >= args.rows()) return;
+  const Row<In> row(args, i);
   const Threads threads{int(blockIdx.y * kGroup + threadIdx.x % kGroup), int(gridDim.y * kGroup)};
-  const int classes = args.classes;
-  In* grad_s = head.grad_s ? static_cast<In*>(head.grad_s) + b * classes : nullptr;
-  In* grad_t = head.grad_t ? static_cast<In*>(head.grad_t) + b * classes : nullptr;
-  const HeadWeights weights(args.alpha, head.weight, head.marked);
-  const bool counts = label != args.ignore_index;
-  if (!counts || (weights.kl == 0 && weights.ce == 0)) {
-    for (int i = threads.mine; grad_s && i < classes; i += threads.count) grad_s[i] = In(0);
-    grad_s = nullptr;
-  }
-  if (!counts) {
-    for (int i = threads.mine; grad_t && i < classes; i += threads.count) grad_t[i] = In(0);
-    return;
-  }
-  const A* stats = static_cast<const A*>(args.row_stats);
-  const double counted = stats[args.head_count * args.batch * kRowStats];
-  const double incoming = *static_cast<const A*>(args.grad_loss) / counted;
-  const In* s = static_cast<const In*>(head.s) + b * head.stride_s;
-  const In* t = static_cast<const In*>(head.t) + b * head.stride_t;
-  const auto run = [&](const auto& side, const auto& teacher, auto part) {
-    grad_row<kPower, part.value, In>(
-        side, teacher, classes, int(label), A(scale(args.tau)), A(args.tau), threads);
+  const auto zero = [&](In* grad) {
+    for (int k = threads.mine; k < args.classes; k += threads.count) grad[k] = In(0);
   };
-  for_gradients(s, t, grad_s, grad_t, weights, stats + row * kRowStats, incoming, args.tau, run);
+  const auto run = [&](const auto& side, const auto& teacher, auto part) {
+    grad_row<kSquarings, part.value, In>(side, teacher, args.classes, int(row.label),
+        A(scale(args.tau)), A(args.tau), threads);
+  };
+  for_gradients(args, row, zero, run);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -521,7 +448,7 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
 #ifdef __CUDACC__
 namespace device {
 
-using Guard = c10::cuda::CUDAGuard;
+constexpr at::DeviceType kType = at::kCUDA;
 
 static void launch(void (*kernel)(Arguments), dim3 grid, int block, const Arguments& args) {
   kernel<<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(args);
@@ -536,134 +463,47 @@ static void zero(unsigned* counter) {
 #endif
 
 // A warp a row, or a block, or (backward) several blocks: the one place that decides.
-template <class In, int kPower>
+template <class In, int kSquarings>
 static void run_rows(const Arguments& args, bool backward) {
-  const int64_t rows = std::max<int64_t>(1, args.head_count * args.batch);
+  const int64_t rows = std::max<int64_t>(1, args.rows());
   if (args.classes <= kWarpClasses) {
     constexpr int64_t kRows = kWarpBlock / kWarp;
-    const dim3 grid(unsigned((rows + kRows - 1) / kRows));
-    device::launch(
-        backward ? backward_kernel<In, kPower, kWarp> : forward_kernel<In, kPower, kWarp>, grid,
-        kWarpBlock, args);
-    return;
+    const auto kernel = backward ? backward_kernel<In, kSquarings, kWarp>
+                                 : forward_kernel<In, kSquarings, kWarp>;
+    device::launch(kernel, dim3(unsigned((rows + kRows - 1) / kRows)), kWarpBlock, args);
+  } else if (!backward) {
+    const auto kernel = forward_kernel<In, kSquarings, kRowBlock>;
+    device::launch(kernel, dim3(unsigned(rows)), kRowBlock, args);
+  } else {
+    const int64_t wanted = kBackwardBlocks / rows, most = args.classes / kSplitClasses;
+    const dim3 grid(unsigned(rows), unsigned(std::max<int64_t>(1, std::min(wanted, most))));
+    device::launch(backward_kernel<In, kSquarings, kGradBlock>, grid, kGradBlock, args);
   }
-  if (!backward) {
-    device::launch(forward_kernel<In, kPower, kRowBlock>, dim3(unsigned(rows)), kRowBlock, args);
-    return;
-  }
-  const int64_t wanted = kBackwardBlocks / rows, most = args.classes / kSplitClasses;
-  const dim3 grid(unsigned(rows), unsigned(std::max<int64_t>(1, std::min(wanted, most))));
-  device::launch(backward_kernel<In, kPower, kGradBlock>, grid, kGradBlock, args);
 }
 
-// One exponential a logit for the paper's temperature, two for any other: each power more would
-// compile every kernel once more for each architecture, and the memory leaves time for a second.
+// One exponential a logit for the paper's temperature, two for any other: each more would compile
+// every kernel once more for each architecture, and the memory leaves time for a second.
 constexpr int kPaperTau = 4;
 
 template <class In>
-static void run_power(const Arguments& args, bool backward) {
-  if (args.tau == kPaperTau) return run_rows<In, kPaperTau>(args, backward);
-  run_rows<In, 0>(args, backward);
+static void run_tau(const Arguments& args, bool backward) {
+  args.tau == kPaperTau ? run_rows<In, 2>(args, backward)
+                        : run_rows<In, kNoSquarings>(args, backward);
 }
 
-static void run(const Arguments& args, at::ScalarType dtype, bool backward) {
+static void run(Arguments& args, at::ScalarType dtype, bool backward) {
+  Tensor finished;
+  if (!backward) {
+    finished = at::empty({1}, at::TensorOptions().device(device::kType).dtype(at::kInt));
+    args.finished = reinterpret_cast<unsigned*>(finished.mutable_data_ptr<int>());
+    device::zero(args.finished);
+  }
   switch (dtype) {
-    case at::kDouble: return run_rows<double, 0>(args, backward);
-    case at::kFloat: return run_power<float>(args, backward);
-    case at::kHalf: return run_power<c10::Half>(args, backward);
-    default: return run_power<c10::BFloat16>(args, backward);
+    case at::kDouble: return run_rows<double, kNoSquarings>(args, backward);
+    case at::kFloat: return run_tau<float>(args, backward);
+    case at::kHalf: return run_tau<c10::Half>(args, backward);
+    default: return run_tau<c10::BFloat16>(args, backward);
   }
-}
-
-// The logits with their classes adjacent and of one dtype: where they differ, that of the loss.
-struct Logits {
-  std::vector<Tensor> student, teacher;
-  at::ScalarType dtype;
-
-  Logits(TensorList z_s, TensorList z_t)
-      : student(adjacent_classes(z_s)),
-        teacher(adjacent_classes(z_t)),
-        dtype(z_s[0].scalar_type()) {
-    for (auto* side : {&student, &teacher}) {
-      for (const Tensor& z : *side) {
-        if (z.scalar_type() != dtype) dtype = loss_dtype(z_s, z_t);
-      }
-    }
-    for (auto* side : {&student, &teacher}) {
-      for (Tensor& z : *side) z = z.to(dtype);
-    }
-  }
-};
-
-static Arguments arguments(const Logits& logits, const Tensor& labels, double tau, double alpha,
-    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index) {
-  constexpr int64_t most = int64_t(1) << 30;  // classes are counted in int
-  const int64_t classes = logits.student[0].size(1);
-  TORCH_CHECK_VALUE(classes <= most, "mhkd_loss: at most ", most, " classes, got ", classes);
-  Arguments args{};
-  args.head_count = int(logits.student.size());
-  for (int h = 0; h < args.head_count; ++h) {
-    const Tensor &s = logits.student[h], &t = logits.teacher[h];
-    args.heads[h] = {s.const_data_ptr(), t.const_data_ptr(), nullptr, nullptr, s.stride(0),
-        t.stride(0), head_weights[h], teacher_ce[h]};
-  }
-  args.labels = labels.const_data_ptr<int64_t>();
-  args.label_stride = labels.stride(0);
-  args.ignore_index = ignore_index;
-  args.batch = labels.size(0);
-  args.classes = int(classes);
-  args.tau = tau;
-  args.alpha = alpha;
-  return args;
-}
-
-static std::tuple<Tensor, Tensor, Tensor> loss_cuda(TensorList student, TensorList teacher,
-    const Tensor& labels, double tau, double alpha, Weights head_weights, const Flags& teacher_ce,
-    int64_t ignore_index) {
-  check_arguments(student, teacher, labels, tau, head_weights, teacher_ce);
-  const device::Guard guard(labels.device());
-  const Logits logits(student, teacher);
-  Arguments args = arguments(logits, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
-  const int64_t rows = args.head_count * args.batch;
-  const auto options = labels.options().dtype(loss_dtype(student, teacher));
-  Tensor loss = at::empty({}, options), terms = at::empty({args.head_count, kTerms}, options);
-  Tensor row_stats = at::empty({rows * kRowStats + 1}, options);
-  const Tensor row_terms = at::empty({rows * kTerms}, options);
-  const Tensor finished = at::empty({1}, options.dtype(at::kInt));
-  args.row_stats = row_stats.mutable_data_ptr();
-  args.row_terms = row_terms.mutable_data_ptr();
-  args.finished = reinterpret_cast<unsigned*>(finished.mutable_data_ptr<int>());
-  args.loss = loss.mutable_data_ptr();
-  args.terms = terms.mutable_data_ptr();
-  device::zero(args.finished);
-  run(args, logits.dtype, /*backward=*/false);
-  return {loss, terms, row_stats};
-}
-
-static std::vector<Tensor> loss_backward_cuda(const Tensor& grad_loss, TensorList student,
-    TensorList teacher, const Tensor& labels, const Tensor& row_stats, double tau, double alpha,
-    Weights head_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
-  const device::Guard guard(labels.device());
-  const Logits logits(student, teacher);
-  Arguments args = arguments(logits, labels, tau, alpha, head_weights, teacher_ce, ignore_index);
-  const Tensor incoming = grad_loss.to(labels.device());  // a tensor on the CPU can scale a loss
-  args.grad_loss = incoming.const_data_ptr();
-  args.row_stats = const_cast<void*>(row_stats.const_data_ptr());
-  std::vector<Tensor> grads;
-  const int heads = args.head_count;
-  for (int i = 0; i < 2 * heads; ++i) {
-    if (!needs_grad[i]) continue;
-    grads.push_back(at::empty({args.batch, args.classes}, row_stats.options().dtype(logits.dtype)));
-    (i < heads ? args.heads[i].grad_s : args.heads[i - heads].grad_t) =
-        grads.back().mutable_data_ptr();
-  }
-  if (!grads.empty() && args.batch > 0) run(args, logits.dtype, /*backward=*/true);
-  for (int i = 0, next = 0; i < 2 * heads; ++i) {
-    if (!needs_grad[i]) continue;
-    Tensor& grad = grads[next++];
-    grad = grad.to((i < heads ? student[i] : teacher[i - heads]).scalar_type());
-  }
-  return grads;
 }
 
 static std::string cuda_architectures() {
@@ -673,8 +513,8 @@ static std::string cuda_architectures() {
 }
 
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, MHKD_CUDA_KEY, m) {
-  m.impl("loss", loss_cuda);
-  m.impl("loss_backward", loss_backward_cuda);
+  m.impl("loss", flat<loss, run>);
+  m.impl("loss_backward", flat_backward<loss_backward, run>);
 }
 
 TORCH_LIBRARY_FRAGMENT(MHKD_LIBRARY, m) {

@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPT = ROOT / "mhkd.py"
 
-# The networks here are tiny, and several processes share the cores: threads would only wait for
-# each other.
+# The networks here are tiny, and several processes share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -28,9 +27,8 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 # A run of a second on the CPU: 200 digits of 16 pixels, small heads.
 TINY = ["--dataset", "digits", "--subset", "200", "--epochs", "2", "--batch-size", "40"]
 TINY += ["--device", "cpu"]
-HEADS = ["--head-width", "8"]
-PAIR = ["--teacher", "resnet14", "--student", "resnet8"]
-MHKD = [*PAIR, *TINY, *HEADS]
+PAIR = ["--teacher", "resnet14", "--student", "resnet8", *TINY]
+MHKD = [*PAIR, "--head-width", "8"]
 ALONE = ["--student", "resnet8", "--method", "ce", *TINY]
 # A run of an epoch on images in files: --data is to follow.
 FOLDER = ["--student", "resnet8", "--method", "ce", "--dataset", "folder", "--epochs", "1"]
@@ -44,8 +42,12 @@ def device(request):
 
 def script(*arguments, **keywords):
     """Run mhkd.py as a user does; its output as text."""
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return python(SCRIPT, *arguments, **keywords)
+
+
+def python(*arguments, **keywords):
     keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **keywords}
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, text=True, timeout=300, **keywords)
 
 
@@ -58,7 +60,7 @@ def run(out, *arguments):
 
 @pytest.fixture
 def failing(capsys):
-    """Runs what must fail; gives the one sentence that it says."""
+    """Runs what must fail; gives the one sentence that it says on stderr."""
 
     def sentence(out, *arguments):
         capsys.readouterr()
@@ -69,6 +71,22 @@ def failing(capsys):
         return said
 
     return sentence
+
+
+def half(out, *arguments, error=None):
+    """A run that ended when the disk was full at the checkpoint of its second epoch; its --out."""
+    save = torch.save
+
+    def full(state, file):
+        if state.get("epoch") == 2:
+            file.write(b"half of it")
+            raise error or OSError(28, "No space left on device")
+        save(state, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert run(out, *arguments) == 1
+    return out
 
 
 # What runs leave
@@ -82,8 +100,12 @@ def folder_of(out, student="resnet8", method="*"):
 
 def listing(folder):
     """What a folder holds: for each path below it the bytes and the time of its last change."""
-    paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*"))}
-    return {n: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for n, p in paths.items()}
+    paths = sorted(folder.rglob("*"))
+    return {p: p.is_file() and (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 def log_of(folder):
@@ -99,10 +121,8 @@ def weights_of(folder):
 
 def outcome(folder):
     """What makes two runs the same: every figure of the log, every bit of the weights."""
-    bits = {
-        k: hashlib.sha256(t.numpy().tobytes()).hexdigest() for k, t in weights_of(folder).items()
-    }
-    return log_of(folder), bits
+    bits = b"".join(tensor.numpy().tobytes() for tensor in weights_of(folder).values())
+    return log_of(folder), hashlib.sha256(bits).hexdigest()
 
 
 # Images
@@ -164,10 +184,9 @@ def start(*arguments, output=os.devnull, die=None, environment=()):
 
 def environments(processes):
     """What torchrun tells each of its processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common = address | {"WORLD_SIZE": str(processes)}
     return [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
 
 
@@ -175,7 +194,6 @@ def end_of(process, timeout=120):
     """Its exit status, negative for a signal."""
     process.join(timeout)
     status = process.exitcode
-    if status is None:
-        process.kill()
-        process.join()
+    process.kill()
+    process.join()
     return status

@@ -188,9 +188,7 @@ namespace MHKD_LIBRARY {
 struct Arguments;
 namespace device {
 
-struct Guard {
-  explicit Guard(c10::Device) {}
-};
+constexpr c10::DeviceType kType = c10::DeviceType::CPU;
 
 inline void zero(unsigned* counter) { *counter = 0; }
 

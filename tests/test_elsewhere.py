@@ -132,10 +132,10 @@ def test_timms_weights_that_cannot_be_downloaded_are_told_by_their_place(name, m
 
 
 def test_a_librarys_normalisation_is_that_of_its_weights():
-    mean, std = mhkd.library_normalisation("torchvision:resnet18")
+    mean, std, _ = mhkd.library_weights("torchvision:resnet18")
     assert mean == (0.485, 0.456, 0.406) and std == (0.229, 0.224, 0.225)
-    assert mhkd.library_normalisation("timm:vit_tiny_patch16_224")[0] == (0.5, 0.5, 0.5)
-    assert mhkd.library_normalisation("resnet8") is None
+    assert mhkd.library_weights("timm:vit_tiny_patch16_224")[0] == (0.5, 0.5, 0.5)
+    assert mhkd.library_weights("resnet8") is None
 
 
 # Units and layouts

@@ -1,7 +1,7 @@
 """Bad input ends with one clear sentence on stderr and a non-zero exit; nothing is overwritten."""
 
+import functools
 import io
-import json
 import os
 import shutil
 import signal
@@ -10,7 +10,20 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ALONE, FOLDER, MHKD, end_of, listing, pixels, run, save_image, script, start
+from conftest import (
+    ALONE,
+    FOLDER,
+    MHKD,
+    end_of,
+    half,
+    listing,
+    pixels,
+    read,
+    run,
+    save_image,
+    script,
+    start,
+)
 
 import mhkd
 
@@ -39,7 +52,6 @@ def refused(tmp_path, failing):
 
 @pytest.mark.parametrize("base, line, parts", [
     (MHKD, "--teacher resnet32x5", "'resnet32x5'|resnet32x4"),
-    (MHKD, "--student resnet32x5", "'resnet32x5'|resnet32x4"),
     (ALONE, "--dataset cifar101", "'cifar101'|cifar100"),
     (MHKD, "--method quux", "'quux'|ce|kd|mhkd"),
     ([], "--teacher resnet14", "--student"),
@@ -49,9 +61,6 @@ def refused(tmp_path, failing):
     (ALONE, "--epochs many", "--epochs|many"),
     (ALONE, "--lr", "--lr"),
     (ALONE, "--tau 2", "--tau is an option of --method|kd|mhkd|not of ce"),
-    (ALONE, "--negatives 2", "--negatives is an option of --method crd, not of ce"),
-    (MHKD, "--nagatives 2", "there is no option --nagatives"),
-    (ALONE, f"--seed {2**62}", "between 0 and 2^62"),
     (ALONE, "--device tpu9", "--device|tpu9"),
     (ALONE, "--device cuda:99", "--device|cuda:99"),
     (ALONE, "--device meta", "--device|meta"),
@@ -118,27 +127,22 @@ def test_a_good_folder_of_images_is_not_refused(images, tmp_path):
     assert run(tmp_path / "out", *FOLDER, images) == 0
 
 
-def empty(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-def more_classes(root):
-    (root / "train" / "extra").mkdir()
-    (root / "test" / "other").mkdir()
-
-
-@pytest.mark.parametrize("harm, parts", [
-    (lambda root: shutil.rmtree(root), "{}/train'|--data must hold train/ and test/"),
-    (lambda root: shutil.rmtree(root / "train"), "{}/train'|train/|test/"),
-    (lambda root: shutil.rmtree(root / "test"), "{}/test'|train/|test/"),
-    (lambda root: empty(root / "train"), "'{}/train'|differ in their classes: a, b"),
-    (more_classes, "extra|other|differ"),
-    (lambda root: [shutil.rmtree(b) for b in root.glob("*/b")], "1 class folders|needs two"),
-    (lambda root: empty(root / "test" / "b"), "{}/test/b'|no images"),
+@pytest.mark.parametrize("gone, new, parts", [
+    (".", "", "{}/train'|--data must hold train/ and test/"),
+    ("train", "", "{}/train'|train/|test/"),
+    ("test", "", "{}/test'|train/|test/"),
+    ("train", "train", "'{}/train'|differ in their classes: a, b"),
+    ("", "train/extra test/other", "extra|other|differ"),
+    ("train/b test/b", "", "1 class folders|needs two"),
+    ("test/b", "test/b", "{}/test/b'|no images"),
 ])  # fmt: skip
-def test_a_folder_that_is_no_data_set_is_named_with_what_is_missing(harm, parts, refused, images):
-    harm(images)
+def test_a_folder_that_is_no_data_set_is_named_with_what_is_missing(
+    gone, new, parts, refused, images
+):
+    for name in gone.split():
+        shutil.rmtree(images / name)
+    for name in new.split():
+        (images / name).mkdir()
     refused([*FOLDER, images], *parts.format(images).split("|"))
 
 
@@ -157,14 +161,14 @@ def test_a_folder_that_cannot_be_read_is_named_and_nothing_left_out(
 ):
     save_image(images / place / "0.png", pixels(16, 16, 3))
 
-    def refusing(real, name):  # root, who runs tests in containers, may read everything
-        if os.fspath(name) == str(images / place):
+    def refusing(find, path="."):  # root, who runs tests in containers, may read everything
+        if os.fspath(path) == str(images / place):
             raise PermissionError(13, "Permission denied", str(images / place))
-        return real(name)
+        return find(path)
 
     with monkeypatch.context() as patch:
-        for name, real in (("scandir", os.scandir), ("listdir", os.listdir)):
-            patch.setattr(os, name, lambda path=".", real=real: refusing(real, path))
+        for find in (os.scandir, os.listdir):
+            patch.setattr(os, find.__name__, functools.partial(refusing, find))
         refused([*FOLDER, images], images / place, "ermission denied", made=True)
 
 
@@ -203,10 +207,9 @@ class Harm:
     (lambda: saved(state("resnet14"))[:5000], "damaged"),
     (lambda: b"", "no checkpoint"),
     (lambda: b"not a checkpoint\nat all\n", "no checkpoint"),
-    (lambda: b"\x80\x02}q\x00.", "no checkpoint"),
     (flipped, "damaged|checksum"),
     (lambda: saved({"epoch": 3, "distiller": {}}), "student.pt"),
-    (lambda: saved(state("resnet20")), "resnet20"),
+    (lambda: saved(state("resnet20")), "another network|layer1.2.conv1.weight"),
     (lambda: saved({"model": torch.nn.Linear(3, 4).state_dict()}), "conv1.weight"),
     (lambda: saved(state("resnet14", 100)), "100|10|classes"),
     (lambda: saved({"model": {3: torch.zeros(3)}}), "no state dict"),
@@ -235,23 +238,12 @@ def test_a_checkpoint_that_is_no_network_of_that_kind_is_named_and_runs_no_code(
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run folder with a checkpoint after the first of two epochs."""
-    out, forward, steps = tmp_path_factory.mktemp("stopped"), mhkd.CrossEntropy.final_terms, []
-
-    def stop(self, *arguments):
-        steps.append(1)
-        if len(steps) == 6:
-            raise KeyboardInterrupt
-        return forward(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mhkd.CrossEntropy, "final_terms", stop)
-        assert run(out, *ALONE) == 130
-    return out
+    return half(tmp_path_factory.mktemp("stopped"), *ALONE)
 
 
 @pytest.fixture
 def interrupted(stopped, tmp_path):
+    """A run folder with a checkpoint after the first of two epochs."""
     return next(shutil.copytree(stopped, tmp_path / "out").iterdir())
 
 
@@ -259,7 +251,7 @@ def rewrite(name, change):
     """Makes config.json a record of that name that another run would have written."""
 
     def harm(folder):
-        content = json.loads((folder / "config.json").read_text())
+        content = read(folder / "config.json")
         change(content)
         (folder / "config.json").unlink()
         mhkd.write_json(folder / name, content)
@@ -268,8 +260,8 @@ def rewrite(name, change):
 
 
 def edit(folder):
-    head, tail = (folder / "config.json").read_text().split('"teacher_accuracy": null')
-    (folder / "config.json").write_text(f'{head}"teacher_accuracy": 99{tail}')
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("null", "99", 1))
 
 
 def put(name, content):
@@ -283,10 +275,9 @@ def put(name, content):
     (rewrite("result.json", lambda c: c["config"].update(lr=0.123)), "lr 0.123 there"),
     (edit, "config.json|its checksum is not that of its content"),
     (lambda folder: os.truncate(folder / "checkpoint.pt", 0), "checkpoint.pt|damaged|remove it"),
-    (lambda folder: os.truncate(folder / "checkpoint.pt", 9999), "checkpoint.pt|damaged|remove it"),
     (lambda folder: torch.save({"model": {}}, folder / "checkpoint.pt"), "checkpoint.pt|remove it"),
     *((put(name, content), f"{name}|is damaged") for name in ("config.json", "result.json")
-      for content in ('{"a": 1}', "[1]", "[]", "{", "", "\x00", "[" * 100_000)),
+      for content in ('{"a": 1}', "[]", "", "\x00", "[" * 100_000)),
 ])  # fmt: skip
 def test_a_run_folder_of_another_run_or_a_damaged_one_is_named_and_left_alone(
     harm, parts, interrupted, refused
@@ -296,12 +287,6 @@ def test_a_run_folder_of_another_run_or_a_damaged_one_is_named_and_left_alone(
 
 
 # The same from outside, by a real process
-
-
-def test_the_script_exits_with_an_error_status_and_one_line(tmp_path):
-    done = script(*ALONE, "--student", "resnet9", "--out", tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "resnet8" in done.stderr
 
 
 @pytest.mark.parametrize("number, status, word", [
@@ -324,20 +309,11 @@ def test_a_signal_is_no_error_that_somebody_catches(monkeypatch, tmp_path):
     assert run(tmp_path, *MHKD, "--teacher-weights", tmp_path / "a.pt") == 143
 
 
-def full_disk():
-    return os.open("/dev/full", os.O_WRONLY)
-
-
-def closed_pipe():
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
-
-
 @pytest.mark.parametrize("arguments", [ALONE, ["--version"]], ids=["a run", "--version"])
-@pytest.mark.parametrize("taker", [full_disk, closed_pipe])
+@pytest.mark.parametrize("taker", ["full disk", "closed pipe"])
 def test_output_that_nobody_takes_ends_without_a_traceback(arguments, taker, tmp_path):
-    output = taker()
-    done = script(*arguments, "--out", tmp_path, stdout=output)
-    os.close(output)
+    reader, output = os.pipe()
+    os.close(reader)
+    with open("/dev/full" if taker == "full disk" else output, "w") as nobody:
+        done = script(*arguments, "--out", tmp_path, stdout=nobody)
     assert done.returncode != 0 and done.stderr.count("\n") == 1, done.stderr

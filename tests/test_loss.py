@@ -18,51 +18,53 @@ INF, NAN = math.inf, math.nan
 reference = functools.partial(mhkd.mhkd_loss, backend="reference")
 
 
-def restated(student, teacher, labels, tau, alpha, weights, marked, ignore=-100):
+def restated(student, teacher, labels, tau=4.0, alpha=0.9, weights=None, marked=None):
     """The loss and the terms of equations 1 and 2 as they are written, number after number."""
 
-    def softmax(row, temperature):
+    def log_softmax(row, temperature):
         scaled = [float(z) / temperature for z in row]
         top = max(scaled)
-        exponentials = [math.exp(z - top) for z in scaled]
-        return [e / sum(exponentials) for e in exponentials], [
-            z - top - math.log(sum(exponentials)) for z in scaled
-        ]
+        log_sum = math.log(sum(math.exp(z - top) for z in scaled))
+        return [z - top - log_sum for z in scaled]
 
-    def cross_entropy(row, label):
-        return -softmax(row, 1.0)[1][label]
-
-    rows = [b for b, label in enumerate(labels) if label != ignore]
+    weights = weights or [1.0] + [0.5] * (len(student) - 1)
+    labels = labels.tolist()
+    rows = [b for b, label in enumerate(labels) if label != -100]
     loss, terms = 0.0, []
-    for z_s, z_t, weight, mark in zip(student, teacher, weights, marked):
+    for z_s, z_t, weight, mark in zip(student, teacher, weights, marked or [False] * len(student)):
+        z_s, z_t = z_s.tolist(), z_t.tolist()
         kl = ce = ce_t = 0.0
         for b in rows:
-            (p_t, log_p_t), (_, log_p_s) = softmax(z_t[b], tau), softmax(z_s[b], tau)
-            kl += sum(p * (lt - ls) for p, lt, ls in zip(p_t, log_p_t, log_p_s) if p > 0) / len(
-                rows
-            )
-            ce += cross_entropy(z_s[b], labels[b]) / len(rows)
-            ce_t += cross_entropy(z_t[b], labels[b]) / len(rows) if mark else 0.0
+            pairs = zip(log_softmax(z_t[b], tau), log_softmax(z_s[b], tau))
+            kl += sum(math.exp(t) * (t - s) for t, s in pairs if t > -INF) / len(rows)
+            ce -= log_softmax(z_s[b], 1.0)[labels[b]] / len(rows)
+            ce_t -= log_softmax(z_t[b], 1.0)[labels[b]] / len(rows) if mark else 0.0
         loss += weight * (alpha * tau**2 * kl + (1 - alpha) * ce) + ce_t
         terms.append([tau**2 * kl, ce, ce_t])
     return loss, terms
 
 
-def logits(H, B, K, seed=0, scale=3.0, dtype=torch.float64, device="cpu", requires_grad=False):
+def approx(wanted, rel=1e-12):
+    return pytest.approx(wanted if isinstance(wanted, float) else wanted.item(), rel=rel)
+
+
+def logits(H, B, K, seed=0, scale=3.0, dtype=torch.float64, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    made = [
-        (scale * torch.randn(B, K, generator=generator, dtype=torch.float64)).to(device, dtype)
-        for _ in range(H)
-    ]
-    return [z.requires_grad_(requires_grad) for z in made]
+    made = torch.randn(H, B, K, generator=generator, dtype=torch.float64)
+    return [z.to(device, dtype).clone() for z in scale * made]
 
 
-def classes(B, K, seed=5, device="cpu"):
-    return torch.randint(K, (B,), generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def numbers(tensors):
-    return [z.detach().cpu().double().numpy() for z in tensors]
+def heads(H=2, B=4, K=5, *, grads="", device="cpu", **kw):
+    """Student's logits, teacher's, labels; grads: "s" and "t" for the side that asks for them."""
+    student, teacher = (
+        logits(H, B, K, 1, device=device, **kw),
+        logits(H, B, K, 2, device=device, **kw),
+    )
+    for side in [student] * ("s" in grads) + [teacher] * ("t" in grads):
+        for z in side:
+            z.requires_grad_(True)
+    labels = torch.randint(K, (B,), generator=torch.Generator().manual_seed(5))
+    return student, teacher, labels.to(device)
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,107 +76,61 @@ def numbers(tensors):
 def test_loss_and_terms_are_those_of_the_equations(H, B, K, tau, alpha, beta, scale, seed, data):
     student, teacher = logits(H, B, K, seed, scale), logits(H, B, K, seed + 1, scale)
     labels = data.draw(st.lists(st.sampled_from([-100, *range(K)]), min_size=B, max_size=B))
-    labels[0] = 0
+    labels = torch.tensor([0, *labels[1:]])
     marked = data.draw(st.lists(st.booleans(), min_size=H, max_size=H))
-    loss, terms = reference(
-        student,
-        teacher,
-        torch.tensor(labels),
-        tau=tau,
-        alpha=alpha,
-        beta=beta,
-        teacher_ce=marked,
-        return_terms=True,
-    )
+    kw = {"tau": tau, "alpha": alpha, "beta": beta, "teacher_ce": marked, "return_terms": True}
+    loss, terms = reference(student, teacher, labels, **kw)
     weights = [1.0] + [beta] * (H - 1)
-    wanted, wanted_terms = restated(
-        numbers(student), numbers(teacher), labels, tau, alpha, weights, marked
-    )
+    wanted, wanted_terms = restated(student, teacher, labels, tau, alpha, weights, marked)
     assert loss.item() == pytest.approx(wanted, rel=1e-9, abs=1e-9)
     np.testing.assert_allclose(terms.numpy(), wanted_terms, rtol=1e-9, atol=1e-9)
 
 
 def test_defaults_are_the_papers_tau_4_alpha_nine_tenths_and_beta_one_half():
-    student, teacher, labels = logits(3, 4, 5, 1), logits(3, 4, 5, 2), classes(4, 5)
-    wanted, _ = restated(
-        numbers(student), numbers(teacher), labels.tolist(), 4.0, 0.9, [1, 0.5, 0.5], [False] * 3
-    )
-    assert reference(student, teacher, labels).item() == pytest.approx(wanted, rel=1e-12)
+    call = heads(3)
+    assert reference(*call).item() == approx(restated(*call)[0])
 
 
 def test_head_weights_stand_in_the_place_of_beta(device):
-    student, teacher = logits(3, 4, 5, 1, device=device), logits(3, 4, 5, 2, device=device)
-    labels = classes(4, 5, device=device)
-    weights = [0.3, 2.0, 0.0]
-    loss = reference(student, teacher, labels, beta=100.0, head_weights=weights)
-    wanted, _ = restated(
-        numbers(student), numbers(teacher), labels.tolist(), 4.0, 0.9, weights, [False] * 3
-    )
-    assert loss.item() == pytest.approx(wanted, rel=1e-12)
+    call, weights = heads(3, device=device), [0.3, 2.0, 0.0]
+    loss = reference(*call, beta=100.0, head_weights=weights)
+    assert loss.item() == approx(restated(*call, weights=weights)[0])
 
 
 @pytest.mark.parametrize("ignore", [-100, 2])
 def test_gradcheck_on_the_students_logits(ignore):
-    student, teacher, labels = (
-        logits(3, 4, 5, 1, requires_grad=True),
-        logits(3, 4, 5, 2),
-        classes(4, 5),
-    )
+    student, teacher, labels = heads(3, grads="s")
     labels[1] = ignore
-
-    def loss(*z):
-        return reference(z, teacher, labels, tau=3.0, alpha=0.7, beta=0.4, ignore_index=ignore)
-
-    assert torch.autograd.gradcheck(loss, student)
+    kw = {"tau": 3.0, "alpha": 0.7, "beta": 0.4, "ignore_index": ignore}
+    assert torch.autograd.gradcheck(lambda *z: reference(z, teacher, labels, **kw), student)
 
 
-def test_a_marked_teacher_head_gets_exactly_the_gradient_of_its_own_cross_entropy(device):
-    student, labels = (
-        logits(3, 4, 5, 1, requires_grad=True, device=device),
-        classes(4, 5, device=device),
-    )
-    teacher = logits(3, 4, 5, 2, requires_grad=True, device=device)
-    reference(student, teacher, labels, beta=7.0, teacher_ce=[False, True, True]).backward()
+@pytest.mark.parametrize("keywords", [
+    {"beta": 7.0}, {"alpha": 0.0, "beta": 9.0}, {"head_weights": [0.0] * 3}, {},
+])  # fmt: skip
+def test_a_marked_teacher_head_learns_from_its_own_cross_entropy_with_weight_1(device, keywords):
+    student, teacher, labels = heads(3, grads="st", device=device)
+    reference(student, teacher, labels, teacher_ce=[False, True, True], **keywords).backward()
+    assert teacher[0].grad is None or not teacher[0].grad.any()
     for z in teacher[1:]:
         (wanted,) = torch.autograd.grad(torch.nn.functional.cross_entropy(z, labels), z)
         assert torch.equal(z.grad, wanted)
 
 
-def test_an_unmarked_teacher_head_gets_no_gradient():
-    teacher = logits(2, 4, 5, 2, requires_grad=True)
-    student = logits(2, 4, 5, 1, requires_grad=True)
-    reference(student, teacher, classes(4, 5), teacher_ce=[False, True]).backward()
-    assert teacher[0].grad is None or not teacher[0].grad.any()
-
-
 def test_without_marks_the_teacher_logits_that_require_a_gradient_are_marked():
-    student, labels = logits(3, 4, 5, 1), classes(4, 5)
-    teacher = logits(3, 4, 5, 2)
-    teacher[1].requires_grad_(True)
-    found = reference(student, teacher, labels)
-    assert (
-        found.item() == reference(student, teacher, labels, teacher_ce=[False, True, False]).item()
-    )
-    assert found.item() != reference(student, teacher, labels, teacher_ce=[False] * 3).item()
-
-
-def test_teacher_heads_weigh_one_whatever_alpha_beta_and_the_head_weights_are():
-    student, labels = logits(2, 4, 5, 1), classes(4, 5)
-    for keywords in ({}, {"alpha": 0.0, "beta": 9.0}, {"head_weights": [0.0, 0.0]}):
-        teacher = logits(2, 4, 5, 2, requires_grad=True)
-        reference(student, teacher, labels, teacher_ce=[False, True], **keywords).backward()
-        (wanted,) = torch.autograd.grad(
-            torch.nn.functional.cross_entropy(teacher[1], labels), teacher[1]
-        )
-        assert torch.equal(teacher[1].grad, wanted)
+    call = heads(3)
+    call[1][1].requires_grad_(True)
+    found = reference(*call)
+    assert found.item() == reference(*call, teacher_ce=[False, True, False]).item()
+    assert found.item() != reference(*call, teacher_ce=[False] * 3).item()
 
 
 def test_a_step_sends_no_gradient_to_the_teachers_backbone_and_one_to_its_heads():
     torch.manual_seed(0)
-    teacher = mhkd.MultiHead(
-        mhkd.build_model("resnet8", 4), ["layer1"], 4, frozen=True, width=4
-    ).train()
-    student = mhkd.MultiHead(mhkd.build_model("resnet8", 4), ["layer1"], 4, width=4).train()
+    student, teacher = (
+        mhkd.MultiHead(mhkd.build_model("resnet8", 4), ["layer1"], 4, width=4, **kw).train()
+        for kw in ({}, {"frozen": True})
+    )
     x = torch.randn(4, 3, 16, 16)
     reference(student(x), teacher(x), torch.arange(4)).backward()
     assert all(p.grad is None for p in teacher.model.parameters())
@@ -182,32 +138,19 @@ def test_a_step_sends_no_gradient_to_the_teachers_backbone_and_one_to_its_heads(
     assert all(p.grad is not None for p in student.parameters())
 
 
-def test_ignored_rows_count_nowhere(device):
-    student, teacher = logits(2, 6, 5, 1, device=device), logits(2, 6, 5, 2, device=device)
-    labels = classes(6, 5, device=device)
-    labels[[0, 3]] = -100
-    keep = labels != -100
+@pytest.mark.parametrize("ignore", [-100, 2])
+def test_ignored_rows_count_nowhere(device, ignore):
+    student, teacher, labels = heads(B=6, device=device)
+    labels[[0, 3]] = ignore
+    keep = labels != ignore
     wanted = reference([z[keep] for z in student], [z[keep] for z in teacher], labels[keep])
-    assert reference(student, teacher, labels).item() == pytest.approx(wanted.item(), rel=1e-12)
-
-
-def test_ignore_index_can_be_one_of_the_classes():
-    student, teacher, labels = (
-        logits(2, 6, 5, 1),
-        logits(2, 6, 5, 2),
-        torch.tensor([0, 1, 2, 2, 3, 4]),
-    )
-    keep = labels != 2
-    wanted = reference([z[keep] for z in student], [z[keep] for z in teacher], labels[keep])
-    assert reference(student, teacher, labels, ignore_index=2).item() == pytest.approx(
-        wanted.item(), rel=1e-12
-    )
+    assert reference(student, teacher, labels, ignore_index=ignore).item() == approx(wanted)
 
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_poison_in_an_ignored_row_reaches_neither_the_loss_nor_a_gradient(poison):
-    student, teacher = logits(2, 4, 5, 1), logits(2, 4, 5, 2)
-    labels = torch.tensor([0, -100, 3, 1])
+    student, teacher, labels = heads()
+    labels[1] = -100
     wanted = reference(student, teacher, labels, teacher_ce=[True, True]).item()
     for z in (*student, *teacher):
         z[1] = poison
@@ -219,174 +162,125 @@ def test_poison_in_an_ignored_row_reaches_neither_the_loss_nor_a_gradient(poison
 
 
 def test_nan_in_a_row_that_counts_makes_the_loss_nan_and_leaves_the_other_rows_gradients():
-    student, teacher, labels = (
-        logits(1, 4, 5, 1, requires_grad=True),
-        logits(1, 4, 5, 2),
-        classes(4, 5),
-    )
-    reference(student, teacher, labels).backward()
-    wanted = student[0].grad.clone()
-    spoilt = student[0].detach().clone()
-    spoilt[2, 0] = NAN
-    spoilt.requires_grad_(True)
-    loss = reference([spoilt], teacher, labels)
-    loss.backward()
+    student, teacher, labels = heads(1, grads="s")
+    (wanted,) = torch.autograd.grad(reference(student, teacher, labels), student)
+    student[0].data[2, 0] = NAN
+    loss = reference(student, teacher, labels)
+    (found,) = torch.autograd.grad(loss, student)
     assert loss.isnan()
-    others = [0, 1, 3]
-    assert torch.equal(spoilt.grad[others], wanted[others])
+    assert torch.equal(found[[0, 1, 3]], wanted[[0, 1, 3]])
 
 
-def test_with_every_row_ignored_the_loss_and_terms_are_nan():
-    loss, terms = reference(
-        logits(2, 3, 4, 1), logits(2, 3, 4, 2), torch.full((3,), -100), return_terms=True
-    )
+@pytest.mark.parametrize("batch", [0, 3])
+def test_with_no_row_that_counts_the_loss_and_terms_are_nan(batch):
+    student, teacher, labels = heads(B=batch)
+    loss, terms = reference(student, teacher, labels.fill_(-100), return_terms=True)
     assert loss.isnan()
     assert terms[:, :2].isnan().all()
 
 
-def test_an_empty_batch_gives_nan():
-    assert reference(logits(2, 0, 4), logits(2, 0, 4), torch.zeros(0, dtype=torch.int64)).isnan()
-
-
 def test_classes_masked_on_both_sides_contribute_nothing_and_get_no_gradient(device):
-    student, teacher = logits(2, 4, 6, 1, device=device), logits(2, 4, 6, 2, device=device)
-    labels = classes(4, 5, device=device)
-    cut = [[z[:, :5].clone() for z in side] for side in (student, teacher)]
-    for z in (*student, *teacher):
-        z[:, 5] = -INF
-    for z in student:
-        z.requires_grad_(True)
-    loss = reference(student, teacher, labels)
+    cut = heads(device=device)
+    student, teacher = (
+        [torch.nn.functional.pad(z, (0, 1), value=-INF).requires_grad_() for z in side]
+        for side in cut[:2]
+    )
+    loss = reference(student, teacher, cut[2], teacher_ce=[False, False])
     loss.backward()
-    assert loss.item() == pytest.approx(reference(*cut, labels).item(), rel=1e-12)
+    assert loss.item() == approx(reference(*cut))
     assert all(z.grad.isfinite().all() and not z.grad[:, 5].any() for z in student)
 
 
 def test_a_class_that_only_the_teacher_excludes_contributes_nothing_to_the_divergence():
-    student, teacher, labels = logits(1, 3, 4, 1), logits(1, 3, 4, 2), torch.tensor([0, 1, 2])
+    student, teacher, labels = heads(1, 3, 4)
+    labels = labels.clamp(max=2)
     teacher[0][:, 3] = -INF
     loss, terms = reference(student, teacher, labels, return_terms=True)
-    wanted, wanted_terms = restated(
-        numbers(student), numbers(teacher), labels.tolist(), 4.0, 0.9, [1.0], [False]
-    )
-    assert loss.item() == pytest.approx(wanted, rel=1e-12)
+    wanted, wanted_terms = restated(student, teacher, labels)
+    assert loss.item() == approx(wanted)
     np.testing.assert_allclose(terms.numpy(), wanted_terms, rtol=1e-12)
 
 
-def test_a_class_that_only_the_student_excludes_makes_the_divergence_infinite():
-    student, teacher, labels = logits(1, 3, 4, 1), logits(1, 3, 4, 2), torch.tensor([0, 1, 2])
+def test_a_class_that_only_the_student_excludes_makes_the_divergence_infinite_if_it_counts():
+    student, teacher, labels = heads(1, 3, 4)
+    labels = labels.clamp(max=2)
     student[0][1, 3] = -INF
     loss, terms = reference(student, teacher, labels, return_terms=True)
-    assert loss.item() == INF
-    assert terms[0, 0].item() == INF
-    assert terms[0, 1].isfinite()
-
-
-def test_a_coefficient_of_zero_leaves_out_a_term_that_is_infinite():
-    student, teacher, labels = logits(1, 3, 4, 1), logits(1, 3, 4, 2), torch.tensor([0, 1, 2])
-    student[0][1, 3] = -INF
+    assert loss.item() == terms[0, 0].item() == INF
     ce = torch.nn.functional.cross_entropy(student[0], labels)
-    assert reference(student, teacher, labels, alpha=0.0).item() == pytest.approx(
-        ce.item(), rel=1e-12
-    )
+    assert terms[0, 1].item() == approx(ce)
+    assert reference(student, teacher, labels, alpha=0.0).item() == approx(ce)
 
 
 def test_logits_of_a_thousand_do_not_overflow(device):
-    student = logits(2, 4, 5, 1, scale=1e3, dtype=torch.float32, device=device, requires_grad=True)
-    teacher = logits(2, 4, 5, 2, scale=1e3, dtype=torch.float32, device=device)
-    loss = reference(student, teacher, classes(4, 5, device=device))
+    call = heads(scale=1e3, dtype=torch.float32, device=device, grads="s")
+    loss = reference(*call)
     loss.backward()
-    labels = classes(4, 5).tolist()
-    wanted, _ = restated(
-        numbers(student), numbers(teacher), labels, 4.0, 0.9, [1, 0.5], [False] * 2
-    )
-    assert loss.item() == pytest.approx(wanted, rel=1e-5)
-    assert all(z.grad.isfinite().all() for z in student)
+    assert loss.item() == approx(restated(*call)[0], rel=1e-5)
+    assert all(z.grad.isfinite().all() for z in call[0])
 
 
 def test_equal_logits_have_no_divergence():
-    z = logits(2, 4, 5)
-    _, terms = reference(z, z, classes(4, 5), return_terms=True)
+    student, _, labels = heads()
+    _, terms = reference(student, student, labels, return_terms=True)
     assert terms[:, 0].abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_computed_in_float32(dtype, device):
-    student = logits(3, 4, 5, 1, dtype=dtype, device=device, requires_grad=True)
-    teacher, labels = logits(3, 4, 5, 2, dtype=dtype, device=device), classes(4, 5, device=device)
-    loss = reference(student, teacher, labels)
-    loss.backward()
-    wanted, _ = restated(
-        numbers(student), numbers(teacher), labels.tolist(), 4.0, 0.9, [1, 0.5, 0.5], [False] * 3
-    )
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(wanted, rel=1e-5)
-    assert {z.grad.dtype for z in student} == {dtype}
-
-
 @pytest.mark.parametrize("of_student, of_teacher, of_loss", [
+    (torch.float16, torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16, torch.float32),
     (torch.float32, torch.float16, torch.float32), (torch.bfloat16, torch.float32, torch.float32),
     (torch.float32, torch.float64, torch.float64), (torch.float64, torch.float16, torch.float64),
 ])  # fmt: skip
-def test_mixed_types_are_computed_in_float64_if_there_is_any_and_else_in_float32(
-    of_student, of_teacher, of_loss
+def test_the_arithmetic_is_float64_if_any_logits_are_and_else_float32(
+    of_student, of_teacher, of_loss, device
 ):
-    student, teacher = logits(2, 4, 5, 1, dtype=of_student), logits(2, 4, 5, 2, dtype=of_teacher)
-    labels = classes(4, 5)
+    student, teacher, labels = heads(device=device)
+    student = [z.to(of_student).requires_grad_() for z in student]
+    teacher = [z.to(of_teacher) for z in teacher]
     loss, terms = reference(student, teacher, labels, return_terms=True)
-    wanted, _ = restated(
-        numbers(student), numbers(teacher), labels.tolist(), 4.0, 0.9, [1, 0.5], [False] * 2
-    )
+    loss.backward()
+    wanted, _ = restated(student, teacher, labels)
     assert loss.dtype == terms.dtype == of_loss
-    assert loss.item() == pytest.approx(wanted, rel=1e-5 if of_loss == torch.float32 else 1e-12)
+    assert loss.item() == approx(wanted, rel=1e-5 if of_loss == torch.float32 else 1e-12)
+    assert {z.grad.dtype for z in student} == {of_student}
 
 
 def test_terms_are_detached_and_weigh_up_to_the_loss():
-    student, teacher = (
-        logits(3, 4, 5, 1, requires_grad=True),
-        logits(3, 4, 5, 2, requires_grad=True),
-    )
     marks = [False, True, True]
-    loss, terms = reference(student, teacher, classes(4, 5), teacher_ce=marks, return_terms=True)
+    loss, terms = reference(*heads(3, grads="st"), teacher_ce=marks, return_terms=True)
     assert terms.shape == (3, 3)
-    assert not terms.requires_grad
-    assert loss.requires_grad
+    assert loss.requires_grad and not terms.requires_grad
     assert terms[0, 2] == 0
     weights = torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64)
     total = (weights * (0.9 * terms[:, 0] + 0.1 * terms[:, 1])).sum() + terms[1:, 2].sum()
-    assert loss.item() == pytest.approx(total.item(), rel=1e-12)
+    assert loss.item() == approx(total)
 
 
 def test_the_inputs_are_left_as_they_were():
-    student, teacher, labels = logits(2, 4, 5, 1), logits(2, 4, 5, 2), torch.tensor([0, -100, 2, 3])
+    student, teacher, labels = heads()
+    labels[1] = -100
     copies = [z.clone() for z in (*student, *teacher, labels)]
     reference(student, teacher, labels)
     assert all(torch.equal(a, b) for a, b in zip((*student, *teacher, labels), copies))
 
 
 def test_strided_logits_and_tuples_are_taken():
-    student = tuple(z.T.contiguous().T for z in logits(2, 4, 5, 1))
-    teacher = tuple(z.repeat_interleave(2, dim=1)[:, ::2] for z in logits(2, 4, 5, 2))
-    wanted = reference(logits(2, 4, 5, 1), logits(2, 4, 5, 2), classes(4, 5))
-    assert reference(student, teacher, classes(4, 5)).item() == pytest.approx(
-        wanted.item(), rel=1e-14
-    )
+    student, teacher, labels = heads()
+    strided = tuple(z.T.contiguous().T for z in student)
+    every_other = tuple(z.repeat_interleave(2, dim=1)[:, ::2] for z in teacher)
+    wanted = reference(student, teacher, labels)
+    assert reference(strided, every_other, labels).item() == approx(wanted, rel=1e-14)
 
 
 def test_compiled_whole_it_gives_the_same_loss():
-    student, teacher, labels = logits(2, 4, 5, 1), logits(2, 4, 5, 2), classes(4, 5)
+    call = heads()
     compiled = torch.compile(reference, fullgraph=True, backend="aot_eager")
-    assert compiled(student, teacher, labels).item() == pytest.approx(
-        reference(student, teacher, labels).item(), rel=1e-14
-    )
+    assert compiled(*call).item() == approx(reference(*call), rel=1e-14)
 
 
 def test_the_reference_backend_is_what_auto_computes():
-    student, teacher, labels = logits(2, 4, 5, 1), logits(2, 4, 5, 2), classes(4, 5)
-    wanted = mhkd.mhkd_loss(student, teacher, labels, backend="reference")
-    assert mhkd.mhkd_loss(student, teacher, labels).item() == pytest.approx(
-        wanted.item(), rel=1e-10
-    )
+    call = heads()
+    assert mhkd.mhkd_loss(*call).item() == approx(reference(*call), rel=1e-10)
 
 
 A, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
@@ -438,7 +332,7 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_logits_of_a_language_model_are_rows_of_classes():
-    student, teacher, labels = logits(2, 6, 5, 1), logits(2, 6, 5, 2), classes(6, 5)
+    student, teacher, labels = heads(B=6)
     labels[3] = -100
     deep = [[z.view(2, 3, 5) for z in side] for side in (student, teacher)]
     found = reference(*deep, labels.view(2, 3))
@@ -446,16 +340,12 @@ def test_logits_of_a_language_model_are_rows_of_classes():
 
 
 def test_kd_loss_leaves_out_the_rows_that_are_ignored():
-    (z_s,), (z_t,), labels = (
-        logits(1, 6, 5, 1),
-        logits(1, 6, 5, 2),
-        torch.tensor([0, 7, 1, 7, 2, 3]),
-    )
+    (z_s,), (z_t,), _ = heads(1, 6)
+    labels = torch.tensor([0, 7, 1, 7, 2, 3])
     keep = labels != 7
-    found = mhkd.kd_loss(
-        z_s.view(2, 3, 5), z_t.view(2, 3, 5), labels=labels.view(2, 3), ignore_index=7
-    )
-    assert found.item() == pytest.approx(mhkd.kd_loss(z_s[keep], z_t[keep]).item(), rel=1e-12)
+    deep = z_s.view(2, 3, 5), z_t.view(2, 3, 5)
+    found = mhkd.kd_loss(*deep, labels=labels.view(2, 3), ignore_index=7)
+    assert found.item() == approx(mhkd.kd_loss(z_s[keep], z_t[keep]))
 
 
 def test_the_fused_backend_is_refused_where_it_is_not_installed():

@@ -2,13 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ALONE, ROOT, folder_of, python, run
 
 import mhkd
 
@@ -19,28 +17,21 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", "\n".join(TEXTS), re.DOTALL | re.M
 OF_STUDENT = [block for block in BLOCKS if "student.pt" in block and "MultiHead" not in block]
 OF_ONNX = [block for block in BLOCKS if "onnx" in block]
 OF_TOKENS = [block for block in BLOCKS if "tokens" in block]
-ALONE = [block for block in BLOCKS if "mhkd.METHODS" in block or "MultiHead" in block]
+WHOLE = [block for block in BLOCKS if "mhkd.METHODS" in block or "MultiHead" in block]
 
 
-@pytest.mark.parametrize("block", ALONE, ids=range(len(ALONE)))
+@pytest.mark.parametrize("block", WHOLE, ids=range(len(WHOLE)))
 def test_an_example_runs_as_it_stands(block, tmp_path):
     pytest.importorskip("torchvision")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", block]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = python("-c", block, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
 
 
 def test_the_student_is_used_and_exported_as_the_readme_shows(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    config = mhkd.Config(
-        student="resnet8", method="ce", dataset="digits", subset=60, epochs=1, batch_size=30,
-        out=str(tmp_path), device="cpu",
-    )  # fmt: skip
-    path = tmp_path / mhkd.train(config)["name"] / "student.pt"
+    assert run(tmp_path, *ALONE, "--epochs", "1") == 0
+    path = folder_of(tmp_path) / "student.pt"
     monkeypatch.chdir(tmp_path)
     (use,), (export,) = OF_STUDENT, OF_ONNX
     names: dict = {}
