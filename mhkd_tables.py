@@ -85,7 +85,6 @@ TABLES = {
 # The paper's data sets have so many classes, this among them; other images are not theirs.
 CLASSES = {"cifar100": (100, "aquarium_fish"), "svhn": (10, "7")}
 
-
 # The protocol of docs/measurements.md: the settings of all runs, then in order of their importance
 # the pair, its number of training images, and for each row the number of seeds.
 SMALL = {"dataset": "cifar100", "image_size": 16, "epochs": 30, "options": {"head_width": 64}}
@@ -148,8 +147,7 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[list[Config],
         for name in names:
             mhkd.check_name(what, name, there)
 
-    teachers: list[Config] = []
-    others: list[Config] = []
+    teachers, others = [], []
     for pair, row, seed, own in (cell for name in tables for cell in cells(name, given.seeds)):
         if pair in given.pairs and row in given.methods:
             teacher, student = pair.split(":")
@@ -490,6 +488,7 @@ def draw_curves(axis: Any, group: Group) -> None:
         label = f"{row}, n={len(curves)}"
         axis.plot(epochs, means, color=color, marker=marker, markersize=3, label=label)
         axis.fill_between(epochs, low, high, color=color, alpha=0.2)
+        axis.vlines(epochs[-1], low[-1], high[-1], color=color)  # of one epoch there is no area
     if group.teacher:
         accuracy = group.one["teacher_accuracy"]
         axis.axhline(accuracy, color="black", linestyle="--", label=f"teacher, {accuracy:.2f} %")
