@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import end_of, fork, outcome, pixels, save_image
+from conftest import end_of, fork, outcome, pixels, save_image, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,6 +134,15 @@ def test_after_damage_to_any_file_a_run_ends_as_undisturbed_or_with_one_sentence
     assert it.try_damage(path, kind, place, bit) is None, path
 
 
+def test_a_scene_notices_other_weights_and_what_is_no_sentence(scene, monkeypatch):
+    """The trap works: it would catch a run that believes what it finds."""
+    it = scene("interrupted")
+    monkeypatch.setattr(mhkd.zipfile.ZipFile, "testzip", lambda self: None)
+    checkpoint = it.student / "checkpoint.pt"
+    found = {it.try_damage(checkpoint, "flipped bit", n / 10, 6) for n in range(2, 7)}
+    assert "another end with status 0" in found
+
+
 def _soak(folder, epochs):
     """A long run in this process; writes memory and handles after each epoch."""
     torch.set_num_threads(1)
@@ -176,7 +185,7 @@ def test_in_a_soak_with_kills_memory_handles_and_files_stay_flat(tmp_path):
 
 
 def table(trials):
-    """Print for each state of a run and kind of damage: tried, held; then what did not hold."""
+    """Print for each state of a run and kind of damage: tried, held; kills; what did not hold."""
     chance, wrong = random.Random(0), []
     print("| a run that is | damage | tried | held |\n|---|---|---:|---:|")
     for state in STATES:
@@ -190,6 +199,17 @@ def table(trials):
                     ends_.append(it.try_damage(path, *draw))
                     wrong += [(state, path.name, *draw, ends_[-1])] if ends_[-1] else []
                 print(f"| {state} | {kind} | {trials} | {ends_.count(None)} |", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        outs, held = [Path(root) / str(n) for n in range(trials + 1)], 0
+        for out in outs:
+            moments = [chance.uniform(0.2, 3) for _ in range(2)] if out != outs[0] else []
+            for seconds in (*moments, 600):
+                process = start(*DIGITS, "--out", out)
+                process.join(seconds)
+                process.kill()
+                end_of(process)
+            held += out != outs[0] and ends(out) == ends(outs[0])
+    print(f"| killed at two random moments | SIGKILL | {trials} | {held} |")
     print(*wrong, sep="\n")
 
 
