@@ -37,6 +37,7 @@ import importlib
 import importlib.util
 import json
 import math
+import mmap
 import os
 import pickle
 import platform
@@ -1772,6 +1773,8 @@ class Data:
 
     def pick(self, indices: Tensor) -> Tensor:
         """The images at these places, uint8 [B, M, M, 3], on the device."""
+        for i in indices.tolist() if self.mapped else ():
+            advise(self.images[i], "WILLNEED")
         return self.images[indices.to(self.images.device)].to(self.device)
 
     def middle(self, indices: Tensor) -> Tensor:
@@ -1997,6 +2000,15 @@ def files_below(folder: Path) -> Iterator[Path]:
             yield entry
 
 
+def advise(images: Tensor, advice: str) -> None:
+    """Tell the system how mapped images will be read, else it reads megabytes around each one."""
+    start = images.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = images.data_ptr() + images.nbytes - start
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not on Windows
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), getattr(mmap, f"MADV_{advice}"))
+
+
 CHUNK = 512  # images that are decoded, checked and written at a time
 
 
@@ -2108,6 +2120,8 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     if (B := config.batch_size) > len(train):
         raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
     mean, std = normalisation(config) or measure(images, train)
+    if mapped:
+        advise(images, "RANDOM")
     data = Data(images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(), mapped)
     return data.to(torch.device(device))
 
@@ -2137,13 +2151,15 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 def measure(images: Tensor, places: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exactly."""
-    sums = torch.zeros(2, 3, dtype=torch.int64)
+    count = torch.zeros(3, 256, dtype=torch.float64)
     for part in places.split(100):
-        pixels = images[part].flatten(0, 2).int()
-        sums += torch.stack((pixels.sum(dim=0), pixels.square().sum(dim=0)))
-    mean, square = sums.double() / (len(places) * images[0, :, :, 0].numel())
-    std = (square - mean**2).sqrt().clamp(min=1)
-    return tuple(tuple(round(v / 255, 6) for v in values.tolist()) for values in (mean, std))
+        for channel, pixels in enumerate(images[part].unbind(dim=3)):
+            count[channel] += torch.bincount(pixels.flatten(), minlength=256)
+    value = torch.arange(256, dtype=torch.float64) / 255
+    share = count / count.sum(dim=1, keepdim=True)
+    mean = share @ value
+    std = (share * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
+    return tuple(tuple(round(v, 6) for v in values.tolist()) for values in (mean, std))
 
 
 # --------------------------------------------------------------------------------------------------
