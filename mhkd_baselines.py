@@ -85,16 +85,13 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (delta[:-1] * delta[1:]).sum(dim=1).mean()
 
 
-EMBED_DIM = Option(128, "length of the embeddings", int, COUNT)
+EMBED_DIM = {"embed_dim": Option(128, "length of the embeddings", int, COUNT)}
 
 
 class CorrelationCongruence(BenchmarkMethod):
     """Correlation congruence (Peng et al. 2019) of linearly embedded penultimate features."""
 
-    options = {
-        "cc_weight": Option(0.02, "weight of cc's term", rule=NOT_NEGATIVE),
-        "embed_dim": EMBED_DIM,
-    }
+    options = EMBED_DIM | {"cc_weight": Option(0.02, "weight of cc's term", rule=NOT_NEGATIVE)}
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
         super().__init__(config, student, teacher, data)
@@ -187,8 +184,8 @@ class CRDLoss(nn.Module):
         labels: Tensor | None = None,
     ):
         super().__init__()
-        self.num_samples, self.negatives, self.tau = num_samples, negatives, tau
-        self.momentum = momentum
+        self.num_samples, self.negatives = num_samples, negatives
+        self.tau, self.momentum = tau, momentum
         self.embed_student = nn.Linear(student_dim, embed_dim)
         self.embed_teacher = nn.Linear(teacher_dim, embed_dim)
         bound = 1 / math.sqrt(embed_dim / 3)
@@ -246,14 +243,13 @@ class CRDLoss(nn.Module):
         first = mhkd.average_over_processes(N * likeness.detach().mean())
         Z = torch.where(self.normaliser[direction] > 0, self.normaliser[direction], first)
         if self.training:
-            both = (Z, self.normaliser[1]) if direction == 0 else (self.normaliser[0], Z)
-            self.normaliser = torch.stack(both)
-        p = likeness / Z
-        q = m / N + self.EPSILON
+            self.normaliser = torch.stack(
+                [Z if i == direction else self.normaliser[i] for i in (0, 1)]
+            )
+        p, q = likeness / Z, m / N + self.EPSILON
         positive, negative = p[:, :1], p[:, 1:]
         per_row = (positive / (positive + q)).log().sum(dim=1)
-        per_row = per_row + ((m / N) / (negative + q)).log().sum(dim=1)
-        return -per_row.mean()
+        return -(per_row + ((m / N) / (negative + q)).log().sum(dim=1)).mean()
 
     @torch.no_grad()
     def _remember(self, v_s: Tensor, v_t: Tensor, indices: Tensor) -> None:
@@ -267,11 +263,10 @@ class CRDLoss(nn.Module):
 class ContrastiveDistillation(BenchmarkMethod):
     """Contrastive representation distillation (Tian et al. 2020) of the penultimate features."""
 
-    options = {
+    options = EMBED_DIM | {
         "crd_weight": Option(0.8, "weight of crd's term", rule=NOT_NEGATIVE),
         "crd_tau": Option(0.07, "temperature of crd", rule=POSITIVE),
         "negatives": Option(16384, "negatives for each image", int, COUNT),
-        "embed_dim": EMBED_DIM,
     }
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
@@ -279,8 +274,8 @@ class ContrastiveDistillation(BenchmarkMethod):
         o, labels = self.options, data.train_labels
         if len(labels.unique()) < 2:
             raise mhkd.UsageError("--method crd needs training images of two classes at least")
-        settings = (o.embed_dim, o.negatives, o.crd_tau)
-        self.crd = CRDLoss(student.width, teacher.width, len(labels), *settings, labels=labels)
+        sizes = student.width, teacher.width, len(labels), o.embed_dim, o.negatives
+        self.crd = CRDLoss(*sizes, o.crd_tau, labels=labels)
 
     def own_terms(self, batch: Batch) -> dict[str, Tensor]:
         crd = self.crd(batch.student.penultimate, batch.teacher.penultimate, batch.indices)
@@ -338,10 +333,8 @@ class FeatureMimicking(mhkd.Method):
     def adapt(
         cls, student: nn.Module, teacher: nn.Module, num_classes: int, example: Tensor
     ) -> None:
-        own, its = (
-            FeatureExtractor(network, [], num_classes, example_input=example)
-            for network in (student, teacher)
-        )
+        rest = {"example_input": example}
+        own, its = (FeatureExtractor(n, [], num_classes, **rest) for n in (student, teacher))
         if own.width != its.width:
             widened = WidenedClassifier(own.width, its.width, num_classes)
             student.set_submodule(own.classifier, widened)
@@ -358,16 +351,14 @@ class FeatureMimicking(mhkd.Method):
     def prepare(self, teacher: FeatureExtractor, batches: Callable[[], Iterator]) -> None:
         """b = - the (lower) median of W f_t over the training set: each bit is set for half."""
         features = torch.cat([teacher(images).penultimate for images, _, _ in batches()])  # [N, C]
-        chunk = max(1, self.HASH_VALUES // len(features))  # bits at a time
-        parts = self.weight.split(chunk)
+        parts = self.weight.split(max(1, self.HASH_VALUES // len(features)))  # some bits at a time
         medians = [(part @ features.T).median(dim=1).values for part in parts]
         self.bias.copy_(-torch.cat(medians))
 
     def own_terms(self, batch: Batch) -> dict[str, Tensor]:
         f_s, f_t = batch.student.penultimate, batch.teacher.penultimate
-        counted = None
-        if self.options.lsh_samples == "correct":  # the authors' default
-            counted = batch.teacher.logits.argmax(dim=1) == batch.labels
+        correct = batch.teacher.logits.argmax(dim=1) == batch.labels
+        counted = correct if self.options.lsh_samples == "correct" else None
         mimic = mean_of_counted((f_s - f_t).square().mean(dim=1), counted)
         lsh = lsh_loss(f_s, f_t, self.weight, self.bias, counted)
         return {"lsh": self.options.lsh_weight * (mimic + lsh)}
@@ -381,10 +372,9 @@ class WidenedClassifier(nn.Sequential):
 
     def folded(self) -> nn.Linear:
         """The one linear layer that computes the same, W2 (W1 x + b1) + b2, from float64."""
-        widen, classify = self
-        folded = nn.Linear(widen.in_features, classify.out_features).to(widen.weight)
-        parameters = (*widen.parameters(), *classify.parameters())
-        W1, b1, W2, b2 = (p.detach().cpu().double() for p in parameters)  # MPS has no float64
+        folded = nn.Linear(self[0].in_features, self[1].out_features).to(self[0].weight)
+        # On the CPU: MPS has no float64.
+        W1, b1, W2, b2 = (p.detach().cpu().double() for p in self.parameters())
         with torch.no_grad():
             folded.weight.copy_(W2 @ W1)
             folded.bias.copy_(W2 @ b1 + b2)
@@ -434,9 +424,7 @@ class DualHead(mhkd.Method):
         kl = binary_kl_norm_loss(z_s, z_t, self.options.dhkd_tau)
         return {"dhkd": self.options.dhkd_weight * kl}
 
-    def backward(
-        self, terms: dict[str, Tensor], student: Sequence[Tensor], others: Sequence[Tensor]
-    ) -> None:
+    def backward(self, terms: dict, student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         if not self.options.dhkd_align:
             return super().backward(terms, student, others)
         parameters = [*student, *others]
@@ -451,19 +439,12 @@ class DualHead(mhkd.Method):
             p.grad = part.view_as(p)
 
 
-def gradient_of(term: Tensor, parameters: Sequence[Tensor], **options: bool) -> Tensor:
+def gradient_of(term: Tensor, parameters: Sequence[Tensor], retain_graph: bool = False) -> Tensor:
     """The gradient over all parameters as one vector, the mean over the processes."""
-    gradients = torch.autograd.grad(
-        term, parameters, allow_unused=True, materialize_grads=True, **options
-    )
+    options = {"allow_unused": True, "materialize_grads": True, "retain_graph": retain_graph}
+    gradients = torch.autograd.grad(term, parameters, **options)
     return mhkd.average_over_processes(torch.cat([g.flatten() for g in gradients]))
 
 
-mhkd.METHODS.update(
-    fitnet=FitNet,
-    cc=CorrelationCongruence,
-    rkd=RelationalDistillation,
-    crd=ContrastiveDistillation,
-    lsh=FeatureMimicking,
-    dhkd=DualHead,
-)
+mhkd.METHODS.update(fitnet=FitNet, cc=CorrelationCongruence, rkd=RelationalDistillation)
+mhkd.METHODS.update(crd=ContrastiveDistillation, lsh=FeatureMimicking, dhkd=DualHead)
