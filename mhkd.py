@@ -1762,9 +1762,11 @@ class Data:
         """On a device; images stay where they are if they take more of its free memory."""
         names = ["labels", "train", "val", "test"]
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-        if self.images.nbytes <= share * free:
+        if fits := self.images.nbytes <= share * free:
             names.append("images")
-        return dataclasses.replace(self, **{n: getattr(self, n).to(device) for n in names})
+        moved = {name: getattr(self, name).to(device) for name in names}
+        mapped = self.mapped and not (fits and device.type != "cpu")
+        return dataclasses.replace(self, **moved, mapped=mapped)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
@@ -1773,9 +1775,10 @@ class Data:
 
     def pick(self, indices: Tensor) -> Tensor:
         """The images at these places, uint8 [B, M, M, 3], on the device."""
+        indices = indices.to(self.images.device)
         for i in indices.tolist() if self.mapped else ():
             advise(self.images[i], "WILLNEED")
-        return self.images[indices.to(self.images.device)].to(self.device)
+        return self.images[indices].to(self.device)
 
     def middle(self, indices: Tensor) -> Tensor:
         """The middle of images, normalised, [B, 3, S, S]: what a network is tested with."""
