@@ -32,6 +32,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -243,11 +244,6 @@ class MobileNetV2(nn.Module):
         return self.classifier(x.mean(dim=(2, 3)))
 
 
-def channel_shuffle(left: Tensor, right: Tensor) -> Tensor:
-    """Concatenate two maps [B, C, H, W], their channels interleaved: a shuffle in two groups."""
-    return torch.stack((left, right), dim=2).flatten(1, 2)
-
-
 class ShuffleBlock(nn.Module):
     """Half of the channels pass through, the other half are transformed."""
 
@@ -262,7 +258,8 @@ class ShuffleBlock(nn.Module):
         left, right = x.chunk(2, dim=1)
         right = F.relu(self.bn1(self.conv1(right)))
         right = self.bn2(self.conv2(right))
-        return channel_shuffle(left, F.relu(self.bn3(self.conv3(right))))
+        right = F.relu(self.bn3(self.conv3(right)))
+        return torch.stack((left, right), dim=2).flatten(1, 2)  # [B, C, H, W], interleaved
 
 
 class ShuffleDownBlock(nn.Module):
@@ -281,7 +278,7 @@ class ShuffleDownBlock(nn.Module):
         left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
         right = F.relu(self.bn3(self.conv3(x)))
         right = F.relu(self.bn5(self.conv5(self.bn4(self.conv4(right)))))
-        return channel_shuffle(left, right)
+        return torch.stack((left, right), dim=2).flatten(1, 2)
 
 
 class ShuffleNetV2(nn.Module):
@@ -1095,7 +1092,7 @@ class Distiller(nn.Module):
 
     def __init__(self, config: Config, data: Data, teacher: nn.Module | None):
         super().__init__()
-        K, methods = len(data.classes), config.methods()
+        K, methods = len(data.classes), find_methods(config.method)
         x = torch.zeros(1, 3, config.image_size, config.image_size)
         self.config = config
         # The student comes first: its initial weights depend on the seed alone, not on the method.
@@ -1174,14 +1171,14 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
     """
     with surroundings(config) as device:
         data = data or load_data(config, device)
-        teacher = find_teacher(config, data)  # calls this function where one has to be trained
-        record = record_of(config, data, teacher)
+        teacher, facts = find_teacher(config, data)  # calls this function to train one
+        record = record_of(config, data, facts)
         folder = Path(config.out) / record["name"]
         with locked(folder, f"another run is at work on '{folder}'"):
             wait_for_all()
             if finished := find_result(folder, record):
                 return finished
-            distiller = Distiller(config, data, teacher.model)
+            distiller = Distiller(config, data, teacher)
             record["units"], record["init_sha256"] = distiller.units, distiller.initial_sha256
             if config.compile:
                 for network in (distiller.student, distiller.teacher):
@@ -1284,37 +1281,28 @@ def evaluate(model: nn.Module, data: Data, part: Tensor | None = None) -> dict[s
     }
 
 
-@dataclasses.dataclass
-class Teacher:
-    """The trained teacher of a run; its model is None where the method needs none."""
-
-    model: nn.Module | None = None
-    sha256: str | None = None  # of its file
-    accuracy: float | None = None
-
-
-def find_teacher(config: Config, data: Data) -> Teacher:
-    """The teacher from its checkpoint, or trained with the same recipe, in a run of its own."""
+def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, dict[str, Any]]:
+    """The teacher from its checkpoint, or from a run of its own; and its part of the record."""
     if not config.teacher:
-        return Teacher()
+        return None, {"teacher_sha256": None, "teacher_accuracy": None}
     model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     if not (path := config.teacher_weights):
         Distiller(config, data, model)  # refuses at once what would fail after the teacher's run
         say(f"teacher {config.teacher}: without --teacher-weights its own run comes first")
         path = Path(config.out) / train(config.of_teacher(), data)["name"] / "student.pt"
     load_weights(model, path).to(data.device)
-    teacher = Teacher(model, sha256_of(path), evaluate(model, data)["accuracy"])
-    say(f"teacher {config.teacher}: {teacher.accuracy:.2f} % on the test images")
-    return teacher
+    accuracy = evaluate(model, data)["accuracy"]
+    say(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
+    return model, {"teacher_sha256": sha256_of(path), "teacher_accuracy": accuracy}
 
 
-def record_of(config: Config, data: Data, teacher: Teacher) -> dict[str, Any]:
+def record_of(config: Config, data: Data, of_teacher: dict[str, Any]) -> dict[str, Any]:
     """What a run is: its configuration, in what that differs from the recipe, data, teacher."""
     differs = config.differs()
     if world_size() > 1:  # batch norm sees each process's share alone
         differs["processes"] = world_size()
     if config.teacher_weights:
-        differs["teacher_weights"] = teacher.sha256[:8]
+        differs["teacher_weights"] = of_teacher["teacher_sha256"][:8]
     # Two folders of images are two data sets.
     dataset = config.dataset + (f"_{data.sha256[:8]}" if config.dataset == "folder" else "")
     who = [dataset, config.teacher, config.student, config.method]
@@ -1327,8 +1315,7 @@ def record_of(config: Config, data: Data, teacher: Teacher) -> dict[str, Any]:
         "name": name,
         "config": {**config.recorded(), "processes": world_size()},
         "differs": differs,
-        "teacher_sha256": teacher.sha256,
-        "teacher_accuracy": teacher.accuracy,
+        **of_teacher,
         "data_sha256": data.sha256,
         "normalisation": {"mean": data.mean, "std": data.std},
     }
@@ -1524,7 +1511,10 @@ def build_model(
     if init.startswith("file:"):
         state = read_state(init[5:], model.state_dict())
     elif library:
-        state = pretrained_state(name, image_size)
+        *_, where = library_weights(name) or [None]
+        hint = f"put {where}, or give file:PATH instead of pretrained"
+        with explain(f"the pretrained weights of {name} cannot be had", hint):
+            state = from_library(name, image_size, pretrained=True).state_dict()
     else:
         raise UsageError(f"there are no pretrained weights for {name}: give random or file:PATH")
     load_state(model, state, f"the weights '{init}' do not fit {name}", num_classes)
@@ -1566,16 +1556,6 @@ def from_file(name: str, num_classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"'{name}' returns {type(model).__name__}, not a module")
     return model
-
-
-def pretrained_state(name: str, image_size: int | None) -> dict[str, Tensor]:
-    """The library's weights for a network of its, downloaded where they are not there."""
-    try:
-        return from_library(name, image_size, pretrained=True).state_dict()
-    except Exception as error:
-        *_, where = library_weights(name) or [None]
-        what = f"the pretrained weights of {name} cannot be had ({first_line(error)})"
-        raise UsageError(f"{what}: put {where}, or give file:PATH instead of pretrained") from error
 
 
 def library_weights(name: str) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:
@@ -2094,11 +2074,17 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     Raises:
         UsageError: it is not there and cannot be downloaded, or is not as it should be.
     """
-    with main_process_first():  # it downloads and decodes; the others find that
-        load, labels, count, classes = SOURCES[config.dataset](config)
-        train, test = subset_of(count, config), subset_of(len(labels) - count, config)
-        chosen, count = [*train, *(count + i for i in test)], len(train)
-        images, labels = load(chosen), labels[chosen]
+    if not is_main():
+        wait_for_all()  # the first process downloads and decodes; the others find that
+    load, labels, count, classes = SOURCES[config.dataset](config)
+    parts = []  # what --subset leaves: the same for every run, in the order of the data set
+    for size in (count, len(labels) - count):
+        places = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        parts.append(places[: config.subset].sort().values)
+    chosen, count = [*parts[0].tolist(), *(count + parts[1]).tolist()], len(parts[0])
+    images, labels = load(chosen), labels[chosen]
+    if is_main():
+        wait_for_all()
     S, mapped = config.image_size, config.dataset == "folder"
     if images.shape[1] != S and not mapped:
         small, images = images, torch.empty(len(images), S, S, 3, dtype=torch.uint8)
@@ -2127,14 +2113,6 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         advise(images, "RANDOM")
     data = Data(images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(), mapped)
     return data.to(torch.device(device))
-
-
-def subset_of(count: int, config: Config) -> list[int]:
-    """Which images --subset leaves: the same for every run, in the order of the data set."""
-    if not config.subset:
-        return list(range(count))
-    generator = torch.Generator().manual_seed(0)
-    return sorted(torch.randperm(count, generator=generator)[: config.subset].tolist())
 
 
 def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -2200,17 +2178,14 @@ def one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda v: v in values, f"one of {', '.join(values)}")
 
 
-def field(group: str) -> Callable[..., Any]:
-    """Makes fields of Config. Those of the group "machine" may differ where a run goes on."""
-
-    def make(default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
-        facts = {"group": group, "option": Option(default, help, parse, rule)}
-        return dataclasses.field(default=default, metadata=facts)
-
-    return make
+def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
+    """A field of Config. Those of the group "machine" may differ where a run goes on."""
+    facts = {"group": group, "option": Option(default, help, parse, rule)}
+    return dataclasses.field(default=default, metadata=facts)
 
 
-net, images, fit, machine = (field(group) for group in ("networks", "data", "training", "machine"))
+groups = ("networks", "data", "training", "machine")
+net, images, fit, machine = (functools.partial(field, group) for group in groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2229,7 +2204,7 @@ class Config:
     student_init: str = net("random", f"weights that the student begins with: {INITS}", str, INIT)
     teacher_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
     student_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
-    method: str = field("method")("mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, crd+mhkd")
+    method: str = field("method", "mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, crd+mhkd")
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dataset: str = images("cifar100", "cifar100, cifar10, svhn, folder, digits (no download)")
     image_size: int = images(None, "side of the images in pixels: 32; digits 16", int, SIZE)
@@ -2287,18 +2262,14 @@ class Config:
         for name in self.options:
             if name not in declared:
                 raise UsageError(foreign_option(name, self.method))
-        options = {n: self.options.get(n, o.default) for n, o in declared.items()}
-
-        def complete(values: dict[str, Any], rules: dict[str, Option]) -> dict[str, Any]:
-            values = {n: recipe.get(n) if v is None else v for n, v in values.items()}
-            for name, option in rules.items():
-                value = values[name]
-                if option.rule and value is not None and not option.rule[0](value):
-                    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                    raise UsageError(f"{flag_of(name)} must be {option.rule[1]}, not {shown}")
-            return values
-
-        self.__dict__.update(complete(values, fields), options=complete(options, declared))
+        values |= {n: self.options.get(n, o.default) for n, o in declared.items()}
+        values = {n: recipe.get(n) if v is None else v for n, v in values.items()}
+        for name, option in {**fields, **declared}.items():
+            value = values[name]
+            if option.rule and value is not None and not option.rule[0](value):
+                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UsageError(f"{flag_of(name)} must be {option.rule[1]}, not {shown}")
+        self.__dict__.update(values, options={n: values.pop(n) for n in declared})
         if len(self.teacher_units or units) != len(self.student_units or units):
             raise UsageError("--teacher-units and --student-units must be as many as each other")
 
@@ -2311,9 +2282,6 @@ class Config:
         own = {"student_units": None, "options": {}, "method": "ce"}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
         return self.replace(**own, seed=self.teacher_seed, teacher_seed=0, teacher_units=None)
-
-    def methods(self) -> dict[str, type[Method]]:
-        return find_methods(self.method)
 
     def recorded(self) -> dict[str, Any]:
         """The values that make two runs different, as JSON would give them back."""
@@ -2501,9 +2469,7 @@ def read_state(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
         for name, t in content.items()
     ):
         raise UsageError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
-    if not {*content} & {
-        *names
-    }:  # a network in DataParallel or torch.compile has these before them
+    if {*content}.isdisjoint(names):  # of a network in DataParallel or torch.compile
         for prefix in ("module.", "_orig_mod."):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
     return content
@@ -2616,15 +2582,6 @@ def is_main() -> bool:
 def wait_for_all() -> None:
     if world_size() > 1:
         dist.barrier()
-
-
-@contextlib.contextmanager
-def main_process_first() -> Iterator[None]:
-    if not is_main():
-        wait_for_all()
-    yield
-    if is_main():
-        wait_for_all()
 
 
 def average_over_processes(values: Tensor) -> Tensor:
