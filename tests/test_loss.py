@@ -70,7 +70,7 @@ def heads(H=2, B=4, K=5, *, grads="", device="cpu", **kw):
 @settings(max_examples=60, deadline=None)
 @given(
     H=st.integers(1, 4), B=st.integers(1, 6), K=st.integers(1, 7), tau=st.floats(0.5, 20),
-    alpha=st.floats(0, 1), beta=st.floats(0, 5), scale=st.sampled_from([0.0, 1.0, 30.0]),
+    alpha=st.floats(0, 1), beta=st.floats(0, 5), scale=st.sampled_from([0.0, 1.0, 1e3]),
     seed=st.integers(0, 1000), data=st.data(),
 )  # fmt: skip
 def test_loss_and_terms_are_those_of_the_equations(H, B, K, tau, alpha, beta, scale, seed, data):
@@ -139,26 +139,22 @@ def test_a_step_sends_no_gradient_to_the_teachers_backbone_and_one_to_its_heads(
 
 
 @pytest.mark.parametrize("ignore", [-100, 2])
-def test_ignored_rows_count_nowhere(device, ignore):
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_ignored_rows_count_nowhere_whatever_they_hold(device, ignore, poison):
     student, teacher, labels = heads(B=6, device=device)
     labels[[0, 3]] = ignore
     keep = labels != ignore
-    wanted = reference([z[keep] for z in student], [z[keep] for z in teacher], labels[keep])
-    assert reference(student, teacher, labels, ignore_index=ignore).item() == approx(wanted)
-
-
-@pytest.mark.parametrize("poison", [NAN, INF, -INF])
-def test_poison_in_an_ignored_row_reaches_neither_the_loss_nor_a_gradient(poison):
-    student, teacher, labels = heads()
-    labels[1] = -100
-    wanted = reference(student, teacher, labels, teacher_ce=[True, True]).item()
+    marked = {"teacher_ce": [True, True]}
+    wanted = reference(
+        [z[keep] for z in student], [z[keep] for z in teacher], labels[keep], **marked
+    )
     for z in (*student, *teacher):
-        z[1] = poison
+        z[~keep] = poison
         z.requires_grad_(True)
-    loss = reference(student, teacher, labels)
+    loss = reference(student, teacher, labels, ignore_index=ignore)
     loss.backward()
-    assert loss.item() == wanted
-    assert all(z.grad.isfinite().all() and not z.grad[1].any() for z in (*student, *teacher))
+    assert loss.item() == approx(wanted)
+    assert all(z.grad.isfinite().all() and not z.grad[~keep].any() for z in (*student, *teacher))
 
 
 def test_nan_in_a_row_that_counts_makes_the_loss_nan_and_leaves_the_other_rows_gradients():
@@ -212,20 +208,6 @@ def test_a_class_that_only_the_student_excludes_makes_the_divergence_infinite_if
     assert reference(student, teacher, labels, alpha=0.0).item() == approx(ce)
 
 
-def test_logits_of_a_thousand_do_not_overflow(device):
-    call = heads(scale=1e3, dtype=torch.float32, device=device, grads="s")
-    loss = reference(*call)
-    loss.backward()
-    assert loss.item() == approx(restated(*call)[0], rel=1e-5)
-    assert all(z.grad.isfinite().all() for z in call[0])
-
-
-def test_equal_logits_have_no_divergence():
-    student, _, labels = heads()
-    _, terms = reference(student, student, labels, return_terms=True)
-    assert terms[:, 0].abs().max() < 1e-14
-
-
 @pytest.mark.parametrize("of_student, of_teacher, of_loss", [
     (torch.float16, torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16, torch.float32),
     (torch.float32, torch.float16, torch.float32), (torch.bfloat16, torch.float32, torch.float32),
@@ -256,31 +238,22 @@ def test_terms_are_detached_and_weigh_up_to_the_loss():
     assert loss.item() == approx(total)
 
 
-def test_the_inputs_are_left_as_they_were():
+def test_strided_logits_and_tuples_are_taken_and_the_inputs_left_as_they_were():
     student, teacher, labels = heads()
     labels[1] = -100
-    copies = [z.clone() for z in (*student, *teacher, labels)]
-    reference(student, teacher, labels)
-    assert all(torch.equal(a, b) for a, b in zip((*student, *teacher, labels), copies))
-
-
-def test_strided_logits_and_tuples_are_taken():
-    student, teacher, labels = heads()
     strided = tuple(z.T.contiguous().T for z in student)
     every_other = tuple(z.repeat_interleave(2, dim=1)[:, ::2] for z in teacher)
+    copies = [z.clone() for z in (*student, *teacher, labels)]
     wanted = reference(student, teacher, labels)
     assert reference(strided, every_other, labels).item() == approx(wanted, rel=1e-14)
+    given = (*strided, *every_other, labels)
+    assert all(torch.equal(a, b) for a, b in zip(given, copies))
 
 
 def test_compiled_whole_it_gives_the_same_loss():
     call = heads()
     compiled = torch.compile(reference, fullgraph=True, backend="aot_eager")
     assert compiled(*call).item() == approx(reference(*call), rel=1e-14)
-
-
-def test_the_reference_backend_is_what_auto_computes():
-    call = heads()
-    assert mhkd.mhkd_loss(*call).item() == approx(reference(*call), rel=1e-10)
 
 
 A, Y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
@@ -312,6 +285,7 @@ WRONG = [
     (ValueError, "alpha.*-0.1", {"alpha": -0.1}),
     (TypeError, "alpha.*numbers", {"alpha": torch.tensor(0.5, requires_grad=True)}),
     (TypeError, "tau.*numbers", {"tau": torch.tensor(2.0)}),
+    (ValueError, "backend.*'quick'", {"backend": "quick"}),
     (ValueError, "weights.*nan", {"head_weights": [NAN]}),
     (ValueError, "weights.*-1", {"head_weights": [-1.0]}),
     (ValueError, "weights.*inf", {
@@ -320,15 +294,17 @@ WRONG = [
 
 
 @pytest.mark.parametrize("error, message, change", WRONG)
-def test_arguments_that_make_no_sense_are_refused(error, message, change):
-    arguments = {"student_logits": [A], "teacher_logits": [A], "labels": Y} | change
-    with pytest.raises(error, match=message):
-        reference(**arguments)
-
-
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend.*'quick'"):
-        mhkd.mhkd_loss([A], [A], Y, backend="quick")
+def test_arguments_that_make_no_sense_are_refused_by_both_backends_in_one_sentence(
+    error, message, change
+):
+    said = set()
+    for backend in ["reference"] + ["fused"] * mhkd.loss_backend().startswith("fused"):
+        arguments = {"student_logits": [A], "teacher_logits": [A], "labels": Y, "backend": backend}
+        with pytest.raises(error, match=message) as caught:
+            mhkd.mhkd_loss(**arguments | change)
+        said.add(str(caught.value))
+    (sentence,) = said
+    assert len(sentence) < 160
 
 
 def test_logits_of_a_language_model_are_rows_of_classes():
@@ -346,10 +322,3 @@ def test_kd_loss_leaves_out_the_rows_that_are_ignored():
     deep = z_s.view(2, 3, 5), z_t.view(2, 3, 5)
     found = mhkd.kd_loss(*deep, labels=labels.view(2, 3), ignore_index=7)
     assert found.item() == approx(mhkd.kd_loss(z_s[keep], z_t[keep]))
-
-
-def test_the_fused_backend_is_refused_where_it_is_not_installed():
-    if mhkd.loss_backend().startswith("fused"):
-        pytest.skip("it is installed")
-    with pytest.raises(RuntimeError, match="not installed"):
-        mhkd.mhkd_loss([A], [A], Y, backend="fused")
