@@ -1,5 +1,6 @@
 """The fused loss against the plain PyTorch one, which is its specification."""
 
+import importlib
 import importlib.util
 import math
 import os
@@ -7,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -16,7 +16,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils import cpp_extension
@@ -342,8 +342,7 @@ def test_ignored_rows_count_nowhere_even_if_they_hold_nan_or_are_all(
 
 
 @pytest.mark.parametrize(
-    "alpha, weights",
-    [(0.0, [1.0, 1.0]), (1.0, [1.0, 0.5]), (0.5, [0.0, 1.0]), (0.5, [0.0, 0.0])],
+    "alpha, weights", [(0.0, [1.0, 1.0]), (1.0, [1.0, 0.5]), (0.5, [0.0, 1.0]), (0.5, [0.0, 0.0])]
 )
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_coefficient_of_zero_wins_over_an_infinite_term(kernel, alpha, weights, marked):
@@ -509,10 +508,7 @@ def test_a_label_that_is_no_class_is_an_error(kernel, label):
 
 
 def run_python(code, **environment):
-    path = os.pathsep.join([str(Path(mhkd.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return python("-c", code, cwd=ROOT, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize(
@@ -536,13 +532,10 @@ def test_without_a_kernel_auto_is_plain_pytorch_and_fused_says_what_is_missing(c
     assert done.stderr.count("has interface") == warned
 
 
-def test_two_copies_of_the_script_share_one_kernel(tmp_path):
-    copy = tmp_path / "copied_mhkd.py"
-    copy.write_text(Path(mhkd.__file__).read_text())
-    spec = importlib.util.spec_from_file_location("copied_mhkd", copy)
-    copied = importlib.util.module_from_spec(spec)
-    sys.modules["copied_mhkd"] = copied
-    spec.loader.exec_module(copied)
+def test_two_copies_of_the_script_share_one_kernel(tmp_path, monkeypatch):
+    shutil.copy(mhkd.__file__, tmp_path / "copied_mhkd.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    copied = importlib.import_module("copied_mhkd")
     assert copied.loss_backend() == mhkd.loss_backend()
     call = make_heads(1, 2, 5)
     assert torch.equal(copied.mhkd_loss(*call), mhkd.mhkd_loss(*call))
@@ -620,10 +613,8 @@ def test_every_instruction_set_of_this_processor_is_accurate(capability):
     if backend.strip() == mhkd.loss_backend():
         pytest.skip(f"{capability} is what all tests here run with")
     names = "(every_regime or infinite_and_nan or begin_with) and cpu"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names],
-        capture_output=True, text=True, env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-    )  # fmt: skip
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    done = python(*arguments, env={**os.environ, "ATEN_CPU_CAPABILITY": capability})
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -652,10 +643,8 @@ def test_csrc_alone_is_built_by_another_project(tmp_path):
         "loss.backward()\n"
         "print(loss.item(), z[0].grad.isfinite().all().item())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "build")},
-    )  # fmt: skip
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "build")}
+    done = python("-c", code, cwd=tmp_path, env=environment)
     assert re.search(r"^0\.138\d* True$", done.stdout, re.M), done.stderr[-2000:]
 
 
