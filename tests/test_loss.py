@@ -138,6 +138,14 @@ def test_a_step_sends_no_gradient_to_the_teachers_backbone_and_one_to_its_heads(
     assert all(p.grad is not None for p in student.parameters())
 
 
+def test_logits_of_a_thousand_do_not_overflow(device):
+    call = heads(scale=1e3, dtype=torch.float32, device=device, grads="s")
+    loss = reference(*call)
+    loss.backward()
+    assert loss.item() == approx(restated(*call)[0], rel=1e-5)
+    assert all(z.grad.isfinite().all() for z in call[0])
+
+
 @pytest.mark.parametrize("ignore", [-100, 2])
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_ignored_rows_count_nowhere_whatever_they_hold(device, ignore, poison):
