@@ -259,7 +259,7 @@ class ShuffleBlock(nn.Module):
         right = F.relu(self.bn1(self.conv1(right)))
         right = self.bn2(self.conv2(right))
         right = F.relu(self.bn3(self.conv3(right)))
-        return torch.stack((left, right), dim=2).flatten(1, 2)  # [B, C, H, W], interleaved
+        return torch.stack((left, right), dim=2).flatten(1, 2)  # channel shuffle, two groups
 
 
 class ShuffleDownBlock(nn.Module):
@@ -2269,7 +2269,8 @@ class Config:
             if option.rule and value is not None and not option.rule[0](value):
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 raise UsageError(f"{flag_of(name)} must be {option.rule[1]}, not {shown}")
-        self.__dict__.update(values, options={n: values.pop(n) for n in declared})
+        options = {name: values.pop(name) for name in declared}
+        self.__dict__.update(values, options=options)
         if len(self.teacher_units or units) != len(self.student_units or units):
             raise UsageError("--teacher-units and --student-units must be as many as each other")
 
