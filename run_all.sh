@@ -3,8 +3,8 @@
 #
 #   ./run_all.sh demo     environment, then teacher, plain, KD and MHKD student on handwritten
 #                         digits, a table and a picture: minutes on a laptop, no download of data
-#   ./run_all.sh small    the study of docs/measurements.md on small images of CIFAR-100: some
-#                         twenty core-hours; METHODS="ce kd mhkd" SEEDS="0 1 2" is three of them
+#   ./run_all.sh small    the study of docs/measurements.md on small images of CIFAR-100: 14 to
+#                         20 core-hours; METHODS="ce kd mhkd" SEEDS="0 1 2" is about four of them
 #   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report
 #   ./run_all.sh records  copies the records of what has run to results/
 #   ./run_all.sh test     environment, then the tests
