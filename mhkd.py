@@ -555,6 +555,17 @@ class MultiHead(FeatureExtractor):
         self.heads = AuxHeads(self, self.units, width, stride)
         self.heads.to(parameter.device, parameter.dtype)
 
+    def freeze_heads(self) -> MultiHead:
+        """Keep the heads as they are: in eval mode, without gradients."""
+        self.heads.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> MultiHead:
+        super().train(mode)
+        if not any(p.requires_grad for p in self.heads.parameters()):
+            self.heads.eval()
+        return self
+
     def forward(self, x: Any, penultimate: bool = False) -> Any:
         """Logits [final, head 1, ..., head D], each [B, K].
 
@@ -596,6 +607,8 @@ def mhkd_loss(
     alpha: float = 0.9,
     beta: float = 0.5,
     head_weights: Sequence[float] | None = None,
+    kl_weights: Sequence[float] | None = None,
+    ce_weights: Sequence[float] | None = None,
     teacher_ce: Sequence[bool] | None = None,
     ignore_index: int = -100,
     return_terms: bool = False,
@@ -622,6 +635,9 @@ def mhkd_loss(
         alpha: weight of the divergence against the student's cross-entropy, 0 to 1.
         beta: weight of every auxiliary head, used where `head_weights` is None.
         head_weights: a weight for each head; None means [1, beta, beta, ...].
+        kl_weights: coefficient of tau^2 KL for each head; None means w_h alpha.
+        ce_weights: coefficient of the student's cross-entropy for each head; None means
+            w_h (1 - alpha).
         teacher_ce: for each head, whether the teacher's own cross-entropy is added, with weight 1;
             None marks the teacher logits that require a gradient.
         ignore_index: rows with this label count nowhere.
@@ -646,7 +662,10 @@ def mhkd_loss(
     H = len(student_logits)
     head_weights = [1.0] + [beta] * (H - 1) if head_weights is None else head_weights
     teacher_ce = [z.requires_grad for z in teacher_logits] if teacher_ce is None else teacher_ce
-    _check_settings(student_logits, teacher_logits, tau, alpha, head_weights, teacher_ce)
+    weights = {"head_weights": head_weights, "kl_weights": kl_weights, "ce_weights": ce_weights}
+    _check_settings(student_logits, teacher_logits, tau, alpha, weights, teacher_ce)
+    kl_weights = [w * alpha for w in head_weights] if kl_weights is None else list(kl_weights)
+    ce_weights = [w * (1 - alpha) for w in head_weights] if ce_weights is None else list(ce_weights)
     fused = _use_fused(backend, labels.device, H)
     # The operator refuses what does not fit, faster; then the check here says it as it always does.
     if not fused or labels.dim() != 1 or torch.compiler.is_compiling():
@@ -655,7 +674,7 @@ def mhkd_loss(
         labels = labels.reshape(-1)  # [B]
         student_logits = [z.reshape(-1, z.shape[-1]) for z in student_logits]  # [B, K] each
         teacher_logits = [z.reshape(-1, z.shape[-1]) for z in teacher_logits]
-    settings = labels, tau, alpha, list(head_weights), list(teacher_ce), ignore_index
+    settings = labels, tau, kl_weights, ce_weights, list(teacher_ce), ignore_index
     try:
         out = (_fused_loss if fused else _reference_loss)(student_logits, teacher_logits, *settings)
     except Exception:
@@ -664,14 +683,17 @@ def mhkd_loss(
     return out[:2] if return_terms else out[0]
 
 
-def _reference_loss(student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index):
+def _reference_loss(
+    student, teacher, labels, tau, kl_weights, ce_weights, teacher_ce, ignore_index
+):
     """The equations in plain PyTorch: what the fused kernel has to compute. Logits are [B, K]."""
     dtypes = [z.dtype for z in (*student, *teacher)]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     counted = labels != ignore_index  # [B]
     loss = torch.zeros((), dtype=dtype, device=labels.device)
     terms = []
-    for z_s, z_t, weight, marked in zip(student, teacher, head_weights, teacher_ce):
+    coefficients = zip(kl_weights, ce_weights, map(float, teacher_ce))
+    for z_s, z_t, of_head in zip(student, teacher, coefficients):
         # A NaN in a row that does not count must reach neither the loss nor the gradients.
         z_s = torch.where(counted[:, None], z_s.to(dtype), 0)  # [B, K]
         z_t = torch.where(counted[:, None], z_t.to(dtype), 0)  # [B, K]
@@ -682,11 +704,10 @@ def _reference_loss(student, teacher, labels, tau, alpha, head_weights, teacher_
         kl = kl / counted.sum() * tau**2
         ce = F.cross_entropy(z_s, labels, ignore_index=ignore_index)
         ce_t = torch.zeros_like(kl)
-        if marked:
+        if of_head[2]:
             ce_t = F.cross_entropy(z_t, labels, ignore_index=ignore_index)
         # Equation 1 for each head, equation 2 over them.
-        coefficients = (weight * alpha, weight * (1 - alpha), float(marked))
-        for coefficient, term in zip(coefficients, (kl, ce, ce_t)):
+        for coefficient, term in zip(of_head, (kl, ce, ce_t)):
             if coefficient != 0:
                 loss = loss + coefficient * term
         terms.append(torch.stack((kl, ce, ce_t)).detach())
@@ -714,16 +735,17 @@ def kd_loss(
     return mhkd_loss([student_logits], [teacher_logits], labels, backend=backend, **settings)
 
 
-def _check_settings(student, teacher, tau, alpha, head_weights, teacher_ce) -> None:
+def _check_settings(student, teacher, tau, alpha, weights, teacher_ce) -> None:
     if isinstance(student, Tensor) or isinstance(teacher, Tensor):
         raise TypeError("mhkd_loss: logits must be a list, a tensor for each head, not one tensor")
-    if not len(student) == len(teacher) == len(head_weights) == len(teacher_ce) != 0:
-        raise ValueError(
-            f"mhkd_loss: the lists differ in length or are empty: {len(student)} student logits, "
-            f"{len(teacher)} teacher logits, {len(head_weights)} head weights, "
-            f"{len(teacher_ce)} marks in teacher_ce"
-        )
-    if any(isinstance(value, Tensor) for value in (tau, alpha, *head_weights)):
+    weights = {name: values for name, values in weights.items() if values is not None}
+    lists = {"student logits": student, "teacher logits": teacher, **weights}
+    lengths = {name: len(values) for name, values in {**lists, "teacher_ce": teacher_ce}.items()}
+    if len({*lengths.values()}) > 1 or not len(student):
+        shown = ", ".join(f"{length} {name}" for name, length in lengths.items())
+        raise ValueError(f"mhkd_loss: the lists differ in length or are empty: {shown}")
+    numbers = [(name, w) for name, values in weights.items() for w in values]
+    if any(isinstance(value, Tensor) for value in (tau, alpha, *(w for _, w in numbers))):
         raise TypeError(
             "mhkd_loss: tau, alpha and the weights must be numbers, which get no gradient, "
             "not tensors (use item())"
@@ -732,8 +754,9 @@ def _check_settings(student, teacher, tau, alpha, head_weights, teacher_ce) -> N
         ("tau must be a finite number above 0", tau, 0 < tau < math.inf),
         ("alpha must be between 0 and 1", alpha, 0 <= alpha <= 1),
     ]
-    rule = "head weights must be finite and not negative"
-    for rule, value, holds in rules + [(rule, w, 0 <= w < math.inf) for w in head_weights]:
+    rule = "must be finite and not negative"
+    rules += [(f"{name} {rule}", w, 0 <= w < math.inf) for name, w in numbers]
+    for rule, value, holds in rules:
         if not holds:
             raise ValueError(f"mhkd_loss: {rule}, not {value}")
 
@@ -762,7 +785,7 @@ def _check_tensors(student, teacher, labels) -> None:
 
 BACKENDS = ("auto", "reference", "fused")
 MAX_FUSED_HEADS = 16  # kMaxHeads in csrc/mhkd_loss.h
-INTERFACE = 2  # kInterface in csrc/mhkd_loss.cpp
+INTERFACE = 3  # kInterface in csrc/mhkd_loss.cpp
 TO_BE_CHECKED = ("cuda",)  # devices on which "auto" compares before it trusts
 
 _fused_is_there: bool | None = None  # not looked for yet
@@ -836,7 +859,7 @@ def check_kernel(device: torch.device | str) -> str:
             z[:, 0], z[:, 1, 1] = math.nan, -math.inf
             z = z.to(device, dtype)[..., :K]
             labels = torch.tensor([-100, 0, K - 1, 2, 3, K // 2], device=device)
-            settings = labels, tau, 0.9, [1.0, 0.5], [False, True], -100
+            settings = labels, tau, [0.9, 0.45], [0.1, 0.05], [False, True], -100
             try:
                 found = outputs(_fused_loss, z, *settings)
             except torch.OutOfMemoryError:
@@ -916,8 +939,12 @@ class Option:
 # Numbers that float32 can hold, too.
 POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0")
-SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
+FRACTION = (lambda v: 0 <= v <= 1, "between 0 and 1")
 COUNT = (lambda v: 1 <= v < 2**31, "at least 1 and below 2^31")
+
+
+def one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: v in values, f"one of {', '.join(values)}")
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -951,6 +978,7 @@ class Method(nn.Module):
     final_options: dict[str, Option] = {}  # of its terms on the final outputs
     rank = 0  # of joined methods the one of the highest rank gives the terms on the final outputs
     needs_teacher = True
+    on_teacher = False  # it trains something on the frozen teacher; there is no student
 
     def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
         """student, teacher: FeatureExtractors (the teacher None without one), for their shapes."""
@@ -982,6 +1010,10 @@ class Method(nn.Module):
         """Loss terms that the method adds."""
         return {}
 
+    def saved(self) -> dict[str, Any]:
+        """What student.pt holds beside the plain network."""
+        return {}
+
     def backward(self, terms: dict, student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         """Set the gradients of the student's parameters and of all others that train."""
         sum(terms.values()).backward()
@@ -999,34 +1031,123 @@ class Distillation(Method):
     rank = 1
     final_options = {
         "tau": Option(4.0, "temperature", rule=POSITIVE),
-        "alpha": Option(0.9, "weight of the divergence against the cross-entropy", rule=SHARE),
-    }
+        "alpha": Option(0.9, "weight of the divergence against the cross-entropy", rule=FRACTION),
+        "gamma": Option(
+            None, "weight of the final cross-entropy: 1 - alpha", rule=NOT_NEGATIVE
+        ),
+        "kd_weight": Option(
+            None, "weight of the final divergence, tau^2 KL: alpha", rule=NOT_NEGATIVE
+        ),
+    }  # fmt: skip
+
+    def final_weights(self) -> tuple[float, float]:
+        """Weights of the final outputs' tau^2 KL and cross-entropy."""
+        o = self.options
+        kl = o.alpha if o.kd_weight is None else o.kd_weight
+        return kl, 1 - o.alpha if o.gamma is None else o.gamma
 
     def final_terms(self, batch: Batch) -> dict[str, Tensor]:
-        o, z_s, z_t = self.options, batch.student.logits, batch.teacher.logits
-        settings = {"tau": o.tau, "alpha": o.alpha, "backend": self.config.backend}
-        return {"kd": mhkd_loss([z_s], [z_t], batch.labels, teacher_ce=[False], **settings)}
+        kl, ce = self.final_weights()
+        loss = mhkd_loss(
+            [batch.student.logits], [batch.teacher.logits], batch.labels, tau=self.options.tau,
+            kl_weights=[kl], ce_weights=[ce], teacher_ce=[False], backend=self.config.backend,
+        )  # fmt: skip
+        return {"kd": loss}
 
 
-class MultiHeadDistillation(Method):
+HEAD_OPTIONS = {
+    "units": Option(
+        None, "units that carry a head, 1,2,3: all", integers,
+        (lambda v: v and len({*v}) == len(v) and min(v) > 0, "different units: 1,2,3"),
+    ),
+    "head_width": Option(None, "kernels of the heads: 256; digits 64", int, COUNT),
+    "head_stride": Option(None, "stride of the heads: 1; digits 2", int, COUNT),
+}  # fmt: skip
+TEACHER_HEADS = (
+    "what the student's heads learn from: scratch, the teacher's heads, which learn at the same "
+    "time; pretrained, the teacher's heads, trained before and frozen; logits, the teacher's "
+    "final logits"
+)
+
+
+class MultiHeadDistillation(Distillation):
     """Equation 2 over the final outputs and the auxiliary heads (Wang et al. 2020)."""
 
     rank = 2
-    final_options = Distillation.final_options | {
+    final_options = {
+        **Distillation.final_options,
         "beta": Option(None, "weight of the auxiliary heads: 0.5; svhn 5", rule=NOT_NEGATIVE),
-        "units": Option(
-            None, "units that carry a head, 1,2,3: all", integers,
-            (lambda v: v and len({*v}) == len(v) and min(v) > 0, "different units: 1,2,3"),
+        "head_ce": Option(
+            None, "weight of the cross-entropy of the student's heads, times beta: 1 - alpha",
+            rule=NOT_NEGATIVE,
         ),
-        "head_width": Option(None, "kernels of the heads: 256; digits 64", int, COUNT),
-        "head_stride": Option(None, "stride of the heads: 1; digits 2", int, COUNT),
+        **HEAD_OPTIONS,
+        "teacher_heads": Option(
+            "scratch", TEACHER_HEADS, str, one_of("scratch", "pretrained", "logits")
+        ),
+        "teacher_heads_epochs": Option(
+            None, "epochs for the pretrained heads: a third of --epochs", int, COUNT
+        ),
     }  # fmt: skip
 
     def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
         super().__init__(config, student, teacher, data)
-        settings = self.options.units, self.options.head_width, self.options.head_stride
-        self.student_heads = AuxHeads(student, *settings)
-        self.teacher_heads = AuxHeads(teacher, *settings)
+        o = self.options
+        self.student_heads = AuxHeads(student, o.units, o.head_width, o.head_stride)
+        if o.teacher_heads != "logits":
+            self.teacher_heads = AuxHeads(teacher, o.units, o.head_width, o.head_stride)
+        if o.teacher_heads == "pretrained":
+            self.teacher_heads.requires_grad_(False)
+
+    @classmethod
+    def units(cls, config: Config, network: str) -> Sequence[int]:
+        no_heads = network == "teacher" and config.options["teacher_heads"] == "logits"
+        return () if no_heads else config.options["units"]
+
+    def train(self, mode: bool = True) -> MultiHeadDistillation:
+        super().train(mode)
+        if self.options.teacher_heads == "pretrained":
+            self.teacher_heads.eval()
+        return self
+
+    def final_terms(self, batch: Batch) -> dict[str, Tensor]:
+        o, D = self.options, len(self.student_heads)
+        with autocast(self.config, batch.labels.device):
+            student = self.student_heads(batch.student)
+            if o.teacher_heads == "logits":
+                teacher = [batch.teacher.logits] * (1 + D)
+            else:
+                teacher = self.teacher_heads(batch.teacher)
+        kl, ce = self.final_weights()
+        head_ce = 1 - o.alpha if o.head_ce is None else o.head_ce
+        # The teacher's heads learn from their cross-entropy alone (section 3.1).
+        loss, terms = mhkd_loss(
+            student, teacher, batch.labels, tau=o.tau,
+            kl_weights=[kl] + [o.beta * o.alpha] * D, ce_weights=[ce] + [o.beta * head_ce] * D,
+            teacher_ce=[False] + [o.teacher_heads == "scratch"] * D,
+            return_terms=True, backend=self.config.backend,
+        )  # fmt: skip
+        for unit, (kl, ce, ce_teacher) in zip((0, *o.units), terms):
+            batch.figures |= {f"kl_{unit}": kl, f"ce_{unit}": ce}
+            if unit and o.teacher_heads == "scratch":
+                batch.figures[f"ce_teacher_{unit}"] = ce_teacher
+        return {"mhkd": loss}
+
+
+class TeacherHeads(Method):
+    """Auxiliary heads on the frozen teacher, by cross-entropy: `--teacher-heads pretrained`.
+
+    A run of this method leaves the heads in its student.pt, beside the unchanged teacher.
+    """
+
+    rank = -1  # joined with nothing
+    on_teacher = True
+    final_options = HEAD_OPTIONS
+
+    def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
+        super().__init__(config, student, teacher, data)
+        o = self.options
+        self.heads = AuxHeads(student, o.units, o.head_width, o.head_stride)
 
     @classmethod
     def units(cls, config: Config, network: str) -> Sequence[int]:
@@ -1034,22 +1155,23 @@ class MultiHeadDistillation(Method):
 
     def final_terms(self, batch: Batch) -> dict[str, Tensor]:
         with autocast(self.config, batch.labels.device):
-            student, teacher = self.student_heads(batch.student), self.teacher_heads(batch.teacher)
-        # The teacher's heads learn from their cross-entropy alone (section 3.1).
-        o, marks = self.options, [False] + [True] * len(self.teacher_heads)
-        loss, terms = mhkd_loss(
-            student, teacher, batch.labels, tau=o.tau, alpha=o.alpha, beta=o.beta,
-            teacher_ce=marks, return_terms=True, backend=self.config.backend,
-        )  # fmt: skip
-        for unit, (kl, ce, _) in zip((0, *o.units), terms):
-            batch.figures |= {f"kl_{unit}": kl, f"ce_{unit}": ce}
-        return {"mhkd": loss}
+            _, *logits = self.heads(batch.student)
+        terms = {}
+        for unit, z in zip(self.options.units, logits):
+            terms[f"ce_{unit}"] = F.cross_entropy(z.float(), batch.labels)
+            hits = z.detach().argmax(dim=1) == batch.labels
+            batch.figures[f"train_accuracy_{unit}"] = 100 * hits.float().mean()
+        return terms
+
+    def saved(self) -> dict[str, Any]:
+        return {"heads": self.heads.state_dict()}
 
 
 METHODS: dict[str, type[Method]] = {
     "ce": CrossEntropy,
     "kd": Distillation,
     "mhkd": MultiHeadDistillation,
+    "heads": TeacherHeads,
 }
 BASELINES = ("fitnet", "cc", "rkd", "crd", "lsh", "dhkd")  # in mhkd_baselines.py
 
@@ -1090,14 +1212,21 @@ def method_options(methods: Mapping[str, type[Method]]) -> dict[str, Option]:
 class Distiller(nn.Module):
     """Student, frozen teacher and methods as one module: what a training step runs."""
 
-    def __init__(self, config: Config, data: Data, teacher: nn.Module | None):
+    def __init__(
+        self, config: Config, data: Data, teacher: nn.Module | None, heads: dict | None = None
+    ):
+        """teacher: its network; heads: the state dict of its pretrained heads."""
         super().__init__()
         K, methods = len(data.classes), find_methods(config.method)
         x = torch.zeros(1, 3, config.image_size, config.image_size)
         self.config = config
         # The student comes first: its initial weights depend on the seed alone, not on the method.
         torch.manual_seed(config.seed)
-        student = build_model(config.student, K, config.student_init, config.image_size)
+        on_teacher = any(method.on_teacher for method in methods.values())
+        if on_teacher:
+            student, teacher = teacher, None
+        else:
+            student = build_model(config.student, K, config.student_init, config.image_size)
         self.initial_sha256 = sha256_of_state(student)
         networks = {"student": student} | ({"teacher": teacher} if teacher else {})
         for network in networks.values():
@@ -1111,7 +1240,7 @@ class Distiller(nn.Module):
             if needed and needed[-1] not in names:
                 raise UsageError(f"the {name} has no unit {needed[-1]}: it has {len(names)}")
             self.units[name] = {unit: names[unit] for unit in needed}
-            frozen = name == "teacher"
+            frozen = name == "teacher" or on_teacher
             extractors[name] = FeatureExtractor(
                 network, self.units[name], K, frozen, example_input=x
             )
@@ -1119,6 +1248,8 @@ class Distiller(nn.Module):
         self.__dict__["teacher"] = extractors.get("teacher")  # not in the state dict: it is frozen
         arguments = config, self.student, self.teacher, data
         self.methods = nn.ModuleList(method(*arguments) for method in methods.values())
+        if heads:
+            self.methods[-1].teacher_heads.load_state_dict(heads)
         self.to(data.device, memory_format=memory_format(data.device))
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[dict, dict]:
@@ -1171,14 +1302,15 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
     """
     with surroundings(config) as device:
         data = data or load_data(config, device)
-        teacher, facts = find_teacher(config, data)  # calls this function to train one
+        teacher, path, facts = find_teacher(config, data)  # calls this function to train one
+        heads, facts["teacher_heads_sha256"] = find_heads(config, data, path)  # likewise
         record = record_of(config, data, facts)
         folder = Path(config.out) / record["name"]
         with locked(folder, f"another run is at work on '{folder}'"):
             wait_for_all()
             if finished := find_result(folder, record):
                 return finished
-            distiller = Distiller(config, data, teacher)
+            distiller = Distiller(config, data, teacher, heads)
             record["units"], record["init_sha256"] = distiller.units, distiller.initial_sha256
             if config.compile:
                 for network in (distiller.student, distiller.teacher):
@@ -1281,19 +1413,38 @@ def evaluate(model: nn.Module, data: Data, part: Tensor | None = None) -> dict[s
     }
 
 
-def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, dict[str, Any]]:
-    """The teacher from its checkpoint, or from a run of its own; and its part of the record."""
+def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dict[str, Any]]:
+    """The teacher, the file that it is loaded from, and its part of the record.
+
+    Without `teacher_weights` a run of its own trains it first.
+    """
     if not config.teacher:
-        return None, {"teacher_sha256": None, "teacher_accuracy": None}
+        return None, None, {"teacher_sha256": None, "teacher_accuracy": None}
     model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     if not (path := config.teacher_weights):
         Distiller(config, data, model)  # refuses at once what would fail after the teacher's run
         say(f"teacher {config.teacher}: without --teacher-weights its own run comes first")
-        path = Path(config.out) / train(config.of_teacher(), data)["name"] / "student.pt"
+        path = student_of(config.of_teacher(), data)
     load_weights(model, path).to(data.device)
     accuracy = evaluate(model, data)["accuracy"]
     say(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
-    return model, {"teacher_sha256": sha256_of(path), "teacher_accuracy": accuracy}
+    return model, path, {"teacher_sha256": sha256_of(path), "teacher_accuracy": accuracy}
+
+
+def student_of(config: Config, data: Data) -> Path:
+    """The student.pt of a run, which is trained where it has not been."""
+    return Path(config.out) / train(config, data)["name"] / "student.pt"
+
+
+def find_heads(config: Config, data: Data, teacher: Any) -> tuple[dict | None, str | None]:
+    """The teacher's pretrained heads, from a run of their own, and the SHA-256 of its file.
+
+    teacher: the file with its weights.
+    """
+    if config.options.get("teacher_heads") != "pretrained":
+        return None, None
+    path = student_of(config.of_heads(teacher), data)
+    return load_file(path)["heads"], sha256_of(path)
 
 
 def record_of(config: Config, data: Data, of_teacher: dict[str, Any]) -> dict[str, Any]:
@@ -1303,22 +1454,27 @@ def record_of(config: Config, data: Data, of_teacher: dict[str, Any]) -> dict[st
         differs["processes"] = world_size()
     if config.teacher_weights:
         differs["teacher_weights"] = of_teacher["teacher_sha256"][:8]
-    # Two folders of images are two data sets.
-    dataset = config.dataset + (f"_{data.sha256[:8]}" if config.dataset == "folder" else "")
-    who = [dataset, config.teacher, config.student, config.method]
-    parts = [in_file_name(part) for part in who if part] + [f"seed{config.seed}"]
-    parts += [f"{key}={in_file_name(value)}" for key, value in differs.items()]
-    name = "-".join(parts)
-    if len(name) > 200:  # file systems end at 255
-        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return {
-        "name": name,
+        "name": name_of(config, differs, data.sha256),
         "config": {**config.recorded(), "processes": world_size()},
         "differs": differs,
         **of_teacher,
         "data_sha256": data.sha256,
         "normalisation": {"mean": data.mean, "std": data.std},
     }
+
+
+def name_of(config: Config, differs: Mapping[str, Any], data_sha256: str = "") -> str:
+    """The name of the folder of a run."""
+    # Two folders of images are two data sets.
+    dataset = config.dataset + (f"_{data_sha256[:8]}" if config.dataset == "folder" else "")
+    who = [dataset, config.teacher, config.student, config.method]
+    parts = [in_file_name(part) for part in who if part] + [f"seed{config.seed}"]
+    parts += [f"{key}={in_file_name(value)}" for key, value in differs.items()]
+    name = "-".join(parts)
+    if len(name) > 200:  # file systems end at 255
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
 
 
 def in_file_name(value: Any) -> str:
@@ -1347,7 +1503,8 @@ def refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
 
     def facts(record: dict[str, Any]) -> dict[str, Any]:
         config = {**record["config"], **record["config"].get("options", {}), "options": None}
-        return config | {key: record[key] for key in ("teacher_sha256", "data_sha256")}
+        hashes = ("teacher_sha256", "teacher_heads_sha256", "data_sha256")
+        return config | {key: record.get(key) for key in hashes}
 
     old, new = facts(before), facts(now)
     pairs = {k: (old.get(k, "missing"), new.get(k, "missing")) for k in {**old, **new}}
@@ -1443,6 +1600,8 @@ def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
         state = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
         content = {"model": state, "name": config.student, "classes": data.classes}
         content |= {"image_size": config.image_size, "mean": [*data.mean], "std": [*data.std]}
+        for method in distiller.methods:
+            content |= method.saved()
         write_atomically(folder / "student.pt", lambda file: torch.save(content, file))
         deployed = load_student(folder / "student.pt").model.to(data.device)
         result = {
@@ -2077,10 +2236,10 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     if not is_main():
         wait_for_all()  # the first process downloads and decodes; the others find that
     load, labels, count, classes = SOURCES[config.dataset](config)
-    parts = []  # what --subset leaves: the same for every run, in the order of the data set
-    for size in (count, len(labels) - count):
+    parts = []  # what the subsets leave: the same for every run, in the order of the data set
+    for size, most in ((count, config.subset), (len(labels) - count, config.test_subset)):
         places = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-        parts.append(places[: config.subset].sort().values)
+        parts.append(places[:most].sort().values)
     chosen, count = [*parts[0].tolist(), *(count + parts[1]).tolist()], len(parts[0])
     images, labels = load(chosen), labels[chosen]
     if is_main():
@@ -2174,10 +2333,6 @@ PRECISION = "float32, tf32 or bfloat16 (autocast; time a large x @ x in it first
     "auto: float32, with tf32 in CUDA's convolutions"  # fmt: skip
 
 
-def one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda v: v in values, f"one of {', '.join(values)}")
-
-
 def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
     """A field of Config. Those of the group "machine" may differ where a run goes on."""
     facts = {"group": group, "option": Option(default, help, parse, rule)}
@@ -2208,7 +2363,8 @@ class Config:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dataset: str = images("cifar100", "cifar100, cifar10, svhn, folder, digits (no download)")
     image_size: int = images(None, "side of the images in pixels: 32; digits 16", int, SIZE)
-    subset: int = images(None, "at most so many images to train on, and to test: all", int, TWO)
+    subset: int = images(None, "number of training images: all", int, TWO)
+    test_subset: int = images(None, "number of test images: all", int, COUNT)
     val_fraction: float = images(0.0, "share held out, which tells the best epoch", float, BELOW_1)
     crop_padding: int = images(None, "padding for the crop: 4; digits 2", int, PADDING)
     crop_scale: float = images(0.08, "least area of the crop from 64 pixels up", float, FACTOR)
@@ -2248,6 +2404,8 @@ class Config:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
         elif self.teacher_weights is not None:
             values |= {"teacher_seed": 0, "teacher_init": "random"}  # nothing is trained with them
+        if any(m.on_teacher for m in methods.values()) and self.student != self.teacher:
+            raise UsageError("--method heads has no student: give the teacher as --student, too")
         for name in (self.student, values["teacher"]):
             if name and ":" not in name:
                 check_name("network", name, MODELS)
@@ -2258,6 +2416,10 @@ class Config:
         recipe["lr_steps"] = tuple(round(step * scale) for step in recipe["lr_steps"])
         units = self.student_units or self.teacher_units or (1, 2, 3)
         recipe["units"] = tuple(range(1, len(units) + 1))
+        if self.options.get("teacher_heads") == "pretrained":
+            recipe["teacher_heads_epochs"] = third_of(self.epochs or recipe["epochs"])
+        elif self.options.get("teacher_heads_epochs"):
+            raise UsageError("--teacher-heads-epochs is for --teacher-heads pretrained")
         declared = method_options(methods)
         for name in self.options:
             if name not in declared:
@@ -2284,6 +2446,19 @@ class Config:
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
         return self.replace(**own, seed=self.teacher_seed, teacher_seed=0, teacher_units=None)
 
+    def of_heads(self, teacher_weights: str | Path) -> Config:
+        """The run that trains the teacher's heads: the same recipe, with a schedule in proportion.
+
+        The rate is the recipe's for the teacher, so that all students share one run.
+        """
+        epochs, o = self.options["teacher_heads_epochs"], self.options
+        own = {"student": self.teacher, "student_init": "random", "method": "heads"}
+        own |= {"student_units": self.teacher_units, "teacher_weights": str(teacher_weights)}
+        own |= {"seed": self.teacher_seed, "epochs": epochs, "lr": None}
+        if "lr_steps" in self.given:
+            own["lr_steps"] = tuple(round(step * epochs / self.epochs) for step in self.lr_steps)
+        return self.replace(**own, options={name: o[name] for name in HEAD_OPTIONS})
+
     def recorded(self) -> dict[str, Any]:
         """The values that make two runs different, as JSON would give them back."""
         fields = [f for f in dataclasses.fields(self) if f.metadata.get("group") != "machine"]
@@ -2295,8 +2470,15 @@ class Config:
         standard = Config(**who)
         mine, usual = ({**vars(c), **c.options} for c in (self, standard))
         usual["epochs"] = RECIPES[self.dataset]["epochs"]
+        if mine.get("teacher_heads") == "pretrained":
+            usual["teacher_heads_epochs"] = third_of(self.epochs)
         names = {**self.recorded(), **self.options}.keys() - {"options", "seed"}
         return {name: mine[name] for name in mine if name in names and mine[name] != usual[name]}
+
+
+def third_of(epochs: int) -> int:
+    """How long the teacher's heads are trained before."""
+    return max(1, round(epochs / 3))
 
 
 def foreign_option(name: str, method: str) -> str:

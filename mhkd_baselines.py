@@ -4,9 +4,11 @@
     python mhkd.py --teacher vgg13 --student vgg8 --method crd+mhkd     # joined with MHKD
     python mhkd.py --help --method crd                                  # its options
 
-The first four stand beside the cross-entropy and the divergence of the final outputs, as the CRD
-benchmark has them (HobbitLong/RepDistiller), and so does their every weight; the last two as their
-authors have them. The losses are plain functions of tensors, to import elsewhere.
+The first four are added to the cross-entropy and the divergence of the final outputs, both with
+weight 1. Their own terms and weights are those of the CRD benchmark (HobbitLong/RepDistiller). Its
+script runs FitNet, CC, RKD and CRD without the divergence (`--kd-weight 0` here); only its "CRD +
+KD" has both with weight 1. The last two are as their authors have them. The losses are plain
+functions of tensors, to import elsewhere.
 mhkd.py loads this file when one of these methods is named: keep it beside.
 """
 

@@ -9,7 +9,7 @@
 `plan` knows table1, table2, table3 and small, the study of docs/measurements.md, and takes any
 option of mhkd.py for all runs, or for those that have it. It prints a line for each run: done or
 todo, teacher or student, the arguments for mhkd.py, with tabs between; run_all.sh computes them. A
-method "mhkd:2" is MHKD with the head of unit 2 alone, "mhkd:head_stride=2" that with this option.
+method "mhkd:2" is MHKD with the head of unit 2 alone, "kd:gamma=1" KD with that option.
 
 `report` compares first what is alike: runs of one data set, pair, teacher and recipe. The paper's
 tables follow, for runs of its recipe in full, then all runs. It writes report.md and, where
@@ -85,20 +85,23 @@ TABLES = {
 # The paper's data sets have so many classes, this among them; other images are not theirs.
 CLASSES = {"cifar100": (100, "aquarium_fish"), "svhn": (10, "7")}
 
-# The protocol of docs/measurements.md: the settings of all runs, then in order of their importance
-# the pair, its number of training images, and for each row the number of seeds.
-SMALL = {"dataset": "cifar100", "image_size": 16, "epochs": 30, "options": {"head_width": 64}}
-SMALL |= {"device": "cpu", "backend": "reference"}
-A, B = ("wrn_16_2:resnet8", 20_000), ("vgg13:vgg8", 10_000)
+# The second protocol of docs/measurements.md. The teacher learns from all images, the students from
+# 5,000. For each pair: (rows, their number of seeds), in the order in which they are computed.
+STUDY = {"dataset": "cifar100", "image_size": 16, "device": "cpu", "backend": "reference"}
+STUDY_TEACHER = STUDY | {"student": "wrn_16_2", "method": "ce", "epochs": 30}
+STUDY_STUDENT = STUDY | {"subset": 5000, "epochs": 60}
+STUDY_STUDENT |= {"options": {"head_width": 64, "head_stride": 2}}
+EQUAL = ":gamma=1:kd_weight=1"  # final cross-entropy and divergence both with weight 1
+BEST = EQUAL + ":teacher_heads=pretrained"
+FACTORIAL = ["mhkd" + heads for heads in ("", ":teacher_heads=pretrained", ":teacher_heads=logits")]
+FACTORIAL = [row + weights for row in ("kd", *FACTORIAL) for weights in ("", EQUAL)]
+OTHERS = ["mhkd:units=1", "mhkd:units=2", "mhkd:units=3", "mhkd:head_ce=0", "mhkd:head_stride=1"]
+OTHERS = [row + BEST for row in (*OTHERS, "crd+mhkd")]
 SMALL_ROWS = [
-    (A, {"ce": 5, "kd": 10, "mhkd": 10}),
-    (B, {"ce": 5, "kd": 5, "mhkd": 5}),
-    (A, {"mhkd:head_stride=2": 10}),
-    (A, dict.fromkeys(("fitnet", "cc", "rkd", "crd", "lsh", "dhkd"), 3)),
-    (A, dict.fromkeys(("mhkd:1", "mhkd:2", "mhkd:3", "crd+mhkd"), 3)),
+    ("wrn_16_2:resnet8", ["ce", *FACTORIAL], 10),
+    ("wrn_16_2:shufflenetv2", ["ce", "kd", "kd" + EQUAL, FACTORIAL[4], FACTORIAL[5]], 5),
+    ("wrn_16_2:resnet8", [*OTHERS, "fitnet", "cc", "rkd", "crd", "lsh", "dhkd"], 5),
 ]
-VARIANTS = {f"mhkd:{unit}": {"units": (unit,)} for unit in (1, 2, 3)}
-VARIANTS["mhkd:head_stride=2"] = {"head_stride": 2}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,14 +114,24 @@ INSTEAD = {"--method": "methods", "--seed": "seeds", "--teacher": "pairs", "--st
 def cells(name: str, seeds: Sequence[int] = ()) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
     """Pair, row, seed and settings of each run. Seeds narrow the study's, and replace a table's."""
     if name == "small":
-        for (pair, images), numbers in SMALL_ROWS:
-            for seed, row in itertools.product(range(10), numbers):
-                if seed < numbers[row] and seed in (seeds or [seed]):
-                    yield pair, row, seed, {**SMALL, "subset": images}
+        for pair, rows, number in SMALL_ROWS:
+            for seed, row in itertools.product(range(number), rows):
+                if seed in (seeds or [seed]):
+                    yield pair, row, seed, STUDY_STUDENT
         return
     table = TABLES[mhkd.check_name("table", name, [*TABLES, "small"])]
     for pair, seed, row in itertools.product(table.pairs, seeds or range(3), table.rows):
         yield pair, row, seed, {"dataset": table.dataset, "options": {}}
+
+
+def settings_of(row: str, declared: Mapping[str, mhkd.Option]) -> dict[str, Any]:
+    """The options that a row names: "mhkd:2" is unit 2 alone, "kd:gamma=1" that option."""
+    found = {}
+    for part in row.split(":")[1:]:
+        name, _, value = part.rpartition("=")
+        name = name or "units"
+        found[name] = declared[mhkd.check_name("option", name, declared)].parse(value)
+    return found
 
 
 def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[list[Config], list[Config]]:
@@ -147,27 +160,39 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[list[Config],
         for name in names:
             mhkd.check_name(what, name, there)
 
+    study_teacher = Config(**{**STUDY_TEACHER, **fields, "seed": 0, "teacher_weights": None})
+    study_weights = Path(study_teacher.out) / mhkd.name_of(study_teacher, study_teacher.differs())
     teachers, others = [], []
     for pair, row, seed, own in (cell for name in tables for cell in cells(name, given.seeds)):
         if pair in given.pairs and row in given.methods:
             teacher, student = pair.split(":")
-            chosen = {**own["options"], **options, **VARIANTS.get(row, {})}
+            chosen = {**own["options"], **options, **settings_of(row, declared[row])}
+            of_teacher = {} if row == "ce" else {"teacher": teacher}
+            if own is STUDY_STUDENT and of_teacher:
+                of_teacher["teacher_weights"] = str(study_weights / "student.pt")
             config = Config(**{
-                **own, **fields, "seed": seed, "student": student,
-                "teacher": None if row == "ce" else teacher, "method": row.split(":")[0],
+                **own, **of_teacher, **fields, "seed": seed, "student": student,
+                "method": row.split(":")[0],
                 "options": {name: v for name, v in chosen.items() if name in declared[row]},
             })  # fmt: skip
             if config not in others:
                 others.append(config)
-            if config.teacher and not config.teacher_weights:
-                if config.of_teacher() not in teachers:
-                    teachers.append(config.of_teacher())
+            if own is STUDY_STUDENT and of_teacher and "teacher_weights" not in fields:
+                trained_first = study_teacher
+            elif config.teacher and not config.teacher_weights:
+                trained_first = config.of_teacher()
+            else:
+                continue
+            if trained_first not in teachers:
+                teachers.append(trained_first)
     if not others:
         raise UsageError("no run is left with these --seeds, --pairs and --methods")
     for name in {*options}.difference(*(config.options for config in others)):
         raise UsageError(mhkd.foreign_option(name, others[-1].method))
     if len({config.teacher for config in others if config.teacher_weights}) > 1:
         raise UsageError("--teacher-weights is for one teacher: narrow the plan to its pairs")
+    if (path := fields.get("teacher_weights")) and not Path(path).is_file():
+        raise UsageError(f"there is no checkpoint '{path}'")
     return teachers, [config for config in others if config not in teachers]
 
 
@@ -186,7 +211,8 @@ def print_plan(tables: Sequence[str], arguments: Sequence[str]) -> None:
         for config in configs:
             taught_by = None
             if config.teacher_weights:
-                taught_by = mhkd.sha256_of(config.teacher_weights)
+                weights = Path(config.teacher_weights)
+                taught_by = mhkd.sha256_of(weights) if weights.is_file() else "to be trained"
             elif config.teacher:
                 teacher = config.of_teacher()
                 taught_by = there.get(key_of(teacher.recorded(), teacher.data))
@@ -306,6 +332,7 @@ def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
         if "normalisation" in run and others.isdisjoint(run["differs"]):
             usual[run["data_sha256"]] = run["normalisation"]
     alike: dict[str, dict[str | None, list]] = {}
+    runs = [run for run in runs if run["config"]["method"] != "heads"]
     for run in runs:
         c, data = run["config"], run["data_sha256"]
         of_others = OF_TEACHER.union(c["options"])

@@ -3,8 +3,8 @@
 #
 #   ./run_all.sh demo     environment, then teacher, plain, KD and MHKD student on handwritten
 #                         digits, a table and a picture: minutes on a laptop, no download of data
-#   ./run_all.sh small    the study of docs/measurements.md on small images of CIFAR-100: 14 to
-#                         20 core-hours; METHODS="ce kd mhkd" SEEDS="0 1 2" is about four of them
+#   ./run_all.sh small    the study of docs/measurements.md on small images of CIFAR-100: about
+#                         18 core-hours; METHODS="ce kd mhkd" SEEDS="0 1 2" takes about one
 #   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report
 #   ./run_all.sh records  copies the records of what has run to results/
 #   ./run_all.sh test     environment, then the tests
@@ -110,9 +110,9 @@ tables() { # the runs of these tables, side by side as JOBS says, and their repo
     done_runs=$(grep -c '^done' <<<"$plan" || true)
     local all_runs=$(($(wc -l <<<"$plan")))
     if [ "$1" = small ]; then
-        local minutes=$(((all_runs - done_runs) * 15 / JOBS))
+        local minutes=$(((all_runs - done_runs) * 6 / JOBS))
         echo "$((all_runs - done_runs)) runs, $JOBS at a time: about $((minutes / 60)) h" \
-            "$((minutes % 60)) min, at the protocol's length and 15 minutes a run"
+            "$((minutes % 60)) min, at the protocol's length and 6 minutes a run"
     fi
     if [ "${2:-}" = --dry-run ]; then
         while IFS=$'\t' read -r state phase command; do

@@ -1,6 +1,8 @@
 // The fused loss of multi-head knowledge distillation: schema, checks, Meta and Autograd.
 //
-//     sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S)) + sum_{h marked} CE(y, z_T)
+//     sum_h (kl_h tau^2 KL(p_T || p_S) + ce_h CE(y, z_S)) + sum_{h marked} CE(y, z_T)
+//
+// with kl_h = w_h alpha and ce_h = w_h (1 - alpha) in the paper (equations 1 and 2).
 //
 // Plain PyTorch runs about twenty small operations a head forward and backward, nearly each with a
 // temporary of the size of the logits. Here one operator reads the logits of all heads where they
@@ -46,7 +48,7 @@
 
 namespace MHKD_LIBRARY {
 
-constexpr int64_t kInterface = 2;
+constexpr int64_t kInterface = 3;
 
 // -------------------------------------------------------------------------------------------------
 // Checks and shapes
@@ -57,7 +59,8 @@ static void check_arguments(const Call& call) {
   const Tensor &labels = call.labels, &first = call.student[0];
   const size_t heads = call.student.size();
   TORCH_CHECK_VALUE(heads >= 1 && heads <= size_t(kMaxHeads) && call.teacher.size() == heads &&
-                        call.head_weights.size() == heads && call.teacher_ce.size() == heads,
+                        call.kl_weights.size() == heads && call.ce_weights.size() == heads &&
+                        call.teacher_ce.size() == heads,
       "mhkd_loss: 1 to ", kMaxHeads, " heads, as many of each list");
   TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong && labels.dim() == 1,
       "mhkd_loss: labels must be int64 [B], got ", labels.sym_sizes());
@@ -118,9 +121,9 @@ struct Prepared {
     }
     for (int64_t h = 0; h < heads; ++h) {
       const Tensor &s = logits[h], &t = logits[heads + h];
-      const double weight = call.head_weights[h], marked = call.teacher_ce[h];
+      const double marked = call.teacher_ce[h];
       args.heads[h] = {s.const_data_ptr(), t.const_data_ptr(), nullptr, nullptr, s.stride(0),
-          t.stride(0), {weight * call.alpha, weight * (1 - call.alpha), marked}};
+          t.stride(0), {call.kl_weights[h], call.ce_weights[h], marked}};
     }
     args.labels = call.labels.const_data_ptr<int64_t>();
     args.label_stride = call.labels.stride(0);
@@ -227,8 +230,8 @@ static Pointer make_node(Args&&... args) {
 struct MhkdLossBackward : Node {
   std::vector<SavedVariable> logits;  // of the student's heads, then of the teacher's
   SavedVariable labels, row_stats;
-  double tau, alpha;
-  std::vector<double> head_weights;
+  double tau;
+  std::vector<double> kl_weights, ce_weights;
   Flags teacher_ce;
   int64_t ignore_index;
 
@@ -237,8 +240,8 @@ struct MhkdLossBackward : Node {
         labels(call.labels, /*is_output=*/false),
         row_stats(stats, /*is_output=*/false),
         tau(call.tau),
-        alpha(call.alpha),
-        head_weights(call.head_weights.vec()),
+        kl_weights(call.kl_weights.vec()),
+        ce_weights(call.ce_weights.vec()),
         teacher_ce(call.teacher_ce),
         ignore_index(call.ignore_index) {
     logits.reserve(2 * call.student.size());
@@ -267,8 +270,8 @@ struct MhkdLossBackward : Node {
     {
       at::AutoDispatchBelowADInplaceOrView below;
       grads = backward.call(grad_outputs[0], all.slice(0, heads), all.slice(heads, heads),
-          labels.unpack(), row_stats.unpack(), tau, alpha, head_weights, teacher_ce, ignore_index,
-          needs_grad);
+          labels.unpack(), row_stats.unpack(), tau, kl_weights, ce_weights, teacher_ce,
+          ignore_index, needs_grad);
     }
     if (at::GradMode::is_enabled()) {  // create_graph=True: to differentiate them is refused
       const NodePointer refuses = make_node<torch::autograd::Error>(
@@ -298,8 +301,8 @@ static Outputs loss_autograd(const Call& call) {
   Outputs out;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    out = forward.call(call.student, call.teacher, call.labels, call.tau, call.alpha,
-        call.head_weights, call.teacher_ce, call.ignore_index);
+    out = forward.call(call.student, call.teacher, call.labels, call.tau, call.kl_weights,
+        call.ce_weights, call.teacher_ce, call.ignore_index);
   }
   if (!torch::autograd::compute_requires_grad(call.student, call.teacher)) return out;
   // torch.func would get wrong results from a node that it does not know; this refuses.
@@ -325,12 +328,12 @@ MHKD_TORCH_LIBRARY(MHKD_LIBRARY, m) {
   // terms [H, 3]: KL * tau^2, CE(y, z_S), CE(y, z_T) of each head, without a gradient. row_stats is
   // for the backward.
   m.def("loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float tau, "
-        "float alpha, float[] head_weights, bool[] teacher_ce, int ignore_index=-100) -> "
+        "float[] kl_weights, float[] ce_weights, bool[] teacher_ce, int ignore_index=-100) -> "
         "(Tensor loss, Tensor terms, Tensor row_stats)");
   // needs_grad: a bool for each student head, then for each teacher head; as many gradients come
   // back as are true.
   m.def("loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, "
-        "Tensor labels, Tensor row_stats, float tau, float alpha, float[] head_weights, "
+        "Tensor labels, Tensor row_stats, float tau, float[] kl_weights, float[] ce_weights, "
         "bool[] teacher_ce, int ignore_index, bool[] needs_grad) -> Tensor[]");
   // mhkd.py takes a library of this number alone: raise it with every change of what it relies on.
   m.def("interface() -> int", [] { return kInterface; });

@@ -227,8 +227,8 @@ MHKD_HD void for_gradients(
 struct Call {
   TensorList student, teacher;
   const Tensor& labels;
-  double tau, alpha;
-  Weights head_weights;
+  double tau;
+  Weights kl_weights, ce_weights;
   const Flags& teacher_ce;
   int64_t ignore_index;
 };
@@ -244,16 +244,16 @@ std::vector<Tensor> loss_backward(const Call& call, const Tensor& grad_loss,
 // Functions of a Call as the dispatcher calls them, argument by argument.
 template <auto function, auto... more>
 Outputs flat(TensorList student, TensorList teacher, const Tensor& labels, double tau,
-    double alpha, Weights head_weights, const Flags& teacher_ce, int64_t ignore_index) {
-  const Call call{student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index};
+    Weights kl_weights, Weights ce_weights, const Flags& teacher_ce, int64_t ignore_index) {
+  const Call call{student, teacher, labels, tau, kl_weights, ce_weights, teacher_ce, ignore_index};
   return function(call, more...);
 }
 
 template <auto function, auto... more>
 std::vector<Tensor> flat_backward(const Tensor& grad_loss, TensorList student, TensorList teacher,
-    const Tensor& labels, const Tensor& row_stats, double tau, double alpha, Weights head_weights,
-    const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
-  const Call call{student, teacher, labels, tau, alpha, head_weights, teacher_ce, ignore_index};
+    const Tensor& labels, const Tensor& row_stats, double tau, Weights kl_weights,
+    Weights ce_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
+  const Call call{student, teacher, labels, tau, kl_weights, ce_weights, teacher_ce, ignore_index};
   return function(call, grad_loss, row_stats, needs_grad, more...);
 }
 

@@ -350,7 +350,10 @@ def test_a_subset_is_always_the_same_part_of_the_data(tmp_path):
         load(tmp_path, batch_size=10, **values)
         for values in ({}, {"subset": 50}, {"subset": 50, "seed": 3}, {"subset": 51})
     )
-    assert (len(small.train), len(small.test)) == (50, 50)
+    assert (len(small.train), len(small.test)) == (50, 360)
+    few = load(tmp_path, batch_size=10, subset=50, test_subset=20)
+    assert (len(few.train), len(few.test)) == (50, 20)
+    assert torch.equal(few.images[few.train], small.images[small.train])
     pool = {image.tobytes() for image in images_of(whole, "train")}
     assert all(image.tobytes() in pool for image in images_of(small, "train"))
     assert len(load(tmp_path, subset=10_000).train) == 1437

@@ -210,6 +210,14 @@ def test_loss_terms_and_gradients_are_accurate(kernel, call):
     assert_accurate(kernel.loss, student, teacher, labels.to(kernel.device), **kw)
 
 
+def test_each_heads_terms_have_coefficients_of_their_own(kernel):
+    call = make_heads(3, 5, 40, device=kernel.device)
+    kw = {"kl_weights": [0.0, 2.0, 0.5], "ce_weights": [1.0, 0.0, 3.0], "teacher_ce": [True] * 3}
+    found = evaluate(kernel.loss, *call, **kw)
+    for x, y in zip(found, evaluate(reference, *call, dtype=torch.float64, **kw)):
+        torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("classes", [1, 64, 257, 1024, 1025, 9001, 20001, 256 * 1024])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_regime_of_row_length_is_accurate(kernel, classes, dtype):
@@ -435,7 +443,7 @@ def operator(kernel):
 @pytest.mark.parametrize("dtype, classes", [(torch.float32, 7), (torch.bfloat16, 100)], ids=str)
 def test_opcheck_passes(operator, kernel, dtype, classes):
     student, teacher, labels = make_heads(2, 3, classes, device=kernel.device, dtype=dtype)
-    arguments = (student, teacher, labels, 4.0, 0.9, [1.0, 0.5], [False, True], -100)
+    arguments = (student, teacher, labels, 4.0, [0.9, 0.45], [0.1, 0.05], [False, True], -100)
     torch.library.opcheck(operator, arguments)
     _, _, stats = operator(*arguments)
     student, teacher = [z.detach() for z in student], [z.detach() for z in teacher]
@@ -639,7 +647,7 @@ def test_csrc_alone_is_built_by_another_project(tmp_path):
         "from torch.utils.cpp_extension import load\n"
         "load('fused_loss', glob.glob('csrc/*.cpp'), is_python_module=False)\n"
         "z, y = [torch.zeros(2, 4, requires_grad=True)], torch.tensor([1, 2])\n"
-        "loss, terms, _ = torch.ops.mhkd.loss(z, z, y, 4.0, 0.9, [1.0], [False])\n"
+        "loss, terms, _ = torch.ops.mhkd.loss(z, z, y, 4.0, [0.9], [0.1], [False])\n"
         "loss.backward()\n"
         "print(loss.item(), z[0].grad.isfinite().all().item())\n"
     )

@@ -47,6 +47,17 @@ def images(*shape, dtype=torch.float32, device="cpu", seed=7):
 X, ONE = images(2, 3, 8, 8), torch.ones(2, 4)
 
 
+def test_frozen_heads_stay_in_eval_mode_and_give_no_gradients():
+    network = small(frozen=True).train()
+    assert network.heads.training and not network.model.training
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    assert network.freeze_heads() is network
+    network.train()
+    assert not any(m.training for m in (network.model, *network.heads.modules()))
+    assert not any(z.requires_grad for z in network(X))
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+
+
 def equal(found, wanted):
     return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted))
 

@@ -97,6 +97,17 @@ def test_head_weights_stand_in_the_place_of_beta(device):
     assert loss.item() == approx(restated(*call, weights=weights)[0])
 
 
+def test_kl_weights_and_ce_weights_are_the_coefficients_of_each_heads_two_terms(device):
+    call, kl, ce = heads(3, device=device), [0.0, 2.0, 0.5], [1.0, 0.0, 3.0]
+    loss, terms = reference(*call, kl_weights=kl, ce_weights=ce, beta=7.0, return_terms=True)
+    wanted = sum(a * t[0] + b * t[1] for a, b, t in zip(kl, ce, terms))
+    assert loss.item() == approx(wanted.item())
+    assert reference(*call, kl_weights=[0.9, 0.45, 0.45]).item() == approx(reference(*call).item())
+    assert reference(*call, ce_weights=[1, 0, 0], alpha=1.0, beta=0.0).item() == approx(
+        (terms[0, 0] + terms[0, 1]).item()
+    )
+
+
 @pytest.mark.parametrize("ignore", [-100, 2])
 def test_gradcheck_on_the_students_logits(ignore):
     student, teacher, labels = heads(3, grads="s")
@@ -272,8 +283,8 @@ WRONG = [
     (TypeError, "a list", {"teacher_logits": A[None]}),
     (ValueError, "lists differ.*0 student", {"student_logits": [], "teacher_logits": []}),
     (ValueError, "lists differ.*2 student logits, 1 teacher", {"student_logits": [A, A]}),
-    (ValueError, "lists differ.*2 head weights", {"head_weights": [1.0, 1.0]}),
-    (ValueError, "lists differ.*2 marks", {"teacher_ce": [True, True]}),
+    (ValueError, "lists differ.*2 head_weights", {"head_weights": [1.0, 1.0]}),
+    (ValueError, "lists differ.*2 teacher_ce", {"teacher_ce": [True, True]}),
     (TypeError, "floating point.*int64", {"student_logits": [A.long()]}),
     (TypeError, "floating point.*int32", {"teacher_logits": [A.int()]}),
     (ValueError, r"\[4, 4\].*\[3, 4\]", {"teacher_logits": [torch.zeros(4, 4)]}),
@@ -296,6 +307,9 @@ WRONG = [
     (ValueError, "backend.*'quick'", {"backend": "quick"}),
     (ValueError, "weights.*nan", {"head_weights": [NAN]}),
     (ValueError, "weights.*-1", {"head_weights": [-1.0]}),
+    (ValueError, "lists differ.*2 kl_weights", {"kl_weights": [1.0, 1.0]}),
+    (ValueError, "ce_weights.*-1", {"ce_weights": [-1.0]}),
+    (TypeError, "weights must be numbers", {"kl_weights": [torch.tensor(1.0)]}),
     (ValueError, "weights.*inf", {
         "beta": INF, "student_logits": [A, A], "teacher_logits": [A, A]}),
 ]  # fmt: skip

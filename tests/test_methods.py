@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import (
     MHKD,
+    PAIR,
     SCRIPT,
     end_of,
     environments,
+    folder_of,
     fork,
     half,
     log_of,
@@ -174,11 +176,15 @@ def test_a_new_method_is_joined_with_any_other(other, gives, monkeypatch):
     ("cdr", "no method 'cdr': did you mean.* crd"),
     ("dhkd+other", "only one of"),
     ("mhkd --negatives 1", "--negatives is an option of --method crd, not of mhkd"),
-    ("kd --head-width 1", "--head-width is an option of --method mhkd, not of kd"),
-    ("crd+mhkd --gamma=1", "--gamma is an option of --method .*crd.*, not of crd.mhkd"),
+    ("kd --head-width 1", "--head-width is an option of --method mhkd or heads, not of kd"),
+    ("lsh --gamma=1", "--gamma is an option of --method kd .*crd.*, not of lsh"),
     ("crd --negatves 1", "no option --negatves: did you mean --negatives"),
     ("mhkd --batchsize=1", "no option --batchsize: did you mean --batch-size"),
     ("crd --negatives 0", "--negatives must be at least 1"),
+    ("mhkd --teacher-heads none", "--teacher-heads must be one of scratch, pretrained, logits"),
+    ("mhkd --teacher-heads-epochs 3", "is for --teacher-heads pretrained"),
+    ("mhkd --gamma -1", "--gamma must be a number not below 0"),
+    ("heads", "no student"), ("crd+heads", "heads adds nothing to crd"),
     ("lsh --lsh-samples some", "--lsh-samples must be one of correct, all, not some"),
 ])  # fmt: skip
 def test_methods_and_options_without_sense_are_refused(method, message, monkeypatch, capsys):
@@ -199,6 +205,78 @@ def test_the_options_of_the_method_are_on_the_command_line_and_no_others_in_a_co
     assert configure("dhkd").options["dhkd_align"] is True
     with pytest.raises(mhkd.UsageError, match="--negatives"):
         configure("mhkd", options={"negatives": 1})
+
+
+# Weights and the teacher's heads
+
+
+def test_weights_of_the_final_terms_and_of_the_heads_cross_entropy_have_options_of_their_own():
+    options = {"gamma": 0.3, "kd_weight": 0.6, "head_ce": 0.2, "alpha": 0.7, "beta": 2.0}
+    distiller, batch = make("mhkd", options=options)
+    terms, figures = distiller(*batch)
+    wanted = 0.6 * figures["kl_0"] + 0.3 * figures["ce_0"]
+    for unit in (1, 2, 3):
+        of_head = 0.7 * figures[f"kl_{unit}"] + 0.2 * figures[f"ce_{unit}"]
+        wanted += 2.0 * of_head + figures[f"ce_teacher_{unit}"]
+    torch.testing.assert_close(terms["mhkd"].detach(), wanted)
+    kd, _ = make("kd", options={"gamma": 0.3, "kd_weight": 0.6})
+    final = 0.6 * figures["kl_0"] + 0.3 * figures["ce_0"]
+    torch.testing.assert_close(kd(*batch)[0]["kd"].detach(), final)
+    by_default, _ = make("mhkd")
+    assert by_default.methods[0].final_weights() == (0.9, 1 - 0.9)
+
+
+def test_mhkd_without_heads_at_equal_weights_gives_the_student_of_cross_entropy_plus_divergence(
+    tmp_path,
+):
+    equal = ["--beta", "0", "--gamma", "1", "--kd-weight", "1"]
+    plain = ["--backend", "reference"]
+    assert run(tmp_path, *MHKD, *plain, *equal) == 0
+    assert run(tmp_path, *PAIR, *plain, "--method", "cc", "--cc-weight", "0") == 0
+    with_heads, without = (weights_of(folder_of(tmp_path, method=m)) for m in ("mhkd", "cc"))
+    assert all(torch.equal(with_heads[name], without[name]) for name in without)
+
+
+def test_pretrained_heads_are_trained_once_shared_and_frozen(tmp_path):
+    pretrained = [*MHKD, "--teacher-heads", "pretrained"]
+    assert run(tmp_path, *pretrained, "--keep-checkpoint") == 0
+    heads_run = folder_of(tmp_path, "resnet14", "heads")
+    saved = torch.load(heads_run / "student.pt", weights_only=True)
+    record = read(folder_of(tmp_path, method="mhkd") / "result.json")
+    assert record["teacher_heads_sha256"] == mhkd.sha256_of(heads_run / "student.pt")
+    teacher = weights_of(folder_of(tmp_path, "resnet14", "ce"))
+    assert all(torch.equal(saved["model"][name], teacher[name]) for name in teacher)
+    # The checkpoint after two epochs holds the same heads, batch norm's statistics included.
+    state = torch.load(folder_of(tmp_path, method="mhkd") / "checkpoint.pt", weights_only=True)
+    prefix = "methods.0.teacher_heads."
+    used = {n.removeprefix(prefix): t for n, t in state["distiller"].items() if prefix in n}
+    assert used.keys() == saved["heads"].keys()
+    assert all(torch.equal(used[name], saved["heads"][name]) for name in used)
+    before = (heads_run / "student.pt").stat().st_mtime_ns
+    assert run(tmp_path, *pretrained, "--seed", "1") == 0
+    assert (heads_run / "student.pt").stat().st_mtime_ns == before
+    assert run(tmp_path, *pretrained, "--teacher-heads-epochs", "2", "--head-stride", "1") == 0
+    assert len(list(tmp_path.glob("*-heads-*"))) == 2
+    assert len(log_of(next(tmp_path.glob("*-heads-*head_stride=1*")))) == 2
+
+
+def test_the_last_of_interrupted_runs_with_pretrained_heads_is_that_of_one_run(tmp_path):
+    pretrained = [*MHKD, "--teacher-heads", "pretrained", "--seed", "4"]
+    assert run(tmp_path / "whole", *pretrained) == 0
+    half(tmp_path / "half", *pretrained)
+    assert run(tmp_path / "half", *pretrained) == 0
+    a, b = (outcome(folder_of(tmp_path / name, method="mhkd")) for name in ("whole", "half"))
+    assert a == b
+
+
+def test_heads_that_learn_from_the_teachers_logits_need_no_heads_on_the_teacher():
+    distiller, batch = make("mhkd", options={"teacher_heads": "logits"})
+    assert distiller.units["teacher"] == {} and not hasattr(distiller.methods[0], "teacher_heads")
+    terms, _ = distiller(*batch)
+    seen = seen_by(distiller, batch)
+    logits = distiller.methods[0].student_heads(seen.student)
+    wanted = mhkd.mhkd_loss(logits, [seen.teacher.logits] * 4, batch[1])
+    torch.testing.assert_close(terms["mhkd"], wanted)
 
 
 # Feature mimicking

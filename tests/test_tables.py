@@ -79,37 +79,44 @@ def test_the_recipe_of_each_table_is_the_papers(capsys):
 
 def test_the_plan_of_the_study_is_its_protocol(capsys):
     lines = plan(capsys, "small")
-    A, B = ("wrn_16_2", "resnet8", 20_000), ("vgg13", "vgg8", 10_000)
-    seeds = {(A, "ce"): 5, (B, "ce"): 5, (B, "kd"): 5, (B, "mhkd"): 5}
-    seeds |= {(A, row): 10 for row in ("kd", "mhkd", "mhkd stride 2")}
-    methods = ["fitnet", "cc", "rkd", "crd", "lsh", "dhkd", "crd+mhkd"]
-    seeds |= {(A, row): 3 for row in (*methods, "mhkd:1", "mhkd:2", "mhkd:3")}
+    (_, phase, teacher), *students = lines
+    who = (phase, teacher.student, teacher.method, teacher.epochs, teacher.subset)
+    assert who == ("teacher", "wrn_16_2", "ce", 30, None)
     found = []
-    for state, phase, c in lines:
-        assert (state, c.dataset, c.image_size, c.epochs) == ("todo", "cifar100", 16, 30)
-        assert (c.backend, c.device, c.teacher_seed) == ("reference", "cpu", 0)
-        assert c.lr_steps == (19, 22, 26) and not {"lr", "batch_size"} & {*c.differs()}
+    for state, phase, c in students:
+        assert (state, phase, c.dataset, c.image_size) == ("todo", "student", "cifar100", 16)
+        assert (c.subset, c.test_subset, c.epochs) == (5000, None, 60)
+        assert (c.backend, c.device, c.lr_steps) == ("reference", "cpu", (38, 45, 52))
+        assert c.lr == (0.05 if c.student == "resnet8" else 0.01) and c.batch_size == 64
+        if c.method != "ce":
+            assert c.teacher == "wrn_16_2" and "wrn_16_2-ce-seed0" in c.teacher_weights
         assert c.options.get("head_width", 64) == 64
-        row = c.method + (" stride 2" if c.options.get("head_stride") == 2 else "")
-        row += f":{c.options['units'][0]}" if len(c.options.get("units", "")) == 1 else ""
-        if phase == "student":
-            pair = A if c.student == "resnet8" else B
-            assert c.subset == pair[2] and c.teacher == (None if c.method == "ce" else pair[0])
-            found.append((pair, row, c.seed))
-    assert sorted(found) == sorted((*k, seed) for k, n in seeds.items() for seed in range(n))
-    decisive = [(pair, row) for pair, row, _ in found[: 25 + 15]]
-    assert {row for _, row in decisive} == {"ce", "kd", "mhkd"}
-    assert decisive == sorted(decisive, key=lambda of: of[0] == B)
-    assert [row for _, row, _ in found[:6]] == ["ce", "kd", "mhkd"] * 2
-    teachers = [(c.student, c.subset, c.seed) for _, phase, c in lines if phase == "teacher"]
-    assert teachers == [("wrn_16_2", 20_000, 0), ("vgg13", 10_000, 0)]
+        names = ("gamma", "kd_weight", "teacher_heads", "head_ce", "head_stride", "units")
+        found.append((c.student, c.method, c.seed, *(c.options.get(name) for name in names)))
+    assert len(found) == len({*found}) == 90 + 25 + 60
+    weights, heads = ((None, None), (1, 1)), ("scratch", "pretrained", "logits")
+    factorial = [("kd", *w, None, None, None, None) for w in weights]
+    factorial += [("mhkd", *w, h, None, 2, (1, 2, 3)) for w in weights for h in heads]
+    for seed in range(10):
+        for method, *rest in factorial:
+            assert ("resnet8", method, seed, *rest) in found
+    best = ("mhkd", 1, 1, "pretrained")
+    others = [(*best, None, 2, (unit,)) for unit in (1, 2, 3)]
+    others += [(*best, 0, 2, (1, 2, 3)), (*best, None, 1, (1, 2, 3))]
+    others += [("crd+mhkd", *best[1:], None, 2, (1, 2, 3))]
+    for seed, (method, *rest) in itertools.product(range(5), others):
+        assert ("resnet8", method, seed, *rest) in found
+    assert {row[:3] for row in found[90:115]} == set(
+        itertools.product(["shufflenetv2"], ["ce", "kd", "mhkd"], range(5))
+    )
 
 
 def test_the_study_is_narrowed_and_shortened(capsys):
     narrowed = ["--seeds", "0,7", "--methods", "ce,mhkd", "--pairs", "wrn_16_2:resnet8"]
     _, *lines = plan(capsys, "small", *narrowed, "--epochs", "2", "--head-width", "8")
     found = [(c.method, c.seed, c.epochs, c.options.get("head_width")) for *_, c in lines]
-    assert found == [("ce", 0, 2, None), ("mhkd", 0, 2, 8), ("mhkd", 7, 2, 8)]
+    ce, mhkd_row = ("ce", 0, 2, None), ("mhkd", 0, 2, 8)
+    assert found == [ce, mhkd_row, (*ce[:1], 7, *ce[2:]), (*mhkd_row[:1], 7, *mhkd_row[2:])]
 
 
 def test_a_table_is_narrowed_and_takes_options_for_the_methods_that_have_them(capsys):
@@ -204,13 +211,16 @@ def test_run_all_computes_the_study_goes_on_after_failures_resumes_and_repeats_n
     shortened = {"SEEDS": "0 1", "METHODS": "ce kd", "PAIRS": "wrn_16_2:resnet8", "EPOCHS": "1"}
     shortened |= {"OPTIONS": "--dataset digits --subset 80 --batch-size 40"}
     shortened |= {"OUT": str(out), "JOBS": "2"}
-    broken = out / "digits-wrn_16_2-resnet8-kd-seed0-subset=80-epochs=1-batch_size=40"
-    broken.mkdir(parents=True)
+    # The folder of kd, seed 1, is known once the teacher has been trained.
+    assert run_all(tmp_path, "small", **{**shortened, "SEEDS": "0"}).returncode == 0
+    (seed_0,) = out.glob("*-kd-seed0-*")
+    broken = seed_0.with_name(seed_0.name.replace("seed0", "seed1"))
+    broken.mkdir()
     (broken / "config.json").write_text("{")
 
     first = run_all(tmp_path, "small", **shortened)
     assert first.returncode == 1, first.stdout + first.stderr
-    assert "0 of 5 runs are done" in first.stdout and "5 runs, 2 at a time: about" in first.stdout
+    assert "3 of 5 runs are done" in first.stdout and "2 runs, 2 at a time: about" in first.stdout
     failed = first.stderr.partition("failed:\n")[2]
     assert "--method kd" in failed and "is damaged" in failed and failed.count("mhkd.py --") == 1
     results = list(out.glob("*/result.json"))

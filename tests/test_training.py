@@ -522,7 +522,12 @@ UNITS = ("a", "b")
 OTHER = {"teacher": "vgg13", "student": "vgg11", "method": "kd", "dataset": "cifar10"}
 OTHER |= {"teacher_init": "file:a.pt", "student_init": "file:a.pt", "precision": "bfloat16"}
 OTHER |= {"teacher_units": UNITS[::-1], "student_units": UNITS[::-1], "subset": 100}
-OTHER |= {"val_fraction": 0.1, "lsh_samples": "all", "dhkd_head": "linear"}
+OTHER |= {
+    "teacher_heads": "logits",
+    "val_fraction": 0.1,
+    "lsh_samples": "all",
+    "dhkd_head": "linear",
+}
 
 
 def changed(config, names):
@@ -552,7 +557,10 @@ def test_every_value_that_differs_gives_another_run_name():
     for method in ("mhkd", *mhkd.BASELINES):
         usual = config.replace(method=method)
         names += [name_of(method=method)] if method != "mhkd" else []
-        names += [name_of(method=method, options=o) for o in changed(usual, usual.options)]
+        others = {*usual.options} - {"teacher_heads_epochs"}
+        names += [name_of(method=method, options=o) for o in changed(usual, sorted(others))]
+    heads = {"teacher_heads": "pretrained"}
+    names += [name_of(options=heads), name_of(options=heads | {"teacher_heads_epochs": 7})]
     names += [name_of(teacher_weights="t.pt", sha256=digit * 64) for digit in "12"]
     assert len({*names}) == len(names) > 50
 
