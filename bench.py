@@ -1,11 +1,11 @@
-"""Benchmarks. They print a table, and write it as JSON where --json names a file.
+"""Benchmarks of the loss and of training steps: a table, and a JSON file with --json.
 
-    python bench.py loss                     # the fused loss beside plain PyTorch and torch.compile
-    python bench.py step                     # a training step beside one as it is usually written
+    python bench.py loss                     # the fused loss, plain PyTorch, torch.compile
+    python bench.py step                     # our training step and a conventional one
     python bench.py step --pairs resnet32x4:shufflenetv2 --threads 1 --precision bfloat16
 
-What is compared runs in one process on the same inputs, in turn. A time is the median; a ratio of
-steps is the median of the ratios of neighbours in time, which a busy machine slows alike.
+Implementations run alternately in one process on the same inputs. A time is the median. A ratio of
+steps is the median of the ratios of adjacent steps, which other load on the machine slows equally.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import statistics
 import time
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, which counts memory, need not talk
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler that counts memory prints nothing
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +30,20 @@ import mhkd
 # --------------------------------------------------------------------------------------------------
 
 
-def in_turn(contestants: dict, inputs: list, device: torch.device, rounds: int, most: float = 0.0):
-    """Seconds of each contestant's calls, [rounds] by name, more of them in `most` seconds each."""
-    for run in contestants.values():  # warm-up: compilation, caches of the allocator
+def in_turn(functions: dict, inputs: list, device: torch.device, rounds: int, most: float = 0.0):
+    """Seconds of each function's calls, [rounds] by name; more rounds within `most` seconds."""
+    for run in functions.values():  # warm-up: compilation, caches of the allocator
         for one in inputs[:2]:
             run(*one)
-    times = {name: [] for name in contestants}
-    end = time.perf_counter() + most * len(contestants)
+    times = {name: [] for name in functions}
+    end = time.perf_counter() + most * len(functions)
     for index in itertools.count():
         if index >= rounds and (time.perf_counter() > end or index >= 1000):
             return times
-        for name in list(contestants)[:: (-1) ** index]:  # none is always the first
+        for name in list(functions)[:: (-1) ** index]:  # none is always the first
             wait(device)
             start = time.perf_counter()
-            contestants[name](*inputs[index % len(inputs)])
+            functions[name](*inputs[index % len(inputs)])
             wait(device)
             times[name].append(time.perf_counter() - start)
 
@@ -54,7 +54,7 @@ def wait(device: torch.device) -> None:
 
 
 def peak_memory(call, device: torch.device) -> int:
-    """Peak bytes of tensors during the call beyond those there before it."""
+    """Peak bytes of tensors during the call, minus those that existed before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -73,12 +73,12 @@ def peak_memory(call, device: torch.device) -> int:
 
 SHAPES = [(4, 64, 100), (4, 256, 1000), (4, 64, 21841), (1, 64, 50257)]  # heads, batch, classes
 CUDA_SHAPES = [(1, 8192, 32000), (1, 4096, 151936)]  # bfloat16
-SECONDS, ROUNDS = 4.0, 15  # of measuring for each contestant and shape, whichever takes longer
-CACHE_BYTES = 64 * 2**20  # inputs rotate through at least this: no cache holds the next ones
+SECONDS, ROUNDS = 4.0, 15  # per implementation and shape, whichever takes longer
+CACHE_BYTES = 64 * 2**20  # inputs cycle through at least this much, so that no cache has them
 
 
 def make_inputs(heads, batch, classes, dtype, device) -> list[tuple]:
-    """Student logits, teacher logits and labels, so many times that no cache holds them all."""
+    """Student logits, teacher logits and labels, more of them than fit into a cache."""
 
     def one():
         z = [torch.randn(batch, classes, device=device, dtype=dtype) for _ in range(2 * heads)]
@@ -90,7 +90,7 @@ def make_inputs(heads, batch, classes, dtype, device) -> list[tuple]:
 
 
 def liger_loss():
-    """liger-kernel's fused cross-entropy and divergence for the same work, or None without it."""
+    """The same loss by liger-kernel's fused functions, or None if it is not installed."""
     try:
         from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
     except ImportError:
@@ -122,7 +122,7 @@ def bench_loss(args, device: torch.device) -> dict:
         losses["liger-kernel"] = liger
     if mhkd.loss_backend().startswith("fused"):
         losses["fused"] = lambda s, t, y: mhkd.mhkd_loss(s, t, y, backend="fused")
-    contestants = {
+    functions = {
         name: lambda s, t, y, loss=loss: torch.autograd.grad(loss(s, t, y), s)
         for name, loss in losses.items()
     }
@@ -130,29 +130,29 @@ def bench_loss(args, device: torch.device) -> dict:
     copies = in_turn({"copy": lambda: target.copy_(source)}, [()], device, ROUNDS)["copy"]
     bandwidth = 2 * source.nbytes / statistics.median(copies)  # read and written
     print(f"a copy moves {bandwidth / 1e9:.1f} GB/s\n")
-    print(f"{'shape':18} {'contestant':14} {'ms':>9} {'ratio':>6} {'of copy':>8} {'peak':>11}")
+    print(f"{'shape':18} {'implementation':14} {'ms':>9} {'ratio':>6} {'of copy':>8} {'peak':>11}")
     shapes, rows = [(*shape, torch.float32) for shape in SHAPES], []
     shapes += [(*shape, torch.bfloat16) for shape in CUDA_SHAPES if device.type == "cuda"]
     for heads, batch, classes, dtype in shapes:
         inputs = make_inputs(heads, batch, classes, dtype, device)
         torch._dynamo.reset()
-        taken = in_turn(contestants, inputs, device, ROUNDS, SECONDS)
+        taken = in_turn(functions, inputs, device, ROUNDS, SECONDS)
         times = {name: statistics.median(values) for name, values in taken.items()}
         logits = heads * batch * classes * dtype.itemsize  # bytes
         moved = 5 * logits  # forward: two reads; backward: two reads and the gradient
         base = times.get("fused", times["plain PyTorch"])
         for name, median in times.items():
-            ratio, share = median / base, moved / median / bandwidth
-            peak = peak_memory(functools.partial(contestants[name], *inputs[0]), device)
+            ratio, fraction = median / base, moved / median / bandwidth
+            peak = peak_memory(functools.partial(functions[name], *inputs[0]), device)
             title = f"{heads} x [{batch}, {classes}]"
-            row = {"shape": title, "dtype": str(dtype), "contestant": name, "seconds": median}
-            row |= {"ratio": ratio, "share_of_copy": share, "peak_bytes": peak}
+            row = {"shape": title, "dtype": str(dtype), "implementation": name, "seconds": median}
+            row |= {"ratio": ratio, "fraction_of_copy": fraction, "peak_bytes": peak}
             rows.append({**row, "gradient_bytes": logits})
-            print(f"{title:18} {name:14} {median * 1e3:9.3f} {ratio:6.1f} {share:8.0%}", end=" ")
+            print(f"{title:18} {name:14} {median * 1e3:9.3f} {ratio:6.1f} {fraction:8.0%}", end=" ")
             print(f"{peak / 2**20:7.2f} of {logits / 2**20:.2f} MiB", flush=True)
-    print("\nratio: time over the fused loss's, where that is not installed over plain PyTorch's.")
-    print("of copy: bandwidth, for logits read twice and their gradients written, over a copy's.")
-    print("peak: memory, and the gradients' part of it.")
+    print("\nratio: time divided by that of the fused loss, or of plain PyTorch without it.")
+    print("of copy: bandwidth of two reads and a gradient, divided by that of a copy.")
+    print("peak: memory, of which the gradients take the second number.")
     return {"copy_bytes_per_second": bandwidth, "rows": rows}
 
 
@@ -162,11 +162,11 @@ def bench_loss(args, device: torch.device) -> dict:
 
 
 def random_data(config: mhkd.Config, images: int, device: torch.device) -> mhkd.Data:
-    """Random images of 100 classes: the time of a step does not depend on what they show."""
-    side, places, none = config.image_size, torch.arange(images), torch.arange(0)
+    """Random images of 100 classes: the time of a step does not depend on the images."""
+    side, indices, none = config.image_size, torch.arange(images), torch.arange(0)
     pixels = torch.randint(256, (images, side, side, 3), dtype=torch.uint8)
     labels, classes = torch.randint(100, (images,)), [str(k) for k in range(100)]
-    parts = pixels, labels, places, none, none, classes
+    parts = pixels, labels, indices, none, none, classes
     return mhkd.Data(*parts, side, (0.5,) * 3, (0.25,) * 3, "").to(device)
 
 
@@ -187,16 +187,16 @@ class Ours:
             yield from mhkd.epoch_batches(self.data, self.config, epoch)
 
     def step(self, images, labels, indices) -> torch.Tensor:
-        terms, figures = self.distiller(images, labels, indices)
+        terms, metrics = self.distiller(images, labels, indices)
         self.optimizer.zero_grad()
         self.distiller.backward(terms)
         self.optimizer.step()
-        kept = torch.stack(list(figures.values()))
+        kept = torch.stack(list(metrics.values()))
         assert images.device.type != "cpu" or kept[0].isfinite()
         return kept
 
     def parts(self, rounds: int) -> dict[str, float]:
-        """Shares of a step's parts, each run alone, forward and backward."""
+        """Fractions of a step's time: each part run alone, forward and backward."""
         d, method, batches = self.distiller, self.distiller.methods[-1], self.batches()
         images, labels, _ = next(batches)
 
@@ -228,7 +228,7 @@ class Ours:
 
 
 class PilImages:
-    """Images and labels as torchvision's data sets give them."""
+    """Images and labels as torchvision's data sets return them."""
 
     def __init__(self, config: mhkd.Config, data: mhkd.Data):
         from torchvision import transforms as T
@@ -246,7 +246,7 @@ class PilImages:
 
 
 class Usual(Ours):
-    """The same work as it is usually written: images from PIL, a loss for each term, .item()."""
+    """A conventional implementation: images from PIL, a loss for each term, .item()."""
 
     def __init__(self, config: mhkd.Config, data: mhkd.Data, workers: int = 0):
         super().__init__(config, data)
@@ -279,10 +279,10 @@ class Usual(Ours):
 
 
 def bench_step(args, device: torch.device) -> dict:
-    """Each pair and method: both ways in turn, and where the time of ours goes."""
-    mhkd.keep_freed_memory()  # for the whole process, so for both ways
-    print("the usual way: in float32; freed memory is kept by the allocator in both\n")
-    print(f"{'pair, method':42} {'way':14} {'images/s':>9} {'ratio':>6} {'peak':>11}")
+    """Each pair and method: both implementations alternately, and the parts of ours."""
+    mhkd.keep_freed_memory()  # for the whole process, so for both
+    print("conventional: in float32; both keep freed memory in the allocator\n")
+    print(f"{'pair, method':42} {'step':14} {'images/s':>9} {'ratio':>6} {'peak':>11}")
     rows = []
     for pair, method in itertools.product(mhkd.words(args.pairs), mhkd.words(args.methods)):
         settings = {"precision": args.precision, "batch_size": args.batch_size, "method": method}
@@ -290,7 +290,7 @@ def bench_step(args, device: torch.device) -> dict:
         data = random_data(config, 20 * config.batch_size, device)
         ways = {"ours": Ours(config, data)}
         if method in ("kd", "mhkd"):
-            ways["the usual way"] = Usual(config, data, args.workers)
+            ways["conventional"] = Usual(config, data, args.workers)
         batches = {name: way.batches() for name, way in ways.items()}
         steps = {name: lambda w=w, b=batches[name]: w.step(*next(b)) for name, w in ways.items()}
         taken = in_turn(steps, [()], device, args.rounds)
@@ -303,11 +303,13 @@ def bench_step(args, device: torch.device) -> dict:
             row["ways"][name] = {"images_per_second": rate, "ratio": ratio, "peak_bytes": peak}
             print(f"{title:42} {name:14} {rate:9.1f} {ratio:6.2f} {peak >> 20:7} MiB", flush=True)
         if len(ways) > 1:
-            row["shares"] = ways["ours"].parts(args.rounds)
-            print("  ours:", ", ".join(f"{part} {s:.1%}" for part, s in row["shares"].items()))
+            row["fractions"] = ways["ours"].parts(args.rounds)
+            print("  ours:", ", ".join(f"{part} {s:.1%}" for part, s in row["fractions"].items()))
         rows.append(row)
-    print(f"\nn = {args.rounds} steps of each. ratio: time over ours. peak: of tensors in a step,")
-    print("gradients among them, beyond weights, momentum and data.")
+    print(
+        f"\nn = {args.rounds} steps of each. ratio: time divided by ours. peak: memory of a step's"
+    )
+    print("tensors with gradients, without weights, momentum and data.")
     return {"rows": rows, "rounds": args.rounds, "workers": args.workers}
 
 
@@ -315,21 +317,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-    loss = commands.add_parser("loss", help="the fused loss beside plain PyTorch and torch.compile")
-    loss.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    loss = commands.add_parser("loss", help="the fused loss, plain PyTorch and torch.compile")
+    loss.add_argument("--no-compile", action="store_true", help="without torch.compile")
     loss.set_defaults(run=bench_loss)
-    step = commands.add_parser("step", help="a training step beside the usual way")
-    step.add_argument("--pairs", default="wrn_40_2:wrn_16_2", help="teacher:student,...")
-    step.add_argument("--methods", default="kd,mhkd", help="others than these two run alone")
-    step.add_argument("--precision", default="auto", help="of ours, as for mhkd.py")
-    step.add_argument("--batch-size", type=int, default=64)
-    step.add_argument("--rounds", type=int, default=20, help="steps of each way, in turn")
-    step.add_argument("--workers", type=int, default=0, help="that load images the usual way")
+    step = commands.add_parser("step", help="our training step and a conventional one")
+    step.add_argument(
+        "--pairs",
+        default="wrn_40_2:wrn_16_2",
+        help="teacher:student, separated by commas (default: wrn_40_2:wrn_16_2)",
+    )
+    step.add_argument(
+        "--methods", default="kd,mhkd", help="methods (default: kd,mhkd); others are timed alone"
+    )
+    step.add_argument(
+        "--precision", default="auto", help="precision of ours, as for mhkd.py (default: auto)"
+    )
+    step.add_argument("--batch-size", type=int, default=64, help="images (default: 64)")
+    step.add_argument("--rounds", type=int, default=20, help="steps of each (default: 20)")
+    step.add_argument(
+        "--workers", type=int, default=0, help="workers of the conventional loader (default: 0)"
+    )
     step.set_defaults(run=bench_step)
     for command in (loss, step):
-        command.add_argument("--device", help="cpu, cuda: the best there is")
-        command.add_argument("--threads", type=int, help="of PyTorch on the CPU: its own choice")
-        command.add_argument("--json", type=Path, help="write the figures there too")
+        command.add_argument("--device", help="cpu or cuda (default: cuda if available)")
+        command.add_argument("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
+        command.add_argument("--json", type=Path, help="also write the results to this file")
     return parser.parse_args(arguments)
 
 
@@ -338,7 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     machine = {"device": args.device, "precision": getattr(args, "precision", "auto")}
     config = mhkd.Config(student="resnet8", method="ce", **machine)
-    with mhkd.surroundings(config) as device:
+    with mhkd.runtime(config) as device:
         here = mhkd.environment(config, device)
         print(", ".join(f"{n} {here[n]}" for n in ("hardware", "threads", "torch", "loss")))
         result = {"environment": here, **args.run(args, device)}

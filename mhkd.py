@@ -1,26 +1,28 @@
 #!/usr/bin/env python3
-"""Multi-head knowledge distillation in one script: a large frozen teacher trains a small student.
+"""Multi-head knowledge distillation: a large frozen teacher network trains a small student.
 
     python mhkd.py --teacher resnet32x4 --student shufflenetv2       # the main job, CIFAR-100
     python mhkd.py --teacher wrn_40_2 --student wrn_16_2 --seed 1    # another pair, another seed
     python mhkd.py --teacher vgg13 --student vgg8 --method kd        # plain distillation
     python mhkd.py --student vgg8 --method ce                        # a network alone
-    python mhkd.py --teacher vgg13 --student vgg8 --method crd+mhkd  # two methods joined
-    python mhkd.py --teacher resnet20 --student resnet8 --dataset digits    # no download, minutes
+    python mhkd.py --teacher vgg13 --student vgg8 --method crd+mhkd  # two methods combined
+    python mhkd.py --teacher resnet20 --student resnet8 --dataset digits    # minutes, no download
     python mhkd.py --teacher torchvision:resnet50 --teacher-init pretrained \\
         --student timm:mobilenetv3_small_100 --dataset folder --data photos --image-size 224
     torchrun --nproc_per_node 2 mhkd.py --teacher resnet32x4 --student shufflenetv2
-    python mhkd_tables.py report runs                                # what has run, in tables
+    python mhkd_tables.py report runs                                # tables of finished runs
 
-The method (Wang, Lohit, Jones, Fu: "Multi-head knowledge distillation for model compression",
-2020) puts small auxiliary classifiers at the ends of the first three units of both networks and
-matches each pair as the final outputs are matched in ordinary distillation: by the KL divergence
-between softened probabilities, and the cross-entropy. The heads are dropped after the training.
+The method (Wang, Lohit, Jones, Fu: "Multi-head knowledge distillation for model compression", 2020)
+adds small auxiliary classifiers, the heads, at the ends of the first three units of both networks.
+The loss on each pair of heads is that of ordinary distillation on the final outputs: the KL
+divergence between softened probabilities, and the cross-entropy. After training the heads are
+dropped.
 
-This file works alone, for the methods ce, kd and mhkd: copy it. It needs torch only to import; to
-train, numpy and what the data set is read with. Sections: 1 networks, 2 heads, 3 loss (to there:
-the paper), 4 methods, 5 training (to there: the experiment), 6 networks from elsewhere, 7 data,
-8 configuration, 9 files and processes, 10 command line.
+Sections: 1 networks, 2 heads, 3 loss, 4 methods, 5 training, 6 data, 7 configuration and command
+line, 8 processes and devices. Sections 1 to 3 are the method; they depend on nothing below them.
+"Paper, section 3.1" in comments refers to the publication. Copied alone, this file provides the
+networks, MultiHead, mhkd_loss and kd_loss with PyTorch as the only requirement. Training also needs
+mhkd_runs.py. Other modules beside this file are imported when an option asks for them.
 """
 
 from __future__ import annotations
@@ -32,25 +34,19 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
-import functools
 import hashlib
 import importlib
-import importlib.util
 import json
 import math
-import mmap
 import os
-import pickle
-import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
 import types
 import warnings
-import zipfile
-from collections import Counter, OrderedDict
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,16 +57,51 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 class UsageError(ValueError):
-    """A mistake that the user can mend. The message is one sentence, which main() prints alone."""
+    """A mistake in the input. The message is one sentence that says what to do."""
+
+    user_error = True  # command_line() prints the message without a traceback
+
+
+@contextlib.contextmanager
+def explain(what: str, hint: str, kinds: Any = Exception) -> Iterator[None]:
+    """Turn errors into a UsageError: what failed, why, and what to do."""
+    try:
+        yield
+    except kinds as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{what} ({reason}): {hint}") from error
+
+
+def check_name(what: str, name: str, names: Iterable[str]) -> str:
+    """The name if it is one of the names, else a UsageError that lists similar ones, or all."""
+    names = list(names)
+    if name in names:
+        return name
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
+    some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
+    raise UsageError(f"there is no {what} '{name}': {hint}")
+
+
+def sibling(name: str, optional: bool = False) -> Any:
+    """Import a module that lies beside this file; None if it is optional and missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+    if optional:
+        return None
+    raise UsageError(f"{name}.py is needed for this and was not found: copy it beside mhkd.py")
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. The networks of the benchmark. They know nothing of distillation: forward(x) gives logits.
-#    Submodules and their order are those of its published checkpoints (HobbitLong/RepDistiller).
+# 1. The networks of the CRD benchmark, independent of distillation: forward(x) returns logits.
+#    Names and order of the submodules are those of its checkpoints (HobbitLong/RepDistiller).
 # --------------------------------------------------------------------------------------------------
 
 
@@ -312,7 +343,7 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "mobilenetv2": (MobileNetV2, {}),
     "shufflenetv2": (ShuffleNetV2, {}),
 }
-# The submodules at whose ends the auxiliary heads sit: the first three units (section 3.2).
+# The submodules at whose ends the heads are: the first three units (paper, section 3.2).
 UNITS: dict[type[nn.Module], tuple[str, str, str]] = {
     ResNet: ("layer1", "layer2", "layer3"),
     WideResNet: ("block1", "block2", "block3"),
@@ -323,21 +354,21 @@ UNITS: dict[type[nn.Module], tuple[str, str, str]] = {
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Auxiliary heads (section 3.1, figure 1), put on any network from outside
+# 2. Auxiliary heads (paper, section 3.1 and figure 1), attached to any network from outside
 # --------------------------------------------------------------------------------------------------
 
 
 class AuxHead(nn.Sequential):
     """Auxiliary classifier: two 3x3 convolutions with batch norm and ReLU, two linear layers.
 
-    It maps a feature [B, C, H, W] to logits [B, K] (section 3.1). Stride 1, bias, pooling over the
-    whole map and PyTorch's initialisation are those of the authors' code (docs/choices.md).
+    Maps a feature [B, C, H, W] to logits [B, K] (paper, section 3.1). Stride 1, bias, pooling over
+    the whole map and PyTorch's initialisation are those of the authors' code (docs/choices.md).
 
     Args:
         in_channels: C.
         num_classes: K.
-        width: kernels of the convolutions, and units between the linear layers.
-        stride: of both convolutions; 2 makes a head several times cheaper.
+        width: channels of the convolutions and of the hidden linear layer.
+        stride: of both convolutions. Stride 2 makes a head several times cheaper.
     """
 
     def __init__(self, in_channels: int, num_classes: int, width: int = 256, stride: int = 1):
@@ -354,7 +385,7 @@ class AuxHead(nn.Sequential):
 
 @dataclasses.dataclass
 class Outputs:
-    """What a network gives for a batch."""
+    """What a network computes for a batch."""
 
     logits: Tensor  # [B, K]
     features: dict[int, Tensor]  # by unit, counted from 1: [B, C, H, W] each
@@ -368,7 +399,7 @@ class Outputs:
 
 
 class AuxHeads(nn.ModuleDict):
-    """The heads of a network, by unit. Figure 1: Outputs to logits [final, head 1, ..., head D]."""
+    """The heads of a network, by unit. Maps Outputs to logits [final, head 1, ..., head D]."""
 
     def __init__(self, network: FeatureExtractor, units: Iterable[int], width: int, stride: int):
         channels = {unit: network.shapes[unit][0] for unit in units}
@@ -380,59 +411,12 @@ class AuxHeads(nn.ModuleDict):
         return [outputs.logits, *heads]
 
 
-_registering = threading.Lock()
-
-
-def watch(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[Any, list[tuple]]:
-    """Run model(x); also return (name, inputs, output) of each run of these submodules, in order.
-
-    Hooks are on the network only while it runs, so that copies and pickles of it are plain, and
-    note only what runs in this thread. An output is copied: the next layer may work in place.
-    """
-    seen: list[tuple] = []
-    thread = None if torch.compiler.is_compiling() else threading.get_ident()
-
-    def note(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if torch.compiler.is_compiling() or threading.get_ident() == thread:
-                seen.append((name, args, output.clone() if isinstance(output, Tensor) else output))
-
-        return hook
-
-    if thread is None:  # torch.compile follows assignments, but no registration of hooks
-        before = {name: module._forward_hooks for name, module in modules.items()}
-        for name, module in modules.items():
-            module._forward_hooks = {**before[name], -1: note(name)}
-        result = model(x)
-        for name, module in modules.items():
-            module._forward_hooks = before[name]
-        return result, seen
-    with _registering:
-        handles = [m.register_forward_hook(note(name)) for name, m in modules.items()]
-    try:
-        return model(x), seen
-    finally:
-        thread = 0  # hooks in a copy that somebody has made meanwhile note nothing more
-        with _registering:
-            for handle in handles:
-                handle.remove()
-
-
-def is_feature(output: Any) -> bool:
-    return isinstance(output, Tensor) and output.dim() in (3, 4)
-
-
-def shape_of(output: Any) -> Any:
-    """For messages."""
-    return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-
-
 class FeatureExtractor(nn.Module):
-    """A network whose features are taken from outside, by the names of submodules.
+    """A network whose features are read from outside, by the names of submodules.
 
-    forward(x) gives Outputs. The network itself, `model`, stays usable alone and plain. It is run
-    once, on zeros, to find out the shape (C, H, W) of each feature, `shapes[unit]`, and the name
-    of the last linear layer, `classifier`, with `width` inputs. Args: see MultiHead.
+    forward(x) returns Outputs. The network itself, `model`, is not changed and can be used alone.
+    The constructor runs a copy once to find the shape (C, H, W) of each feature, `shapes[unit]`,
+    and the name of the last linear layer, `classifier`, with `width` inputs. Args: see MultiHead.
     """
 
     def __init__(
@@ -444,7 +428,7 @@ class FeatureExtractor(nn.Module):
         *,
         example_input: Any = None,
         classifier: str | None = None,
-        layout: str | None = None,
+        layout: str | Mapping[str, str] | None = None,
         output: Callable[[Any], Tensor] | None = None,
     ):
         super().__init__()
@@ -452,21 +436,28 @@ class FeatureExtractor(nn.Module):
             raise UsageError(f"units must be a list of names: ['{units}']")
         self.model, self.num_classes, self.frozen = model, num_classes, frozen
         self.units = dict(units if isinstance(units, Mapping) else enumerate(units, 1))
-        self.output, self.removed = output, False
+        self.output, self.uses_penultimate = output, False
         modules = {name: module for name, module in model.named_modules() if name}
         for name in (*self.units.values(), *([classifier] if classifier else [])):
             check_name("submodule", name, modules)
         if example_input is None:
             first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
-            example_input = torch.zeros(1, first.in_channels if first else 3, 32, 32)
-        result, seen = run_once(model, modules, example_input)
-        self._logits(result)  # refuses what is none
-        self.layouts, self.shapes = {}, {}
-        layout = layout or (common_layout(seen, example_input) if self.units else None)
+            example_input = torch.randn(2, first.in_channels if first else 3, 32, 32)
+        result, seen = run_once(model, example_input)
+        self._logits(result)  # raises an error if these are no logits
+        self.shapes = {}
+        of_unit = layout if isinstance(layout, Mapping) else dict.fromkeys(modules, layout)
+        self.layouts = {n: of_unit.get(n) or "channels_first" for n in self.units.values()}
         for unit, name in self.units.items():
             feature = self._feature(name, seen)
-            self.layouts[unit] = layout_of(feature, example_input, name, layout)
-            self.shapes[unit] = tuple(as_map(feature, self.layouts[unit]).shape[1:])
+            height, width = getattr(example_input, "shape", (1, 2))[-2:]
+            if height == width and feature.dim() == 4 and not of_unit.get(name):
+                if feature.shape[1] == feature.shape[2] != feature.shape[3]:
+                    raise UsageError(
+                        f"the submodule '{name}' returns {shape_of(feature)}, which looks like "
+                        'channels last: give layout="channels_last" or layout="channels_first"'
+                    )
+            self.shapes[unit] = tuple(as_map(feature, self.layouts[name], name).shape[1:])
         linear = [name for name, _, _ in seen if isinstance(modules[name], nn.Linear)]
         self.classifier = classifier or (linear or [None])[-1]
         self.width = getattr(modules.get(self.classifier), "in_features", None)
@@ -476,8 +467,10 @@ class FeatureExtractor(nn.Module):
     def _logits(self, result: Any) -> Tensor:
         result, K = self.output(result) if self.output else result, self.num_classes
         if not isinstance(result, Tensor) or result.dim() != 2 or result.shape[1] != K:
-            got = shape_of(result)
-            raise UsageError(f"the network returns {got}, not logits [B, {K}]: give output=...")
+            raise UsageError(
+                f"the network returns {shape_of(result)}, not logits [B, {K}]: if these are inside "
+                "of something else, give output=, a function that extracts them"
+            )
         return result
 
     def _feature(self, name: str, seen: list[tuple]) -> Tensor:
@@ -485,15 +478,10 @@ class FeatureExtractor(nn.Module):
         if len(runs) != 1:
             times = "did not run" if not runs else f"ran {len(runs)} times"
             raise UsageError(f"the submodule '{name}' {times} in this forward pass, not once")
-        if not is_feature(runs[0]):
+        if not isinstance(runs[0], Tensor) or runs[0].dim() not in (3, 4):
             got = shape_of(runs[0])
             raise UsageError(f"the submodule '{name}' returns {got}, not a feature [B, C, H, W]")
         return runs[0]
-
-    def remove(self) -> nn.Module:
-        """Return the network, which is as plain as it came, and end the use of this object."""
-        self.removed = True
-        return self.model
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         super().train(mode)
@@ -501,29 +489,46 @@ class FeatureExtractor(nn.Module):
             self.model.eval()
         return self
 
-    def forward(self, x: Any) -> Outputs:
-        if self.removed:
-            raise UsageError("remove() has ended the use of this object: call the network itself")
+    def forward(self, *inputs: Any, **keywords: Any) -> Outputs:
         if self.frozen and any(module.training for module in self.model.modules()):
-            self.model.eval()  # somebody called train() on the network itself, or on a part of it
+            self.model.eval()  # train() was called on the network itself or on a part of it
         names = [*self.units.values(), *([self.classifier] if self.classifier else [])]
         modules = {name: self.model.get_submodule(name) for name in names}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            result, seen = watch(self.model, modules, x)
+            result, seen = watch(self.model, modules, *inputs, **keywords)
         logits, features = self._logits(result), {}
         for unit, name in self.units.items():
-            feature, layout = self._feature(name, seen), self.layouts[unit]
-            dims = 3 if layout.startswith("tokens") else 4
-            if feature.dim() != dims or len(feature) != len(logits):
+            feature = self._feature(name, seen)
+            if len(feature) != len(logits):
                 got = shape_of(feature)
-                raise UsageError(f"the submodule '{name}' returns {got}, not a feature ({layout})")
-            features[unit] = as_map(feature, layout)
-        inputs = [args for other, args, _ in seen if other == self.classifier]
-        return Outputs(logits, features, inputs[-1][0] if inputs else None)
+                raise UsageError(f"the submodule '{name}' returns {got} for {len(logits)} images")
+            features[unit] = as_map(feature, self.layouts[name], name)
+        of_classifier = [args for other, args, _ in seen if other == self.classifier and args]
+        penultimate = of_classifier[-1][0] if of_classifier else None
+        if self.training and torch.is_grad_enabled() and not self.frozen:
+            outputs = {"": logits, **dict(zip(self.units.values(), features.values()))}
+            if self.uses_penultimate and penultimate is not None:
+                outputs[self.classifier] = penultimate
+            self._check_gradients(outputs)
+        return Outputs(logits, features, penultimate)
+
+    def _check_gradients(self, outputs: Mapping[str, Tensor]) -> None:
+        """Without a gradient the heads would be trained, but not the network."""
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise UsageError("no parameter of the network requires a gradient: give frozen=True")
+        for name, tensor in outputs.items():
+            if not tensor.requires_grad:
+                what = f"the output of the submodule '{name}'" if name else "the network's output"
+                what = f"the input of '{name}'" if name == self.classifier else what
+                raise UsageError(
+                    f"{what} has no gradient, so nothing before it would be trained: use "
+                    "checkpoint(..., use_reentrant=False), remove detach() or no_grad(), or select "
+                    "a unit after the frozen layers"
+                )
 
 
 class MultiHead(FeatureExtractor):
-    """A network with auxiliary heads at the ends of some submodules (section 3.1, figure 1).
+    """A network with auxiliary heads at the ends of some submodules (paper, section 3.1).
 
         student = MultiHead(torchvision.models.resnet18(num_classes=10), ["layer1", "layer2"], 10)
         logits, logits_1, logits_2 = student(images)
@@ -531,20 +536,24 @@ class MultiHead(FeatureExtractor):
 
     Args:
         model: any module that maps a batch to logits [B, K].
-        units: names of submodules, as in `model.named_modules()`, that return a feature: a map
-            [B, C, H, W] or [B, H, W, C], or tokens [B, N, C]. May be empty.
+        units: names of submodules, as in `model.named_modules()`, whose output is a feature
+            [B, C, H, W]. May be empty.
         num_classes: K.
-        frozen: keep the network in eval mode and without gradients. The heads train.
+        frozen: keep the network in eval mode and without gradients. The heads still train, until
+            freeze_heads() is called.
         width, stride: of the heads, see AuxHead.
-        example_input: what to run the network on once; by default zeros [1, C, 32, 32].
-        classifier: name of the last linear layer, whose input is the penultimate feature; found
-            out by default.
-        layout: "channels_first" or "channels_last", where the shape of a feature does not tell.
-        output: makes logits [B, K] of what the network returns, where that is something else.
+        example_input: an input for one run of a copy in the constructor. Default: random normal
+            numbers [2, C, 32, 32].
+        classifier: name of the last linear layer, whose input is the penultimate feature.
+            Default: the last linear layer that runs.
+        layout: of the features: "channels_first" [B, C, H, W], "channels_last" [B, H, W, C], or
+            "tokens+n", tokens [B, n + H * W, C] of a square map after n other tokens. A dict from
+            names of submodules if they differ. mhkd_custom.find_layouts detects it.
+        output: a function that extracts logits [B, K] from what the network returns.
 
     Raises:
-        UsageError: a unit does not exist, is not run exactly once, or returns no feature; or the
-            network does not give K logits. Also when that happens in a later call.
+        UsageError: a unit does not exist, does not run exactly once, or returns no feature; or the
+            network does not return K logits. Later calls can raise it, too.
     """
 
     def __init__(
@@ -566,35 +575,108 @@ class MultiHead(FeatureExtractor):
             self.heads.eval()
         return self
 
-    def forward(self, x: Any, penultimate: bool = False) -> Any:
+    def forward(self, *inputs: Any, penultimate: bool = False, **keywords: Any) -> Any:
         """Logits [final, head 1, ..., head D], each [B, K].
 
-        With `penultimate` a pair of them and the classifier's input [B, C].
+        With `penultimate` a pair of them and the classifier's input [B, C]. All other arguments are
+        passed to the network.
         """
-        outputs = super().forward(x)
+        self.uses_penultimate = penultimate
+        outputs = super().forward(*inputs, **keywords)
         if penultimate and outputs.penultimate is None:
-            raise UsageError("the network has no linear layer at its end: name its classifier")
+            raise UsageError("no linear layer of the network ran: name one with classifier=")
         logits = self.heads(outputs)
         return (logits, outputs.penultimate) if penultimate else logits
 
 
-def run_once(model: nn.Module, modules: Mapping[str, nn.Module], x: Any) -> tuple[Any, list]:
-    """watch() in eval mode and without gradients; the modes are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
+def as_map(feature: Tensor, layout: str, name: str = "") -> Tensor:
+    """A feature as a map [B, C, H, W]. layout: see MultiHead. name: of the submodule."""
+    if layout.startswith("tokens") and feature.dim() == 3:
+        tokens = feature[:, int(layout.partition("+")[2] or 0) :]  # [B, H * W, C]
+        side = math.isqrt(tokens.shape[1])
+        if side**2 == tokens.shape[1] > 0:
+            return tokens.transpose(1, 2).unflatten(2, (side, side))
+    elif feature.dim() == 4 and not layout.startswith("tokens"):
+        check_name("layout", layout, ("channels_first", "channels_last", "tokens+0"))
+        return feature if layout == "channels_first" else feature.permute(0, 3, 1, 2)
+    raise UsageError(
+        f"the submodule '{name}' returns {shape_of(feature)}, which does not fit the layout "
+        f"'{layout}': give layout= channels_first, channels_last, or tokens+n"
+    )
+
+
+def shape_of(output: Any) -> Any:
+    """For messages."""
+    return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+
+
+_locks: Any = weakref.WeakKeyDictionary()  # one for each network
+
+
+def watch(
+    model: nn.Module, modules: Mapping[str, nn.Module], *inputs: Any, **keywords: Any
+) -> tuple[Any, list[tuple]]:
+    """Run the model; also return (name, inputs, output) of each run of these submodules, in order.
+
+    The submodules have hooks only during the call, so that copies and pickles of the network have
+    none. Concurrent calls with one network wait for each other. Outputs are copied because the next
+    layer may work in place.
+    """
+    seen: list[tuple] = []
+    active = [True]  # a copy of the network made during the call keeps a hook that does nothing
+
+    def hook_of(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if active:
+                seen.append((name, args, output.clone() if isinstance(output, Tensor) else output))
+
+        return hook
+
+    compiling = torch.compiler.is_compiling()
+    lock = contextlib.nullcontext() if compiling else _locks.setdefault(model, threading.RLock())
+    with lock:
+        before = {name: module._forward_hooks for name, module in modules.items()}
+        try:
+            # Assigned, not registered: torch.compile can trace this, and replicas of
+            # DataParallel share the registry.
+            for name, module in modules.items():
+                module._forward_hooks = {**before[name], -1: hook_of(name)}
+            return model(*inputs, **keywords), seen
+        finally:
+            active.clear()
+            for name, module in modules.items():
+                module._forward_hooks = before[name]
+
+
+def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
+    """watch() all submodules of a copy in eval mode, without gradients.
+
+    A copy, because a run changes some networks: layers that initialise themselves from the first
+    batch, observers of quantisation. A network that cannot be copied is run itself, and its modes
+    and state are restored.
+    """
     parameter = next(model.parameters(), torch.empty(0))
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor) and not isinstance(parameter, nn.UninitializedParameter):
         x = x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
     what = f"the network cannot run on an input of shape {shape_of(x)}"
+    modes, state = {module: module.training for module in model.modules()}, None
     try:
-        with torch.no_grad(), explain(what, "pass an example_input that it accepts"):
-            return watch(model.eval(), modules, x)
+        network = copy.deepcopy(model)
+    except Exception:  # for example because of tensors that are no leaves
+        network, state = model, {name: t.clone() for name, t in model.state_dict().items()}
+    try:
+        with torch.no_grad(), explain(what, "give example_input=, an input that it accepts"):
+            modules = {name: module for name, module in network.named_modules() if name}
+            return watch(network.eval(), modules, x)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        if state is not None:
+            model.load_state_dict(state)
+            for module, mode in modes.items():
+                module.training = mode
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. The loss: equations 1 and 2
+# 3. The loss: equations 1 and 2 of the paper
 # --------------------------------------------------------------------------------------------------
 
 
@@ -616,58 +698,67 @@ def mhkd_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head knowledge distillation loss (Wang et al. 2020, section 3, equations 1 and 2).
 
-    Over the heads h = 0 (the final outputs), 1, ..., D with weights w_h, plus the cross-entropy
-    from which the teacher's own heads learn (section 3.1):
+    The sum over the heads h = 0 (the final outputs), 1, ..., D with weights w_h, plus the
+    cross-entropy from which the teacher's own heads learn (paper, section 3.1):
 
-        sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S)) + sum_{h marked} CE(y, z_T)
+        sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S))
+            + sum of CE(y, z_T) over the heads with teacher_ce
 
-    p_T and p_S are the softmax of the logits divided by tau. All terms are means over the rows
-    whose label is not `ignore_index`, NaN if there is none. A class of teacher probability 0
-    contributes 0 to the divergence, also where the student's is 0 (masked classes, whose logits are
-    -inf). A term whose coefficient is 0 is left out, with its gradients, were it infinite or NaN.
+    p_T and p_S are the softmax of the logits divided by tau. Each term is the mean over the rows
+    whose label is not `ignore_index`, NaN if there are none. Classes with p_T = 0 contribute 0 to
+    the divergence, also if p_S = 0 (masked classes, with logits -inf). A term with coefficient 0 is
+    left out with its gradients, even if it is infinite or NaN.
 
     Args:
         student_logits: a list with a tensor [..., K] for each head, the final output first: [B, K]
             for images, [B, T, K] for a language model. Copied only if view(-1, K) is impossible.
-        teacher_logits: as many tensors of the same shape. The divergence sends them no gradient.
+        teacher_logits: as many tensors of the same shape. The divergence gives them no gradient.
         labels: class indices [...], int64.
-        tau: temperature, > 0. This, alpha and the weights are numbers, which get no gradient.
-        alpha: weight of the divergence against the student's cross-entropy, 0 to 1.
-        beta: weight of every auxiliary head, used where `head_weights` is None.
-        head_weights: a weight for each head; None means [1, beta, beta, ...].
-        kl_weights: coefficient of tau^2 KL for each head; None means w_h alpha.
-        ce_weights: coefficient of the student's cross-entropy for each head; None means
+        tau: temperature, > 0. tau, alpha and the weights are numbers and get no gradient.
+        alpha: weight of the divergence, 0 to 1; the student's cross-entropy has 1 - alpha.
+        beta: weight of every auxiliary head if `head_weights` is None.
+        head_weights: a weight w_h for each head. Default: [1, beta, beta, ...].
+        kl_weights: coefficient of tau^2 KL for each head. Default: w_h alpha.
+        ce_weights: coefficient of the student's cross-entropy for each head. Default:
             w_h (1 - alpha).
-        teacher_ce: for each head, whether the teacher's own cross-entropy is added, with weight 1;
-            None marks the teacher logits that require a gradient.
-        ignore_index: rows with this label count nowhere.
-        return_terms: return the terms too.
-        backend: "reference" is plain PyTorch; "auto" takes the fused kernel where it is installed,
-            on CUDA once it has agreed with plain PyTorch in this process; "fused" insists.
+        teacher_ce: for each head, whether the teacher's own cross-entropy is added, with weight 1.
+            Default: for teacher logits that require a gradient. Call the teacher outside of
+            torch.no_grad() if its heads are to learn.
+        ignore_index: rows with this label are not counted in any term.
+        return_terms: also return the terms.
+        backend: "reference" is plain PyTorch. "auto" uses the fused loss if it is installed; on
+            CUDA only after it has agreed with plain PyTorch in this process. "fused" requires it.
 
     Returns:
-        The loss, a scalar: float64 if any logits are, otherwise float32 (the arithmetic, too, of
-        half types). With `return_terms` also a detached tensor [H, 3]: KL * tau^2, the student's
-        cross-entropy and the teacher's, which is 0 where it is not marked.
+        The loss, a scalar: float64 if any logits are float64, otherwise float32. float16 and
+        bfloat16 logits are converted to float32. With `return_terms` also a detached tensor [H, 3]:
+        KL * tau^2, the student's cross-entropy and the teacher's, which is 0 without teacher_ce.
 
     Raises:
         ValueError: lists or shapes that do not agree; tau, alpha or a weight out of range; an
             unknown backend.
         TypeError: logits that are no list or not floating point, labels that are not int64, a
-            number that asks for a gradient.
+            tensor in place of a number.
         IndexError: a label that is no class (on CUDA a device assertion).
-        RuntimeError: tensors on different devices; backend "fused", and there is no kernel.
-        KernelCrash: the kernel failed on CUDA when it was first tried.
+        RuntimeError: tensors on different devices; backend "fused" is not available.
+        mhkd_fused.KernelCrash: the fused loss failed on CUDA when it was first tried.
     """
     H = len(student_logits)
     head_weights = [1.0] + [beta] * (H - 1) if head_weights is None else head_weights
-    teacher_ce = [z.requires_grad for z in teacher_logits] if teacher_ce is None else teacher_ce
+    if teacher_ce is None:
+        teacher_ce = [z.requires_grad for z in teacher_logits]
+        if H and teacher_ce[0] and not torch.compiler.is_compiling():
+            warnings.warn(
+                "mhkd_loss: the teacher's final logits require a gradient, so that its own "
+                "cross-entropy is a part of the loss: run the teacher under torch.no_grad(), or "
+                "give teacher_ce", stacklevel=2,
+            )  # fmt: skip
     weights = {"head_weights": head_weights, "kl_weights": kl_weights, "ce_weights": ce_weights}
     _check_settings(student_logits, teacher_logits, tau, alpha, weights, teacher_ce)
     kl_weights = [w * alpha for w in head_weights] if kl_weights is None else list(kl_weights)
     ce_weights = [w * (1 - alpha) for w in head_weights] if ce_weights is None else list(ce_weights)
     fused = _use_fused(backend, labels.device, H)
-    # The operator refuses what does not fit, faster; then the check here says it as it always does.
+    # The operator checks shapes faster. If it raises, the check here gives the better message.
     if not fused or labels.dim() != 1 or torch.compiler.is_compiling():
         _check_tensors(student_logits, teacher_logits, labels)
     if labels.dim() != 1:
@@ -675,8 +766,9 @@ def mhkd_loss(
         student_logits = [z.reshape(-1, z.shape[-1]) for z in student_logits]  # [B, K] each
         teacher_logits = [z.reshape(-1, z.shape[-1]) for z in teacher_logits]
     settings = labels, tau, kl_weights, ce_weights, list(teacher_ce), ignore_index
+    compute = _operator if fused else _reference_loss
     try:
-        out = (_fused_loss if fused else _reference_loss)(student_logits, teacher_logits, *settings)
+        out = compute(student_logits, teacher_logits, *settings)
     except Exception:
         _check_tensors(student_logits, teacher_logits, labels)
         raise
@@ -686,7 +778,7 @@ def mhkd_loss(
 def _reference_loss(
     student, teacher, labels, tau, kl_weights, ce_weights, teacher_ce, ignore_index
 ):
-    """The equations in plain PyTorch: what the fused kernel has to compute. Logits are [B, K]."""
+    """The equations in plain PyTorch, the specification of the fused loss. Logits are [B, K]."""
     dtypes = [z.dtype for z in (*student, *teacher)]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     counted = labels != ignore_index  # [B]
@@ -694,7 +786,7 @@ def _reference_loss(
     terms = []
     coefficients = zip(kl_weights, ce_weights, map(float, teacher_ce))
     for z_s, z_t, of_head in zip(student, teacher, coefficients):
-        # A NaN in a row that does not count must reach neither the loss nor the gradients.
+        # NaN in a row that is not counted must not reach the loss or the gradients.
         z_s = torch.where(counted[:, None], z_s.to(dtype), 0)  # [B, K]
         z_t = torch.where(counted[:, None], z_t.to(dtype), 0)  # [B, K]
         log_p_s = F.log_softmax(z_s / tau, dim=1)
@@ -706,7 +798,7 @@ def _reference_loss(
         ce_t = torch.zeros_like(kl)
         if of_head[2]:
             ce_t = F.cross_entropy(z_t, labels, ignore_index=ignore_index)
-        # Equation 1 for each head, equation 2 over them.
+        # Equation 1 for each head, equation 2 over the heads.
         for coefficient, term in zip(of_head, (kl, ce, ce_t)):
             if coefficient != 0:
                 loss = loss + coefficient * term
@@ -722,17 +814,56 @@ def kd_loss(
     *,
     labels: Tensor | None = None,
     ignore_index: int = -100,
+    dim: int | None = None,
 ) -> Tensor:
     """tau^2 * KL(teacher || student) of logits [..., K], the mean (Hinton et al. 2015, section 2).
 
-    Rows whose label is `ignore_index` do not count; without `labels` all do. No gradient goes to
-    the teacher. For the arithmetic and the errors raised see mhkd_loss, whose first term it is.
+    Rows whose label is `ignore_index` are not counted; without `labels` all rows are. The teacher
+    gets no gradient. `dim` is the dimension of the classes, by default the last one; it is required
+    for 4 or more dimensions: dim=1 for maps [B, K, H, W]. Precision and errors are those of
+    mhkd_loss, of which this is the first term.
     """
-    if labels is None:  # any class: the cross-entropy weighs nothing
+    if dim is None and student_logits.dim() > 3:
+        shape = list(student_logits.shape)
+        raise ValueError(f"kd_loss: give dim, the dimension of the classes in {shape}")
+    if dim is not None:
+        student_logits = student_logits.movedim(dim, -1)
+        teacher_logits = teacher_logits.movedim(dim, -1)
+    if labels is None:  # any class: the cross-entropy has weight 0
         labels = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.int64)
         ignore_index = -100
     settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False], "ignore_index": ignore_index}
     return mhkd_loss([student_logits], [teacher_logits], labels, backend=backend, **settings)
+
+
+BACKENDS = ("auto", "reference", "fused")
+_operator: Any = None  # the fused loss
+
+
+def _use_fused(backend: str, device: torch.device, heads: int) -> bool:
+    """Whether the fused loss computes this call."""
+    global _operator
+    if backend not in BACKENDS:
+        backends = ", ".join(BACKENDS)
+        raise ValueError(f"mhkd_loss: backend must be one of {backends}, not {backend!r}")
+    if backend == "reference":
+        return False
+    fused = sibling("mhkd_fused", optional=backend == "auto")
+    use = fused is not None and fused.select(backend, device, heads, _reference_loss)
+    if use:
+        _operator = fused.operator
+    return use
+
+
+# torch.compile evaluates the function once for each compiled graph. This attribute is what
+# torch.compiler.assume_constant_result sets; calling that would import the whole compiler here.
+_use_fused._dynamo_marked_constant = True
+
+
+def loss_backend() -> str:
+    """What backend="auto" uses, for example "fused (CPU avx2, CUDA sm_90)"."""
+    fused = sibling("mhkd_fused", optional=True)
+    return fused.describe() if fused else "reference (mhkd_fused.py not found)"
 
 
 def _check_settings(student, teacher, tau, alpha, weights, teacher_ce) -> None:
@@ -781,154 +912,17 @@ def _check_tensors(student, teacher, labels) -> None:
         )
 
 
-# The fused kernel of csrc/, if it is installed, and whether to believe it.
-
-BACKENDS = ("auto", "reference", "fused")
-MAX_FUSED_HEADS = 16  # kMaxHeads in csrc/mhkd_loss.h
-INTERFACE = 3  # kInterface in csrc/mhkd_loss.cpp
-TO_BE_CHECKED = ("cuda",)  # devices on which "auto" compares before it trusts
-
-_fused_is_there: bool | None = None  # not looked for yet
-_fused_loss: Any = None  # the operator: a look into torch.ops takes longer than a short batch
-_found_wrong: dict[torch.device, str] = {}  # what check_kernel has found, "" if nothing
-
-
-class KernelCrash(RuntimeError):
-    """The fused kernel failed on CUDA; after that this process cannot use the GPU any more."""
-
-
-def _load_fused() -> bool:
-    """Whether the kernel is installed. The first call loads it, which registers torch.ops.mhkd."""
-    global _fused_is_there, _fused_loss
-    if _fused_is_there is not None:
-        return _fused_is_there
-    problem, operators = "", torch.ops.mhkd
-    spec = importlib.util.find_spec("mhkd_fused")  # a library, no Python module: never imported
-    if not hasattr(operators, "loss") and spec is not None and spec.origin is not None:
-        try:
-            torch.ops.load_library(spec.origin)
-        except OSError as error:  # built for another PyTorch
-            problem = f"cannot be loaded ({error})"
-    if hasattr(operators, "loss"):  # by now, or another copy of this file has loaded it
-        there = operators.interface() if hasattr(operators, "interface") else 1
-        if there == INTERFACE:
-            _fused_loss = operators.loss.default
-        else:
-            problem = f"has interface {there}, mhkd.py needs {INTERFACE} (install both anew)"
-    if problem:
-        warnings.warn(f"the fused kernel {problem}: plain PyTorch is used", stacklevel=2)
-    _fused_is_there = _fused_loss is not None
-    return _fused_is_there
-
-
-def loss_backend() -> str:
-    """What mhkd_loss(backend="auto") takes, for example "fused (CPU avx2, CUDA sm_90)"."""
-    if not _load_fused():
-        return "reference (fused kernel not installed)"
-    parts = [torch.ops.mhkd.cpu_capability()]
-    if hasattr(torch.ops.mhkd, "cuda_architectures"):
-        parts.append(torch.ops.mhkd.cuda_architectures())
-    parts += [f"not on {device}: {wrong}" for device, wrong in _found_wrong.items() if wrong]
-    return f"fused ({', '.join(parts)})"
-
-
-def check_kernel(device: torch.device | str) -> str:
-    """What a comparison of the fused kernel with plain PyTorch finds wrong, "" if nothing.
-
-    It takes some milliseconds: small random logits of each dtype, loss, terms and gradients.
-    Raises KernelCrash after a CUDA error.
-    """
-    device = torch.device(device)
-    if missing := _missing_kernel(device.type):
-        return missing
-
-    def outputs(loss_of, z, *settings):
-        leaves = [leaf.detach().requires_grad_() for leaf in z]
-        loss, terms, *_ = loss_of(leaves[:2], leaves[2:], *settings)
-        gradients = torch.autograd.grad(loss, leaves[:2] + leaves[3:])
-        return [x.detach().double().cpu() for x in (loss, terms, *gradients)]
-
-    generator = torch.Generator().manual_seed(0)
-    cases = [(torch.float32, 40, 4.0), (torch.bfloat16, 40, 4.0), (torch.float16, 2050, 4.0)]
-    cases += [(torch.float32, 2051, 2.5), (torch.bfloat16, 9000, 1.0), (torch.float64, 1100, 4.0)]
-    autocast, inference = torch.autocast(device.type, enabled=False), torch.inference_mode(False)
-    with autocast, inference, torch.enable_grad():
-        for dtype, K, tau in cases:
-            # An odd stride; a row ignored and NaN; a class masked on both sides; one head marked.
-            z = 3 * torch.randn(4, 6, K + 1, generator=generator)
-            z[:, 0], z[:, 1, 1] = math.nan, -math.inf
-            z = z.to(device, dtype)[..., :K]
-            labels = torch.tensor([-100, 0, K - 1, 2, 3, K // 2], device=device)
-            settings = labels, tau, [0.9, 0.45], [0.1, 0.05], [False, True], -100
-            try:
-                found = outputs(_fused_loss, z, *settings)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                if "CUDA error" not in reason or "no kernel image" in reason:  # it can go on
-                    return reason
-                raise KernelCrash(
-                    f"the fused kernel failed on {device} ({reason}), which ends the use of the "
-                    "GPU in this process: try again with --backend reference"
-                ) from error
-            allowed = 2 * torch.finfo(dtype).eps + 1e-5  # of the largest number
-            for x, y in zip(found, outputs(_reference_loss, z.double(), *settings)):
-                if not (x - y).abs().max() <= allowed * y.abs().max():
-                    return f"the fused kernel differs from plain PyTorch on {dtype} [6, {K}]"
-    return ""
-
-
-def _missing_kernel(device_type: str) -> str:
-    if not _load_fused():
-        return "the fused kernel is not installed"
-    if device_type not in ("cpu", "cuda", "meta"):
-        return f"there is no fused kernel for {device_type} tensors"
-    if device_type == "cuda" and not hasattr(torch.ops.mhkd, "cuda_architectures"):
-        return "the fused kernel was built without CUDA"
-    return ""
-
-
-def _trusted(device: torch.device) -> bool:
-    """Whether the kernel has agreed with plain PyTorch on this device; the first call compares."""
-    if device not in _found_wrong:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # a graph cannot record a comparison: this time plain PyTorch, unchecked
-        _found_wrong[device] = check_kernel(device)
-        if wrong := _found_wrong[device]:
-            warnings.warn(f"mhkd_loss: {wrong}: plain PyTorch is used", stacklevel=4)
-    return not _found_wrong[device]
-
-
-# torch.compile calls these and takes their answers for constants. This is what
-# torch.compiler.assume_constant_result sets, which would import the whole compiler here.
-for _function in (_load_fused, _missing_kernel, _trusted):
-    _function._dynamo_marked_constant = True
-
-
-def _use_fused(backend: str, device: torch.device, heads: int) -> bool:
-    """Whether the kernel computes this call; for "fused" an error that says why it does not."""
-    if backend not in BACKENDS:
-        backends = ", ".join(BACKENDS)
-        raise ValueError(f"mhkd_loss: backend must be one of {backends}, not {backend!r}")
-    if backend == "reference" or (backend == "auto" and heads > MAX_FUSED_HEADS):
-        return False
-    missing = _missing_kernel(device.type)
-    if backend == "auto":
-        return not missing and (device.type not in TO_BE_CHECKED or _trusted(device))
-    if missing:
-        raise RuntimeError(f'mhkd_loss: {missing}: use backend="auto" or backend="reference"')
-    return True
-
-
 # --------------------------------------------------------------------------------------------------
-# 4. Methods: what each adds to both networks, and its named loss terms
+# 4. Methods: what each adds to both networks, and its loss terms
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A setting: its default (None: the recipe's), help, parser and rule, (a test, its words)."""
+    """A setting. rule: a test and a text that says what it requires.
+
+    A default of None is replaced by the value of the recipe if that has one; see the help text.
+    """
 
     default: Any
     help: str
@@ -936,7 +930,7 @@ class Option:
     rule: tuple[Callable[[Any], bool], str] | None = None
 
 
-# Numbers that float32 can hold, too.
+# Numbers that float32 can represent, too.
 POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0")
 NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0")
 FRACTION = (lambda v: 0 <= v <= 1, "between 0 and 1")
@@ -955,55 +949,60 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in words(text))
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in words(text))
+
+
 @dataclasses.dataclass
 class Batch:
-    """What a method sees of a training step."""
+    """What a method gets in a training step."""
 
     student: Outputs
     teacher: Outputs | None
     labels: Tensor  # [B]
-    indices: Tensor  # [B], places in the training set
-    figures: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # scalars for the log
+    indices: Tensor  # [B], of the training set
+    metrics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # scalars for the log
 
 
 class Method(nn.Module):
-    """A way to train the student. Register a subclass in METHODS and Config(method=...) knows it.
+    """A way to train the student. A subclass in METHODS is available as Config(method=...).
 
-    The loss is a sum of named terms: those on the final outputs, which methods joined by `+` take
-    from one of them, and each method's own. Few need more than `units` and `own_terms`; the values
-    of the options that a class declares are in `self.options`. See docs/methods.md.
+    The loss is a sum of named terms: the terms on the final outputs, which joined methods (`a+b`)
+    take from one of them, and each method's own terms. Most methods define `units` and `own_terms`.
+    The values of the options that a class declares are in `self.options`. See docs/methods.md.
     """
 
     options: dict[str, Option] = {}  # of its own terms
     final_options: dict[str, Option] = {}  # of its terms on the final outputs
-    rank = 0  # of joined methods the one of the highest rank gives the terms on the final outputs
+    priority = 0  # the joined method with the highest priority gives the terms on the final outputs
     needs_teacher = True
+    needs_penultimate = False  # of both networks
     on_teacher = False  # it trains something on the frozen teacher; there is no student
 
     def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
-        """student, teacher: FeatureExtractors (the teacher None without one), for their shapes."""
+        """student, teacher: FeatureExtractors, the teacher None without one."""
         super().__init__()
         self.config, self.options = config, types.SimpleNamespace(**config.options)
 
     @classmethod
     def units(cls, config: Config, network: str) -> Sequence[int]:
-        """Units, counted from 1, whose features it needs, of the "student" or the "teacher"."""
+        """Units, counted from 1, whose features it needs of the "student" or the "teacher"."""
         return ()
 
     @classmethod
     def adapt(cls, student: nn.Module, teacher: Any, num_classes: int, example: Tensor) -> None:
-        """Change the plain student for its training; `plain` takes that back."""
+        """Change the plain student for its training; `plain` reverses this."""
 
     @classmethod
-    def plain(cls, student: nn.Module) -> nn.Module:
-        """The plain network that computes what the adapted student does."""
-        return student
+    def plain(cls, student: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of the plain network, from that of the adapted student."""
+        return state
 
     def prepare(self, teacher: FeatureExtractor | None, batches: Callable[[], Iterator]) -> None:
-        """Called once, before the first step; batches() gives images, labels, indices."""
+        """Called once before the first step. batches() yields images, labels, indices."""
 
     def final_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss terms on the final outputs: the cross-entropy, unless a method has others."""
+        """Loss terms on the final outputs. Default: the cross-entropy."""
         return {"ce": F.cross_entropy(batch.student.logits, batch.labels)}
 
     def own_terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -1011,16 +1010,16 @@ class Method(nn.Module):
         return {}
 
     def saved(self) -> dict[str, Any]:
-        """What student.pt holds beside the plain network."""
+        """What student.pt contains besides the plain network."""
         return {}
 
     def backward(self, terms: dict, student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        """Set the gradients of the student's parameters and of all others that train."""
+        """Set the gradients of the student's parameters and of all others that are trained."""
         sum(terms.values()).backward()
 
 
 class CrossEntropy(Method):
-    """The network alone: the baseline, and the way teachers are trained."""
+    """The network alone: the baseline, and how teachers are trained."""
 
     needs_teacher = False
 
@@ -1028,20 +1027,22 @@ class CrossEntropy(Method):
 class Distillation(Method):
     """Knowledge distillation (Hinton et al. 2015): equation 1 on the final outputs."""
 
-    rank = 1
+    priority = 1
     final_options = {
-        "tau": Option(4.0, "temperature", rule=POSITIVE),
-        "alpha": Option(0.9, "weight of the divergence against the cross-entropy", rule=FRACTION),
+        "tau": Option(4.0, "temperature of the softmax", rule=POSITIVE),
+        "alpha": Option(0.9, "weight of the KL; 1 - alpha is that of cross-entropy", rule=FRACTION),
         "gamma": Option(
-            None, "weight of the final cross-entropy: 1 - alpha", rule=NOT_NEGATIVE
+            None, "weight of the final outputs' cross-entropy (default: 1 - alpha)",
+            rule=NOT_NEGATIVE,
         ),
         "kd_weight": Option(
-            None, "weight of the final divergence, tau^2 KL: alpha", rule=NOT_NEGATIVE
+            None, "weight of the final outputs' divergence, tau^2 KL (default: alpha)",
+            rule=NOT_NEGATIVE,
         ),
     }  # fmt: skip
 
     def final_weights(self) -> tuple[float, float]:
-        """Weights of the final outputs' tau^2 KL and cross-entropy."""
+        """Weights of tau^2 KL and of the cross-entropy of the final outputs."""
         o = self.options
         kl = o.alpha if o.kd_weight is None else o.kd_weight
         return kl, 1 - o.alpha if o.gamma is None else o.gamma
@@ -1057,36 +1058,38 @@ class Distillation(Method):
 
 HEAD_OPTIONS = {
     "units": Option(
-        None, "units that carry a head, 1,2,3: all", integers,
+        None, "units with a head, counted from 1 (default: all, 1,2,3)", integers,
         (lambda v: v and len({*v}) == len(v) and min(v) > 0, "different units: 1,2,3"),
     ),
-    "head_width": Option(None, "kernels of the heads: 256; digits 64", int, COUNT),
-    "head_stride": Option(None, "stride of the heads: 1; digits 2", int, COUNT),
+    "head_width": Option(None, "channels of the heads (default: 256; digits 64)", int, COUNT),
+    "head_stride": Option(
+        None, "stride of the heads' convolutions (default: 1; digits 2)", int, COUNT
+    ),
 }  # fmt: skip
-TEACHER_HEADS = (
-    "what the student's heads learn from: scratch, the teacher's heads, which learn at the same "
-    "time; pretrained, the teacher's heads, trained before and frozen; logits, the teacher's "
-    "final logits"
-)
 
 
 class MultiHeadDistillation(Distillation):
     """Equation 2 over the final outputs and the auxiliary heads (Wang et al. 2020)."""
 
-    rank = 2
+    priority = 2
     final_options = {
         **Distillation.final_options,
-        "beta": Option(None, "weight of the auxiliary heads: 0.5; svhn 5", rule=NOT_NEGATIVE),
+        "beta": Option(
+            None, "weight of each auxiliary head (default: 0.5; svhn 5)", rule=NOT_NEGATIVE
+        ),
         "head_ce": Option(
-            None, "weight of the cross-entropy of the student's heads, times beta: 1 - alpha",
+            None, "weight of the heads' cross-entropy, multiplied by beta (default: 1 - alpha)",
             rule=NOT_NEGATIVE,
         ),
         **HEAD_OPTIONS,
         "teacher_heads": Option(
-            "scratch", TEACHER_HEADS, str, one_of("scratch", "pretrained", "logits")
+            "scratch", "targets of the student's heads: scratch, teacher heads that are trained at "
+            "the same time; pretrained, teacher heads that are trained before and frozen; logits, "
+            "the teacher's final logits", str, one_of("scratch", "pretrained", "logits"),
         ),
         "teacher_heads_epochs": Option(
-            None, "epochs for the pretrained heads: a third of --epochs", int, COUNT
+            None, "epochs of training for pretrained heads (default: a third of --epochs)",
+            int, COUNT,
         ),
     }  # fmt: skip
 
@@ -1120,7 +1123,7 @@ class MultiHeadDistillation(Distillation):
                 teacher = self.teacher_heads(batch.teacher)
         kl, ce = self.final_weights()
         head_ce = 1 - o.alpha if o.head_ce is None else o.head_ce
-        # The teacher's heads learn from their cross-entropy alone (section 3.1).
+        # The teacher's heads learn from their cross-entropy alone (paper, section 3.1).
         loss, terms = mhkd_loss(
             student, teacher, batch.labels, tau=o.tau,
             kl_weights=[kl] + [o.beta * o.alpha] * D, ce_weights=[ce] + [o.beta * head_ce] * D,
@@ -1128,19 +1131,19 @@ class MultiHeadDistillation(Distillation):
             return_terms=True, backend=self.config.backend,
         )  # fmt: skip
         for unit, (kl, ce, ce_teacher) in zip((0, *o.units), terms):
-            batch.figures |= {f"kl_{unit}": kl, f"ce_{unit}": ce}
+            batch.metrics |= {f"kl_{unit}": kl, f"ce_{unit}": ce}
             if unit and o.teacher_heads == "scratch":
-                batch.figures[f"ce_teacher_{unit}"] = ce_teacher
+                batch.metrics[f"ce_teacher_{unit}"] = ce_teacher
         return {"mhkd": loss}
 
 
 class TeacherHeads(Method):
     """Auxiliary heads on the frozen teacher, by cross-entropy: `--teacher-heads pretrained`.
 
-    A run of this method leaves the heads in its student.pt, beside the unchanged teacher.
+    The student.pt of such a run contains the heads besides the unchanged teacher.
     """
 
-    rank = -1  # joined with nothing
+    priority = -1  # it cannot be joined
     on_teacher = True
     final_options = HEAD_OPTIONS
 
@@ -1160,7 +1163,7 @@ class TeacherHeads(Method):
         for unit, z in zip(self.options.units, logits):
             terms[f"ce_{unit}"] = F.cross_entropy(z.float(), batch.labels)
             hits = z.detach().argmax(dim=1) == batch.labels
-            batch.figures[f"train_accuracy_{unit}"] = 100 * hits.float().mean()
+            batch.metrics[f"train_accuracy_{unit}"] = 100 * hits.float().mean()
         return terms
 
     def saved(self) -> dict[str, Any]:
@@ -1173,32 +1176,34 @@ METHODS: dict[str, type[Method]] = {
     "mhkd": MultiHeadDistillation,
     "heads": TeacherHeads,
 }
-BASELINES = ("fitnet", "cc", "rkd", "crd", "lsh", "dhkd")  # in mhkd_baselines.py
 
 
 def find_methods(method: str) -> dict[str, type[Method]]:
-    """The methods that `method` joins by `+`, by ascending rank, of one rank by name."""
+    """The methods joined by `+` in `method`, sorted by priority, then by name."""
     names = method.split("+")
-    for name in names:
-        if name in BASELINES and name not in METHODS:
-            what = f"--method {name} is in mhkd_baselines.py"
-            with explain(what, "copy it beside mhkd.py", ModuleNotFoundError):
-                importlib.import_module("mhkd_baselines")  # which registers them
-        check_name("method", name, dict.fromkeys((*METHODS, *BASELINES)))
+    if not METHODS.keys() >= {*names}:
+        others = sibling("mhkd_baselines", optional=True)  # registers its methods
+        for name in names:
+            if not others and name not in METHODS:
+                raise UsageError(
+                    f"there is no method '{name}' in mhkd.py: those of other authors are in "
+                    "mhkd_baselines.py, which must be copied beside it"
+                )
+            check_name("method", name, METHODS)
     if len({*names}) < len(names):
-        raise UsageError(f"--method {method} names a method twice")
-    *first, last = names = sorted(names, key=lambda name: (METHODS[name].rank, name))
+        raise UsageError(f"--method {method} contains a method twice")
+    *first, last = names = sorted(names, key=lambda name: (METHODS[name].priority, name))
     for name in first:
         if METHODS[name].own_terms is Method.own_terms:
             raise UsageError(f"--method {method}: {name} adds nothing to {last}, so leave it out")
     special = [name for name in names if METHODS[name].backward is not Method.backward]
     if len(special) > 1:
-        raise UsageError(f"--method {method}: only one of {' and '.join(special)} can be there")
+        raise UsageError(f"--method {method}: {' and '.join(special)} cannot be joined")
     return {name: METHODS[name] for name in names}
 
 
 def method_options(methods: Mapping[str, type[Method]]) -> dict[str, Option]:
-    """The options of joined methods: those of their own terms, and of the last's final terms."""
+    """The options of joined methods: those of the last one's final terms and of all own terms."""
     *_, last = methods.values()
     own = {name: option for m in methods.values() for name, option in m.options.items()}
     return {**last.final_options, **own}
@@ -1210,24 +1215,28 @@ def method_options(methods: Mapping[str, type[Method]]) -> dict[str, Option]:
 
 
 class Distiller(nn.Module):
-    """Student, frozen teacher and methods as one module: what a training step runs."""
+    """Student, frozen teacher and methods as one module: what a training step runs.
+
+    Args:
+        teacher: its network, or None.
+        heads: the state dict of the teacher's pretrained heads, if the method uses them.
+    """
 
     def __init__(
         self, config: Config, data: Data, teacher: nn.Module | None, heads: dict | None = None
     ):
-        """teacher: its network; heads: the state dict of its pretrained heads."""
         super().__init__()
         K, methods = len(data.classes), find_methods(config.method)
-        x = torch.zeros(1, 3, config.image_size, config.image_size)
+        x = data.center_crop(data.train[:2]).cpu()  # real images, to inspect the networks
         self.config = config
-        # The student comes first: its initial weights depend on the seed alone, not on the method.
+        # The student comes first: its initial weights depend on the seed, not on the method.
         torch.manual_seed(config.seed)
         on_teacher = any(method.on_teacher for method in methods.values())
         if on_teacher:
             student, teacher = teacher, None
         else:
             student = build_model(config.student, K, config.student_init, config.image_size)
-        self.initial_sha256 = sha256_of_state(student)
+        self.initial_sha256 = sibling("mhkd_runs").sha256_of_state(student)
         networks = {"student": student} | ({"teacher": teacher} if teacher else {})
         for network in networks.values():
             network.to(memory_format=memory_format(data.device))
@@ -1236,26 +1245,42 @@ class Distiller(nn.Module):
         self.units, extractors = {}, {}
         for name, network in networks.items():
             needed = sorted({u for method in methods.values() for u in method.units(config, name)})
-            names = dict(enumerate(find_units(config, name, network, x), 1)) if needed else {}
-            if needed and needed[-1] not in names:
+            names, layouts = find_units(config, name, network, x) if needed else ((), None)
+            if needed and needed[-1] > len(names):
                 raise UsageError(f"the {name} has no unit {needed[-1]}: it has {len(names)}")
-            self.units[name] = {unit: names[unit] for unit in needed}
-            frozen = name == "teacher" or on_teacher
-            extractors[name] = FeatureExtractor(
-                network, self.units[name], K, frozen, example_input=x
-            )
+            self.units[name] = {unit: names[unit - 1] for unit in needed}
+            try:
+                extractors[name] = FeatureExtractor(
+                    network, self.units[name], K, frozen=name == "teacher" or on_teacher,
+                    example_input=x, layout=layouts,
+                )  # fmt: skip
+            except UsageError as error:  # without the hint for programs
+                what = str(error).partition(": give ")[0].partition(": if these")[0]
+                hint = "wrap it in a function of a FILE.py, or select other units"
+                raise UsageError(f"{name} {getattr(config, name)}: {what}: {hint}") from error
+            needy = [n for n, method in methods.items() if method.needs_penultimate]
+            extractors[name].uses_penultimate = bool(needy)
+            if needy and extractors[name].width is None:
+                raise UsageError(
+                    f"--method {needy[0]} needs the input of a linear classifier, and the {name} "
+                    f"{getattr(config, name) or config.student} has none: use kd or mhkd"
+                )
         self.student = extractors["student"]
-        self.__dict__["teacher"] = extractors.get("teacher")  # not in the state dict: it is frozen
+        self._teacher = (extractors.get("teacher"),)  # in a tuple: not part of the state dict
         arguments = config, self.student, self.teacher, data
         self.methods = nn.ModuleList(method(*arguments) for method in methods.values())
         if heads:
             self.methods[-1].teacher_heads.load_state_dict(heads)
         self.to(data.device, memory_format=memory_format(data.device))
 
-    def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[dict, dict]:
-        """Images [B, 3, S, S], labels [B], places in the training set [B].
+    @property
+    def teacher(self) -> FeatureExtractor | None:
+        return self._teacher[0]
 
-        Returns the loss's named terms, and figures for the log.
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[dict, dict]:
+        """Images [B, 3, S, S], labels [B], indices of the training set [B].
+
+        Returns the loss's named terms, and metrics for the log.
         """
         student = self.observe(self.student, images)
         teacher = self.observe(self.teacher, images) if self.teacher else None
@@ -1264,9 +1289,9 @@ class Distiller(nn.Module):
         for method in self.methods:
             terms |= method.own_terms(batch)
         hits = student.logits.argmax(dim=1) == labels
-        figures = {"loss": sum(terms.values()), **terms, **batch.figures}
-        figures["train_accuracy"] = 100 * hits.float().mean()
-        return terms, {name: figure.detach() for name, figure in figures.items()}
+        metrics = {"loss": sum(terms.values()), **terms, **batch.metrics}
+        metrics["train_accuracy"] = 100 * hits.float().mean()
+        return terms, {name: metric.detach() for name, metric in metrics.items()}
 
     def observe(self, network: FeatureExtractor, images: Tensor) -> Outputs:
         """A network's outputs, computed in the precision of the run, for losses in float32."""
@@ -1280,126 +1305,154 @@ class Distiller(nn.Module):
         special = [m for m in self.methods if type(m).backward is not Method.backward]
         (special or self.methods)[0].backward(terms, student, others)
 
-    def plain_student(self) -> nn.Module:
-        student = copy.deepcopy(self.student.model).to("cpu")
+    def plain_state(self) -> dict[str, Any]:
+        """The state dict of the plain student, on the CPU."""
+        state = dict(self.student.model.state_dict())
         for method in self.methods:
-            student = method.plain(student)
-        return student
+            state = method.plain(self.student.model, state)
+        tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+        return state | {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, Any]:
-    """Train the student that the configuration describes, and its teacher first where it must be.
+    """Train the student of a configuration, and its teacher first if there is no checkpoint.
 
-    A finished run is not repeated; an interrupted one goes on from its last finished epoch. Under
-    `torchrun` every process takes its share of each batch, and the first one writes.
+    A finished run is not repeated. An interrupted one continues after its last finished epoch.
+    Under `torchrun` every process computes a part of each batch, and the first one writes.
+
+    Args:
+        data: the data set, if it is loaded already; it must be the one that `config` names.
 
     Returns:
-        The content of result.json. "accuracy", in percent of the test images, is that of the last
-        epoch's student, saved without heads and loaded into the plain network.
+        The content of result.json. "accuracy", in percent of the test images, is that of the
+        student after the last epoch, saved without heads and loaded into the plain network.
 
     Raises:
-        UsageError: something is wrong that the user can mend; nothing has been overwritten.
+        UsageError, mhkd_runs.RunError: a mistake in the input; nothing has been overwritten.
     """
-    with surroundings(config) as device:
+    runs = sibling("mhkd_runs")
+    with runtime(config) as device:
+        for name in filter(None, (config.student, config.teacher)):
+            if ":" in name:
+                sibling("mhkd_custom").check(name)
         data = data or load_data(config, device)
-        teacher, path, facts = find_teacher(config, data)  # calls this function to train one
-        heads, facts["teacher_heads_sha256"] = find_heads(config, data, path)  # likewise
-        record = record_of(config, data, facts)
+        if (data.name, data.size) != (config.dataset, config.image_size):
+            raise UsageError(
+                f"the data are '{data.name}' with {data.size} pixels, the configuration has "
+                f"{config.dataset} with {config.image_size}"
+            )
+        teacher, path, of_teacher = find_teacher(config, data)  # may train it by another train()
+        heads, of_teacher["teacher_heads_sha256"] = find_heads(config, data, path)  # likewise
+        record = record_of(config, data, of_teacher)
         folder = Path(config.out) / record["name"]
-        with locked(folder, f"another run is at work on '{folder}'"):
+        with runs.locked(folder, f"another process is training in '{folder}'"):
             wait_for_all()
-            if finished := find_result(folder, record):
-                return finished
+            run = runs.Run(folder, record, config.overwrite)
+            if run.result:
+                log(f"already finished: '{folder}'")
+                return run.result
             distiller = Distiller(config, data, teacher, heads)
-            record["units"], record["init_sha256"] = distiller.units, distiller.initial_sha256
+            run.record |= {"units": distiller.units, "init_sha256": distiller.initial_sha256}
             if config.compile:
-                for network in (distiller.student, distiller.teacher):
-                    network and network.compile(dynamic=False)
+                for network in filter(None, (distiller.student, distiller.teacher)):
+                    network.compile(dynamic=False)
             parameters = [p for p in distiller.parameters() if p.requires_grad]
             optimizer = torch.optim.SGD(
                 parameters, config.lr, config.momentum, weight_decay=config.weight_decay
             )
-            log = restore(folder, record, distiller, optimizer)
-            if not log:
+            state = {"distiller": distiller, "optimizer": optimizer}
+            run.restore(state, environment(config, device))
+            begin = f"continues after epoch {len(run.log)} of" if run.log else "starts:"
+            log(f"'{folder}' {begin} {config.epochs} epochs on {device}")
+            if not run.log:
                 for method in distiller.methods:
                     torch.manual_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
-            board = tensorboard(folder, log) if config.tensorboard and is_main() else None
+            if config.tensorboard:
+                run.show_in_tensorboard()
             N = len(data.train)
-            bar = progress_bar(config.epochs * N, config.student, len(log) * N)
-            for epoch in range(len(log) + 1, config.epochs + 1):
+            bar = progress_bar(config.epochs * N, config.student, len(run.log) * N)
+            for epoch in range(len(run.log) + 1, config.epochs + 1):
                 started = time.perf_counter()
-                torch.manual_seed(seed_of(config.seed, epoch, rank()))  # of dropout, CRD's draws
-                # Epochs 1 to s of a milestone s keep the rate; s + 1 is the first with the lower.
+                torch.manual_seed(seed_of(config.seed, epoch, rank()))  # for dropout, CRD
+                # A milestone s is the last epoch with the old rate; s + 1 has the lower one.
                 lr = config.lr * config.lr_decay ** sum(epoch > step for step in config.lr_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 distiller.train()
-                steps = []  # for each its figures, on the device: the host waits once an epoch
+                steps = []  # metrics stay on the device: the host waits once per epoch
                 for images, labels, indices in epoch_batches(data, config, epoch):
-                    terms, figures = distiller(images, labels, indices)
+                    terms, metrics = distiller(images, labels, indices)
                     optimizer.zero_grad()
                     distiller.backward(terms)
                     average_gradients(parameters)
                     optimizer.step()
-                    steps.append(torch.stack(list(figures.values())))
+                    steps.append(torch.stack(list(metrics.values())))
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break
                     bar.update(len(labels) * world_size())
-                means = means_of(steps, figures, parameters, epoch)
-                entry = {"epoch": epoch, "lr": lr, **means}
+                entry = {"epoch": epoch, "lr": lr, **means_of(steps, metrics, parameters, epoch)}
+                seconds = time.perf_counter() - started  # without the tests
+                entry["images_per_second"] = round(len(data.train) / seconds, 1)
                 for name in ("test", "val") if len(data.val) else ("test",):
                     accuracy = evaluate(distiller.student.model, data, getattr(data, name))
                     entry[f"{name}_accuracy"] = accuracy["accuracy"]
-                seconds = time.perf_counter() - started
-                entry["images_per_second"] = round(len(data.train) / seconds, 1)
-                entry["seconds"] = round(seconds, 3)
-                log.append(entry)
-                save(folder, record, distiller, optimizer, log)
-                board and board(entry)
-                say(line_of(config, entry))
-            return finish(folder, record, config, data, distiller, log)
+                entry["seconds"] = round(time.perf_counter() - started, 3)
+                run.log.append(entry)
+                run.save(state)
+                log(line_of(config, entry))
+            return finish(run, config, data, distiller)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """PyTorch's autocast to bfloat16 where --precision asks for it, for networks and heads."""
+    """PyTorch's autocast to bfloat16 if --precision asks for it, for networks and heads."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Channels-last on the CPU, where a step of most pairs is 5 to 10 % faster with it."""
+    """Channels-last on the CPU, where it makes a step of most pairs 5 to 10 % faster."""
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def seed_of(*parts: Any) -> int:
-    """A seed for each seed, epoch and process: no generator's state has to be kept."""
+    """A seed for each seed, epoch and process, so that no generator's state must be saved."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2
 
 
 def means_of(
     steps: list[Tensor], names: Iterable[str], parameters: list[Tensor], epoch: int
 ) -> dict[str, float]:
-    """Means over an epoch's steps and the processes, which must be finite, as the weights."""
-    figures = average_over_processes(torch.stack(steps)).cpu().double()  # [steps, figures]
-    bad = (~figures[:, 0].isfinite()).nonzero()
-    if len(bad) or not all(p.isfinite().all() for p in parameters):
-        where = f"step {bad[0].item() + 1}" if len(bad) else "after its last step"
-        raise UsageError(f"the loss is not finite in epoch {epoch}, {where}: try a lower --lr")
-    return dict(zip(names, figures.mean(dim=0).tolist()))
+    """Means over an epoch's steps and all processes. They and the weights must be finite."""
+    names = list(names)
+    metrics = average_over_processes(torch.stack(steps)).cpu().double()  # [steps, metrics]
+    bad = (~metrics.isfinite()).nonzero()
+    if len(bad):
+        step = bad[0, 0].item()
+        terms = [names[i] for s, i in bad.tolist() if s == step and i] or ["loss"]
+        raise UsageError(
+            f"the loss is not finite in epoch {epoch}, step {step + 1} ({', '.join(terms)}): check "
+            "the weight of that term, or try a lower --lr"
+        )
+    if not all(p.isfinite().all() for p in parameters):
+        raise UsageError(
+            f"the weights are not finite in epoch {epoch}, after its last step: try a lower --lr"
+        )
+    return dict(zip(names, metrics.mean(dim=0).tolist()))
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, part: Tensor | None = None) -> dict[str, Any]:
-    """Accuracies in percent on the test images, or a part of data: top-1, top-5, of each class.
+    """Accuracies in percent on images of the data, by default the test images.
 
-    A class without images there has none. The model's mode is left as it was.
+    Top-1, top-5, and of each class that has images, in float32. The modes are restored.
     """
-    part = data.test if part is None else part
-    mode, K = model.training, len(data.classes)
+    part, K = data.test if part is None else part, len(data.classes)
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     batches = part.split(max(10, 500 * 32**2 // data.size**2))
-    best = [model(data.middle(batch)).topk(min(5, K), dim=1).indices for batch in batches]
-    model.train(mode)
+    best = [model(data.center_crop(batch)).topk(min(5, K), dim=1).indices for batch in batches]
+    for module, mode in modes.items():
+        module.training = mode
     labels = data.labels[part]
     hit = torch.cat(best) == labels[:, None]  # [N, 5]
     right, counts = (torch.bincount(y, minlength=K) for y in (labels[hit[:, 0]], labels))
@@ -1413,8 +1466,43 @@ def evaluate(model: nn.Module, data: Data, part: Tensor | None = None) -> dict[s
     }
 
 
+def build_model(
+    name: str, num_classes: int, init: str = "random", image_size: int | None = None
+) -> nn.Module:
+    """A network that maps images [B, 3, S, S] to logits [B, num_classes].
+
+    Args:
+        name: one of MODELS, for S >= 16; or, with mhkd_custom.py, torchvision:NAME, timm:NAME or
+            path/to/file.py:FUNCTION, which is called with num_classes.
+        init: "random"; "pretrained", the library's weights; or file:PATH, a state dict. The
+            classifier is initialised randomly if its number of classes differs.
+        image_size: S, for networks that depend on it, such as vision transformers.
+
+    Raises:
+        UsageError, mhkd_runs.RunError: no such network; the library or the weights are missing.
+    """
+    if ":" in name:
+        return sibling("mhkd_custom").build(name, num_classes, init, image_size)
+    kind, variant = MODELS[check_name("network", name, MODELS)]
+    model = kind(num_classes, **variant)
+    if init.startswith("file:"):
+        runs, what = sibling("mhkd_runs"), f"the weights '{init}' do not fit {name}"
+        runs.load_state(model, runs.read_state(init[5:], model.state_dict()), what, num_classes)
+    elif init != "random":
+        raise UsageError(f"there are no pretrained weights for {name}: use random or file:PATH")
+    return model
+
+
+def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tuple[Any, Any]:
+    """The names of a network's units, and their layouts as FeatureExtractor takes them."""
+    names = getattr(config, f"{role}_units") or UNITS.get(type(model))
+    if type(model) in UNITS:
+        return names, None
+    return sibling("mhkd_custom").find_units(model, image, role, getattr(config, role), names)
+
+
 def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dict[str, Any]]:
-    """The teacher, the file that it is loaded from, and its part of the record.
+    """The teacher, the file that it is loaded from, and its entries in the record.
 
     Without `teacher_weights` a run of its own trains it first.
     """
@@ -1422,35 +1510,63 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
         return None, None, {"teacher_sha256": None, "teacher_accuracy": None}
     model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     if not (path := config.teacher_weights):
-        Distiller(config, data, model)  # refuses at once what would fail after the teacher's run
-        say(f"teacher {config.teacher}: without --teacher-weights its own run comes first")
+        Distiller(config, data, model)  # reports errors before the teacher is trained
+        log(f"teacher {config.teacher}: no --teacher-weights, so its own run comes first")
         path = student_of(config.of_teacher(), data)
-    load_weights(model, path).to(data.device)
-    accuracy = evaluate(model, data)["accuracy"]
-    say(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
-    return model, path, {"teacher_sha256": sha256_of(path), "teacher_accuracy": accuracy}
+    runs = sibling("mhkd_runs")
+    check_teacher(path, runs.load_file(Path(path)), data)
+    runs.load_weights(model, path).to(data.device)
+    if config.teacher_weights:
+        accuracy = evaluate(model, data)["accuracy"]
+    else:
+        accuracy = runs.read_json(Path(path).with_name("result.json"), "accuracy")["accuracy"]
+    log(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
+    if accuracy < 200 / len(data.classes):
+        log("note: this is near chance: check the order of the classes, --mean and --std")
+    alone = config.replace(method="ce", teacher=None, options={}, teacher_weights=None)
+    result = Path(config.out) / name_of(alone, alone.differs, data.sha256) / "result.json"
+    result = runs.read_json(result, "accuracy") or {"accuracy": 0}
+    if result["accuracy"] > accuracy:
+        log(f"note: the student alone reached {result['accuracy']:.2f} %, more than the teacher")
+    return model, path, {"teacher_sha256": runs.sha256_of(path), "teacher_accuracy": accuracy}
 
 
-def student_of(config: Config, data: Data) -> Path:
-    """The student.pt of a run, which is trained where it has not been."""
-    return Path(config.out) / train(config, data)["name"] / "student.pt"
+def check_teacher(path: str | Path, content: Any, data: Data) -> None:
+    """Refuse the student.pt of other classes or of another image size as a teacher."""
+    if not isinstance(content, dict) or "classes" not in content:
+        return
+    theirs, size = content["classes"], content.get("image_size", data.size)
+    if theirs != data.classes:
+        differ = sorted({*theirs} ^ {*data.classes})[:6]
+        what = f"has other classes ({', '.join(differ)})" if differ else "has another class order"
+        raise UsageError(f"the teacher '{path}' {what} than the data: train it on these data")
+    if size != data.size:
+        raise UsageError(
+            f"the teacher '{path}' was trained with {size} pixels: use --image-size {size}"
+        )
 
 
 def find_heads(config: Config, data: Data, teacher: Any) -> tuple[dict | None, str | None]:
-    """The teacher's pretrained heads, from a run of their own, and the SHA-256 of its file.
+    """The teacher's pretrained heads, from a run of their own, and the SHA-256 of their file.
 
     teacher: the file with its weights.
     """
     if config.options.get("teacher_heads") != "pretrained":
         return None, None
     path = student_of(config.of_heads(teacher), data)
-    return load_file(path)["heads"], sha256_of(path)
+    runs = sibling("mhkd_runs")
+    return runs.load_file(path)["heads"], runs.sha256_of(path)
 
 
-def record_of(config: Config, data: Data, of_teacher: dict[str, Any]) -> dict[str, Any]:
-    """What a run is: its configuration, in what that differs from the recipe, data, teacher."""
-    differs = config.differs()
-    if world_size() > 1:  # batch norm sees each process's share alone
+def student_of(config: Config, data: Data) -> Path:
+    """The student.pt of a run, which is trained if it is not finished."""
+    return Path(config.out) / train(config, data)["name"] / "student.pt"
+
+
+def record_of(config: Config, data: Data, of_teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """What defines a run: its configuration, the hashes of teacher, code and data."""
+    differs = dict(config.differs)
+    if world_size() > 1:  # batch norm sees each process's part of the batch alone
         differs["processes"] = world_size()
     if config.teacher_weights:
         differs["teacher_weights"] = of_teacher["teacher_sha256"][:8]
@@ -1459,424 +1575,118 @@ def record_of(config: Config, data: Data, of_teacher: dict[str, Any]) -> dict[st
         "config": {**config.recorded(), "processes": world_size()},
         "differs": differs,
         **of_teacher,
+        **code_hashes(config),
         "data_sha256": data.sha256,
+        "data_facts": data.facts,
         "normalisation": {"mean": data.mean, "std": data.std},
     }
 
 
+def code_hashes(config: Config) -> dict[str, str]:
+    """Hashes of the code that computes a training step, and of initial weights in files.
+
+    They cover what turns an image into a gradient: the networks, heads, losses, the selected
+    methods, augmentation. Comments, messages, records and the report are not covered, nor is the
+    code of libraries, whose versions are recorded (docs/choices.md).
+    """
+    runs, found = sibling("mhkd_runs"), {}
+    methods = find_methods(config.method).values()
+    found["method_code_sha256"] = runs.code_sha256([*methods, Distiller, Data, epoch_batches])
+    for role in ("student", "teacher"):
+        name, init = getattr(config, role), getattr(config, f"{role}_init")
+        if name in MODELS:
+            found[f"{role}_code_sha256"] = runs.code_sha256(
+                [MODELS[name][0]], repr(MODELS[name][1])
+            )
+        elif name and ".py:" in name:
+            files = sibling("mhkd_custom").source_files(name)
+            found[f"{role}_code_sha256"] = runs.code_sha256(files)
+        if name and init.startswith("file:") and Path(init[5:]).is_file():
+            found[f"{role}_init_sha256"] = runs.sha256_of(init[5:])
+    return found
+
+
 def name_of(config: Config, differs: Mapping[str, Any], data_sha256: str = "") -> str:
-    """The name of the folder of a run."""
+    """The name of a run's folder."""
     # Two folders of images are two data sets.
     dataset = config.dataset + (f"_{data_sha256[:8]}" if config.dataset == "folder" else "")
-    who = [dataset, config.teacher, config.student, config.method]
-    parts = [in_file_name(part) for part in who if part] + [f"seed{config.seed}"]
-    parts += [f"{key}={in_file_name(value)}" for key, value in differs.items()]
-    name = "-".join(parts)
-    if len(name) > 200:  # file systems end at 255
-        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return name
+    who = [dataset, config.teacher, config.student, config.method, f"seed{config.seed}"]
+    return sibling("mhkd_runs").folder_name([part for part in who if part], differs)
 
 
-def in_file_name(value: Any) -> str:
-    """A value as a part of a file name."""
-    text = "+".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-    return "".join(c if c.isalnum() or c in "._+" else "_" for c in text)
-
-
-def find_result(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a run that has finished; refuses a folder that holds another run."""
-    for name in ("config.json", "result.json"):
-        if before := read_json(folder / name, "config", "teacher_sha256", "data_sha256"):
-            refuse_another(folder, before, record)
-    student = folder / "student.pt"
-    if not before or not student.is_file() or sha256_of(student) != before.get("student_sha256"):
-        return None
-    log = folder / "log.jsonl"
-    if not log.is_file() or sha256_of(log) != before.get("log_sha256", sha256_of(log)):
-        raise UsageError(f"'{log}' is not that of the result beside it: move its folder away")
-    say(f"finished before: '{folder}'")
-    return before
-
-
-def refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse a folder whose record says that it is of another configuration."""
-
-    def facts(record: dict[str, Any]) -> dict[str, Any]:
-        config = {**record["config"], **record["config"].get("options", {}), "options": None}
-        hashes = ("teacher_sha256", "teacher_heads_sha256", "data_sha256")
-        return config | {key: record.get(key) for key in hashes}
-
-    old, new = facts(before), facts(now)
-    pairs = {k: (old.get(k, "missing"), new.get(k, "missing")) for k in {**old, **new}}
-    differ = [f"{k} {a} there, {b} now" for k, (a, b) in pairs.items() if a != b]
-    if differ:
-        what = f"'{folder}' was written with another configuration ({'; '.join(differ)})"
-        raise UsageError(f"{what}: move it away, or give another --out")
-
-
-CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # a damaged one costs an epoch, not a run
-
-
-def save(folder: Path, record: dict, distiller: Distiller, optimizer, log: list[dict]) -> None:
-    """The state after an epoch. checkpoint.pt is what counts; log.jsonl is written from it."""
-    if not is_main():
-        return
-    state = {"epoch": len(log), "distiller": distiller.state_dict()}
-    state |= {"optimizer": optimizer.state_dict()}
-    state |= {"record": json.dumps(record), "log": json.dumps(log)}
-    last, before = (folder / name for name in CHECKPOINTS)
-    write_atomically(last, lambda file: torch.save(state, file), keep=before)
-    write_log(folder, log)
-
-
-def write_log(folder: Path, log: list[dict[str, Any]]) -> None:
-    lines = "".join(json.dumps(entry) + "\n" for entry in log)
-    write_atomically(folder / "log.jsonl", lambda file: file.write(lines.encode()))
-
-
-def restore(folder: Path, record: dict, distiller: Distiller, optimizer) -> list[dict[str, Any]]:
-    """Load the last checkpoint, if there is one. Returns the log: an entry for each epoch.
-
-    Writes config.json, with every surroundings that the run has been in.
-    """
-    paths = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
-    log: list[dict[str, Any]] = []
-    if paths:
-        hint = "remove it" + (", and the one before is taken" if paths[1:] else "")
-        with explain(f"'{paths[0]}' cannot be used", hint):
-            state = load_file(paths[0])
-            before, log = json.loads(state["record"]), json.loads(state["log"])
-        refuse_another(folder, before, record)
-        with explain(f"'{paths[0]}' cannot be used", hint):
-            distiller.load_state_dict(state["distiller"])
-            optimizer.load_state_dict(state["optimizer"])
-    config, device = distiller.config, next(distiller.student.parameters()).device
-    here = environment(config, device)
-    past = (read_json(folder / "config.json") or {}).get("environments") or [here]
-    changes = [f"{k} {past[-1].get(k)} -> {v}" for k, v in here.items() if past[-1].get(k) != v]
-    if changes:
-        say(f"note: this run goes on in other surroundings: {', '.join(changes)}")
-    record["environments"] = [*past, here] if changes else past
-    if is_main():
-        write_json(folder / "config.json", record)
-        if log:
-            write_log(folder, log)
-    state = f"goes on after epoch {len(log)} of" if log else "begins:"
-    say(f"'{folder}' {state} {config.epochs} epochs on {device}")
-    return log
+def environment(config: Config, device: torch.device) -> dict[str, Any]:
+    """What a result may depend on besides the configuration."""
+    names = ("data", "out", "teacher_weights", "compile")
+    return {
+        **sibling("mhkd_runs").environment(device, __file__),
+        "mhkd": __version__,
+        "loss": loss_backend() if config.backend != "reference" else "reference",
+        **{name: getattr(config, name) for name in names},
+    }
 
 
 def line_of(config: Config, entry: dict[str, Any]) -> str:
     left = datetime.timedelta(seconds=int((config.epochs - entry["epoch"]) * entry["seconds"]))
+    val = f"val {entry['val_accuracy']:.2f} %  " if "val_accuracy" in entry else ""
     return (
         f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
         f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
-        f"train {entry['train_accuracy']:.2f} %  test {entry['test_accuracy']:.2f} %  "
+        f"train {entry['train_accuracy']:.2f} %  {val}test {entry['test_accuracy']:.2f} %  "
         f"{entry['images_per_second']:.0f} images/s  {left} left"
     )
 
 
-def tensorboard(folder: Path, log: list[dict[str, Any]]) -> Callable[[dict], None]:
-    """A function that shows an entry of the log there; what is in the log is shown anew."""
-    tool = import_optional("torch.utils.tensorboard", "tensorboard", "--tensorboard")
-    writer = tool.SummaryWriter(folder, purge_step=1)
-
-    def show(*entries: dict[str, Any]) -> None:
-        for entry in entries:
-            for name, value in entry.items():
-                writer.add_scalar(name, value, entry["epoch"])
-        writer.flush()
-
-    show(*log)
-    return show
-
-
-def finish(folder, record, config, data, distiller, log) -> dict[str, Any]:
-    """Save the plain student, load it again, and record the accuracy of that."""
-    chosen = "val_accuracy" if len(data.val) else "test_accuracy"
-    best = max(log, key=lambda entry: entry[chosen])
+def finish(run: Any, config: Config, data: Data, distiller: Distiller) -> dict[str, Any]:
+    """Save the plain student, load it again, and record the accuracy of the loaded one."""
     if is_main():
-        student = distiller.plain_student()
-        state = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
-        content = {"model": state, "name": config.student, "classes": data.classes}
+        name = config.student
+        if ":" in name:
+            name = sibling("mhkd_custom").absolute_name(name)
+        content = {"model": distiller.plain_state(), "name": name, "classes": data.classes}
         content |= {"image_size": config.image_size, "mean": [*data.mean], "std": [*data.std]}
+        content["resize"] = data.images.shape[1]
         for method in distiller.methods:
             content |= method.saved()
-        write_atomically(folder / "student.pt", lambda file: torch.save(content, file))
-        deployed = load_student(folder / "student.pt").model.to(data.device)
+        plain = build_model(config.student, len(data.classes), "random", config.image_size)
+        path = run.save_student(content)
+        deployed = sibling("mhkd_runs").load_weights(plain, path).to(data.device)
+        best = max(run.log, key=lambda entry: entry["test_accuracy"])
         result = {
-            **record,
             **evaluate(deployed, data),
             "accuracy_is": "of the last epoch's student, saved and loaded into the plain network",
-            "best_accuracy": best["test_accuracy"],
-            "best_epoch": best["epoch"],
-            "best_is_by": chosen,
-            "parameters": sum(p.numel() for p in student.parameters()),
-            "epochs": len(log),
-            "seconds": round(sum(entry["seconds"] for entry in log), 3),
-            "student_sha256": sha256_of(folder / "student.pt"),
-            "log_sha256": sha256_of(folder / "log.jsonl"),
+            "best_test_accuracy": best["test_accuracy"],  # chosen by the test images
+            "best_test_epoch": best["epoch"],
+            "parameters": sum(p.numel() for p in deployed.parameters()),
+            "epochs": len(run.log),
+            "seconds": round(sum(entry["seconds"] for entry in run.log), 3),
         }
-        write_json(folder / "result.json", result)
-        if not config.keep_checkpoint:
-            for name in CHECKPOINTS:
-                (folder / name).unlink(missing_ok=True)
+        if len(data.val):
+            best = max(run.log, key=lambda entry: entry["val_accuracy"])
+            result |= {"best_val_epoch": best["epoch"], "best_val_accuracy": best["val_accuracy"]}
+            result["test_accuracy_at_best_val_epoch"] = best["test_accuracy"]
+        run.finish(result, config.keep_checkpoint)
+        accuracy = run.result["accuracy"]
+        log(f"'{path}': {accuracy:.2f} % on the test images after the last epoch")
     wait_for_all()
-    result = read_json(folder / "result.json")
-    best = f"best: {result['best_accuracy']:.2f} % after epoch {result['best_epoch']}"
-    say(f"'{folder / 'student.pt'}': {result['accuracy']:.2f} % after the last epoch ({best})")
-    return result
+    return sibling("mhkd_runs").read_json(run.folder / "result.json")
+
+
+def load_student(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a student.pt for use, see mhkd_custom.Deployed. model: the network, if not by name."""
+    return sibling("mhkd_custom").load_student(path, model)
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Networks by name, from elsewhere too, and the saved student
-# --------------------------------------------------------------------------------------------------
-
-
-def import_optional(module: str, package: str, purpose: str) -> Any:
-    """Import an optional dependency, or say in one sentence how to get it."""
-    # Also of what a torchvision that was built for another PyTorch raises.
-    with explain(f"{purpose} needs {package}", f"pip install {package}"):
-        return importlib.import_module(module)
-
-
-def build_model(
-    name: str, num_classes: int, init: str = "random", image_size: int | None = None
-) -> nn.Module:
-    """A network that maps images [B, 3, S, S] to logits [B, num_classes].
-
-    Args:
-        name: of MODELS, for S >= 16; torchvision:NAME; timm:NAME; or path/to/file.py:FUNCTION,
-            which is called with num_classes.
-        init: "random"; "pretrained", the library's weights; or file:PATH, a state dict. The
-            classifier is a new one where the number of classes differs.
-        image_size: S, for networks that must know it, such as vision transformers.
-
-    Raises:
-        UsageError: no such network (with the near names); the library or the weights are missing.
-    """
-    library = name.partition(":")[0] in ("torchvision", "timm")
-    if name in MODELS:
-        kind, variant = MODELS[name]
-        model = kind(num_classes, **variant)
-    elif library:
-        model = from_library(name, image_size, num_classes=num_classes)
-    elif ".py:" in name:
-        model = from_file(name, num_classes)
-    else:
-        check_name("network", name, MODELS)
-    if init == "random":
-        return model
-    if init.startswith("file:"):
-        state = read_state(init[5:], model.state_dict())
-    elif library:
-        *_, where = library_weights(name) or [None]
-        hint = f"put {where}, or give file:PATH instead of pretrained"
-        with explain(f"the pretrained weights of {name} cannot be had", hint):
-            state = from_library(name, image_size, pretrained=True).state_dict()
-    else:
-        raise UsageError(f"there are no pretrained weights for {name}: give random or file:PATH")
-    load_state(model, state, f"the weights '{init}' do not fit {name}", num_classes)
-    return model
-
-
-def from_library(name: str, image_size: int | None, **keywords: Any) -> nn.Module:
-    """A network of torchvision or timm; keywords: num_classes, or pretrained."""
-    library, _, rest = name.partition(":")
-    if library == "timm":
-        timm = import_optional("timm", "timm", f"the network {name}")
-        check_name("network timm:", rest.split(".")[0], timm.list_models())
-        try:  # only those that must know it take an image size
-            return timm.create_model(rest, img_size=image_size, **keywords)
-        except TypeError:
-            return timm.create_model(rest, **keywords)
-    models = import_optional("torchvision.models", "torchvision", f"the network {name}")
-    check_name("network torchvision:", rest, models.list_models(module=models))
-    if keywords.pop("pretrained", False):
-        return models.get_model(rest, weights="DEFAULT")
-    if rest.startswith("vit") and image_size:
-        keywords["image_size"] = image_size
-    if rest not in ("googlenet", "inception_v3"):
-        return models.get_model(rest, weights=None, **keywords)
-    model = models.get_model(rest, weights=None, init_weights=True, **keywords)
-    # No classifiers of their own at the sides.
-    model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
-    return model
-
-
-def from_file(name: str, num_classes: int) -> nn.Module:
-    """The module that FUNCTION of path/to/file.py:FUNCTION returns for num_classes."""
-    path, _, function = name.rpartition(":")
-    with explain(f"'{name}' does not work", "it must build a network for num_classes"):
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        model = getattr(module, function)(num_classes)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"'{name}' returns {type(model).__name__}, not a module")
-    return model
-
-
-def library_weights(name: str) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:
-    """Of a library's pretrained weights: mean and std of the channels, where to put their file."""
-    library, _, rest = name.partition(":")
-    if library == "torchvision":
-        models = import_optional("torchvision.models", "torchvision", f"the network {name}")
-        weights = models.get_model_weights(rest).DEFAULT
-        place = Path(torch.hub.get_dir()) / "checkpoints"
-        facts, where = weights.transforms(), f"{Path(weights.url).name} into '{place}'"
-    elif library == "timm":
-        timm = import_optional("timm", "timm", f"the network {name}")
-        facts = timm.get_pretrained_cfg(rest)
-        where = facts and f"the file of {facts.hf_hub_id or facts.url} anywhere, and name it"
-    else:
-        return None
-    return facts and (tuple(facts.mean), tuple(facts.std), where)
-
-
-def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tuple[str, ...]:
-    """The names of the first units of a network: its own UNITS, timm's, or found by one run.
-
-    Found: the last submodule that runs at each size of the map, but not inside of one that changes
-    the size; of five sizes or more without the first, the stem's; the first three (section 3.2).
-    Where no map shrinks, as in a transformer, blocks at quarters of the depth.
-    """
-    if named := getattr(config, f"{role}_units"):
-        return named
-    if type(model) in UNITS:
-        return UNITS[type(model)]
-    modules = {name: module for name, module in model.named_modules() if name}
-    _, seen = run_once(model, modules, image.repeat(2, 1, 1, 1))
-    runs, layout = Counter(name for name, _, _ in seen), common_layout(seen, image)
-    maps: dict[str, int] = {}  # submodules that run once and give maps: how often that is halved
-    for name, _, out in seen:
-        with contextlib.suppress(UsageError):
-            if runs[name] == 1 and is_feature(out) and len(out) == 2:
-                side, other = as_map(out, layout_of(out, image, name, layout)).shape[2:]
-                if side == other > 1:
-                    maps[name] = round(math.log2(image.shape[-1] / side))
-    info = getattr(model, "feature_info", None) or []
-    found = [f["module"] for f in info if isinstance(f, dict) and f.get("module") in maps]
-    if len({maps[name] for name in found}) > 2:
-        found = found[-4:-1] if len(found) > 3 else found
-    else:
-        sizes_in = {n: {maps[m] for m in maps if m.startswith(f"{n}.")} for n in maps}
-        units = [n for n, sizes in sizes_in.items() if len(sizes) < 3]
-        last: dict[int, str] = {}  # by size, in the order of the network
-        for name, size in maps.items():
-            inside = any(name.startswith(f"{unit}.") for unit in units)
-            if not inside and size >= max(last, default=0):
-                last[size] = name
-        found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
-    if len(found) < 3:
-        blocks: dict[tuple, list[str]] = {}  # those of one parent, kind and size
-        for name, size in maps.items():
-            key = (name.rpartition(".")[0], type(modules[name]), size)
-            blocks.setdefault(key, []).append(name)
-        most = max(blocks.values(), key=len, default=[])
-        found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
-    if len(found) < 3:
-        seen = ", ".join(found) or "none"
-        hint = f"name them with --{role}-units"
-        raise UsageError(f"the units of the {role} could not be found (seen: {seen}): {hint}")
-    say(f"{role} {getattr(config, role)}: heads go after {', '.join(found)}")
-    return tuple(found)
-
-
-def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
-    """How a feature is laid out: "channels_first", "channels_last", or "tokens+n".
-
-    n is the number of class tokens before the h * w tokens of a square map. The image's aspect
-    tells which dimensions of [B, C, H, W] or [B, H, W, C] are those of the map.
-    """
-    shape = tuple(feature.shape)
-    if len(shape) == 3:
-        square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
-        for n in (0, 1, 2, 5) if square else ():
-            if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
-                return f"tokens+{n}"
-        where = f"the submodule '{name}' returns {shape}"
-        raise UsageError(f"{where}: {shape[1]} tokens are no square map")
-    if layout:
-        return check_name("layout", layout, ("channels_first", "channels_last"))
-    height, width = image.shape[-2:] if image.dim() == 4 else (1, 1)
-    near = max(height, width)  # a map may be rounded by a pixel
-    last, first = (abs(h * width - w * height) < near for h, w in (shape[1:3], shape[2:4]))
-    if first and last and shape[1] > 1:
-        raise UsageError(
-            f"the submodule '{name}' returns {shape}, which could have its channels first or last: "
-            'give layout="channels_first" or layout="channels_last"'
-        )
-    return "channels_last" if last and not first else "channels_first"
-
-
-def common_layout(seen: list[tuple], image: Tensor) -> str | None:
-    """ "channels_first" for a network in which no map has its channels last beyond doubt."""
-    for name, _, out in seen:
-        with contextlib.suppress(UsageError):
-            if is_feature(out) and layout_of(out, image, name, None) == "channels_last":
-                return None
-    return "channels_first"
-
-
-def as_map(feature: Tensor, layout: str) -> Tensor:
-    """A feature as a map [B, C, H, W]."""
-    if layout == "channels_first":
-        return feature
-    if layout == "channels_last":
-        return feature.permute(0, 3, 1, 2)
-    tokens = feature[:, int(layout[7:]) :]  # [B, h * w, C]
-    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
-
-
-class Deployed(nn.Module):
-    """A saved student that normalises by itself. Args: see load_student."""
-
-    def __init__(self, model: nn.Module, content: dict[str, Any]):
-        super().__init__()
-        self.model = model
-        self.classes, self.image_size = content["classes"], content["image_size"]
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(content[name]).view(1, 3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S], floats in 0 to 1 or uint8, to logits [B, K]."""
-        S = self.image_size
-        if images.dim() != 4 or tuple(images.shape[1:]) != (3, S, S):
-            raise UsageError(f"the student takes images [B, 3, {S}, {S}], not {list(images.shape)}")
-        if not images.is_floating_point():
-            images = images.float() / 255
-        return self.model((images - self.mean) / self.std)
-
-
-def load_student(path: str | Path) -> Deployed:
-    """A student.pt as a network in eval mode for raw images [B, 3, S, S], which it normalises.
-
-    It has `.classes` and `.image_size` S, and refuses images of another size. Networks of
-    torchvision, timm or a file need that library or file.
-
-    Raises:
-        UsageError: the file is missing, damaged, or no student.pt.
-    """
-    content = load_file(Path(path))
-    if not isinstance(content, dict) or not content.keys() >= {"model", "name", "classes", "mean"}:
-        raise UsageError(f"'{path}' is no student.pt, which a finished run leaves")
-    size = content["image_size"]
-    model = build_model(content["name"], len(content["classes"]), "random", size)
-    return Deployed(load_weights(model, path), content).eval()
-
-
-# --------------------------------------------------------------------------------------------------
-# 7. Data: all images as one uint8 tensor, in memory or mapped from a file; batched augmentation
+# 6. Data: all images as one uint8 tensor; batched augmentation
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Data:
-    """A data set: images uint8 [N, M, M, 3], labels int64 [N], and the places of its parts.
+    """A data set in memory: images uint8 [N, M, M, 3], labels int64 [N], indices of its parts.
 
     M >= size, the side that the networks see. mean and std of each channel are on the 0-1 scale.
-    Images may lie elsewhere than the rest, which is on `device`.
+    The images may stay in host memory or in a file; all other tensors are on `device`.
     """
 
     images: Tensor
@@ -1889,126 +1699,113 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sha256: str  # of all images and labels
-    mapped: bool = False
+    name: str = ""  # in DATASETS
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the record
+    prefetch: Callable[[Tensor, Tensor], None] | None = None  # for images mapped from a file
 
     def __post_init__(self) -> None:
         self.device, self.train_labels = self.labels.device, self.labels[self.train]
-        # On the 0-255 scale; sent to the device once: with each batch the host would wait.
+        # On the 0-255 scale, and sent to the device once: for each batch the host would wait.
         statistics = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
         self.mean_255, self.std_255 = (255 * values for values in statistics)
 
-    def to(self, device: torch.device, share: float = 0.5) -> Data:
-        """On a device; images stay where they are if they take more of its free memory."""
+    def to(self, device: torch.device, fraction: float = 0.5) -> Data:
+        """On a device. Images that need more than this fraction of its free memory stay."""
         names = ["labels", "train", "val", "test"]
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-        if fits := self.images.nbytes <= share * free:
+        if fits := self.images.nbytes <= fraction * free:
             names.append("images")
         moved = {name: getattr(self, name).to(device) for name in names}
-        mapped = self.mapped and not (fits and device.type != "cpu")
-        return dataclasses.replace(self, **moved, mapped=mapped)
+        prefetch = None if fits and device.type != "cpu" else self.prefetch
+        return dataclasses.replace(self, **moved, prefetch=prefetch)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
         images = ((images - self.mean_255) / self.std_255).permute(0, 3, 1, 2)
         return images.contiguous(memory_format=memory_format(images.device))
 
-    def pick(self, indices: Tensor) -> Tensor:
-        """The images at these places, uint8 [B, M, M, 3], on the device."""
+    def gather(self, indices: Tensor) -> Tensor:
+        """The images with these indices, uint8 [B, M, M, 3], on the device."""
         indices = indices.to(self.images.device)
-        for i in indices.tolist() if self.mapped else ():
-            advise(self.images[i], "WILLNEED")
+        if self.prefetch:
+            self.prefetch(self.images, indices)
         return self.images[indices].to(self.device)
 
-    def middle(self, indices: Tensor) -> Tensor:
-        """The middle of images, normalised, [B, 3, S, S]: what a network is tested with."""
+    def center_crop(self, indices: Tensor) -> Tensor:
+        """Center crops of images, normalised, [B, 3, S, S]: the input of a network in a test."""
         at = (self.images.shape[1] - self.size) // 2
         span = slice(at, at + self.size)
-        return self.normalise(self.pick(indices)[:, span, span])
+        return self.normalise(self.gather(indices)[:, span, span])
 
 
-def augment(images: Tensor, corners: Tensor, mirrored: Tensor, padding: int) -> Tensor:
-    """Random crop and horizontal flip of uint8 images [B, S, S, 3], for given draws.
+def augment(images: Tensor, corners: Tensor, flipped: Tensor, padding: int) -> Tensor:
+    """Random crop and horizontal flip of uint8 images [B, S, S, 3], for given random numbers.
 
     Args:
         images: the batch, which is padded with `padding` black pixels on each side.
-        corners: row and column [B, 2] where each crop begins in the padded image.
-        mirrored: bool [B], which images are flipped.
+        corners: row and column [B, 2] of each crop's corner in the padded image.
+        flipped: bool [B], which images are flipped.
     """
     B, S = images.shape[:2]
     span = torch.arange(S, device=images.device)
     rows = corners[:, 0, None] + span  # [B, S]
-    columns = corners[:, 1, None] + torch.where(mirrored[:, None], span.flip(0), span)  # [B, S]
+    columns = corners[:, 1, None] + torch.where(flipped[:, None], span.flip(0), span)  # [B, S]
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))  # [B, S + 2p, S + 2p, 3]
     batch = torch.arange(B, device=images.device)
     return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def resized_crop(images: Tensor, boxes: Tensor, mirrored: Tensor, size: int) -> Tensor:
-    """Crops of normalised images [B, 3, M, M], resized to [B, 3, size, size] and flipped.
-
-    boxes: [B, 4], centre x and y, width and height, as shares of the image.
-    """
-    x, y, width, height = boxes.unbind(1)
-    zero = torch.zeros_like(x)
-    flipped = torch.where(mirrored, -width, width)
-    theta = torch.stack((flipped, zero, 2 * x - 1, zero, height, 2 * y - 1), dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, (len(images), 3, size, size), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-RESIZED_CROP_FROM = 64  # pixels: smaller images are cropped from a black border, as the paper does
+RESIZED_CROP_FROM = 64  # pixels; smaller images are cropped from a black border as in the paper
 
 
 def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All that is random about an epoch's images: order [N], crops [N, 2 or 4], flips [N].
+    """All random numbers for an epoch's images: order [N], crops [N, 2 or 4], flips [N].
 
-    Drawn on the CPU, in one go, from seed and epoch: a seed means the same on every device.
+    Drawn on the CPU from seed and epoch, so that a seed gives the same on every device.
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     order = torch.randperm(size, generator=generator)
     if config.image_size < RESIZED_CROP_FROM:
         crops = torch.randint(2 * config.crop_padding + 1, (size, 2), generator=generator)
-    else:  # area and ratio of the sides as in Szegedy et al. 2015, "Going deeper with convolutions"
-        area, ratio, *at = torch.rand(4, size, generator=generator)
-        area = config.crop_scale + (1 - config.crop_scale) * area
-        ratio = ((2 * ratio - 1) * math.log(4 / 3)).exp()
-        sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)
-        crops = torch.cat([sides / 2 + (1 - sides) * torch.stack(at, dim=1), sides], dim=1)
-    mirrored = torch.rand(size, generator=generator) < 0.5
-    return order, crops, mirrored & config.flip
+    else:
+        crops = sibling("mhkd_custom").draw_boxes(size, config.crop_scale, generator)
+    flipped = torch.rand(size, generator=generator) < 0.5
+    return order, crops, flipped & config.flip
 
 
 def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-    """An epoch of images [B, 3, S, S], labels [B] and indices [B], places in the training set.
+    """An epoch of images [B, 3, S, S], labels [B] and indices [B] of the training set.
 
-    Of several processes each gets an equal share of every batch.
+    With several processes each gets an equal part of every batch.
     """
-    draws = draw_epoch(config, len(data.train), epoch)
-    order, crops, mirrored = (draw.to(data.device) for draw in draws)
+    order, crops, flipped = (
+        draw.to(data.device) for draw in draw_epoch(config, len(data.train), epoch)
+    )
     starts = list(range(0, len(order), config.batch_size))
     if len(order) - starts[-1] < 2 * world_size():
-        starts.pop()  # batch norm cannot train on one image alone
+        starts.pop()  # batch norm cannot train on a single image
 
     def pieces() -> Iterator[tuple[slice, Tensor]]:
         for start in starts:
             stop = min(start + config.batch_size, len(order))
             stop -= (stop - start) % world_size()
             mine = slice(start + rank(), stop, world_size())
-            yield mine, data.pick(data.train[order[mine]])
+            yield mine, data.gather(data.train[order[mine]])
 
-    for mine, images in one_ahead(pieces()) if data.mapped else pieces():
+    for mine, images in one_ahead(pieces()) if data.prefetch else pieces():
         if config.image_size < RESIZED_CROP_FROM:
-            images = augment(images, crops[mine], mirrored[mine], config.crop_padding)
+            images = augment(images, crops[mine], flipped[mine], config.crop_padding)
             images = data.normalise(images)
         else:
             images = data.normalise(images)
-            images = resized_crop(images, crops[mine], mirrored[mine], config.image_size)
+            crop = sibling("mhkd_custom").resized_crop
+            images = crop(images, crops[mine], flipped[mine], config.image_size)
             images = images.contiguous(memory_format=memory_format(images.device))
         yield images, data.labels[data.train[order[mine]]], order[mine]
 
 
 def one_ahead(items: Iterator) -> Iterator:
-    """The same items, each made in a thread while the one before is used."""
+    """The same items; a thread computes the next one while the current one is used."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)
         while (item := following.result()) is not None:
@@ -2016,41 +1813,49 @@ def one_ahead(items: Iterator) -> Iterator:
             yield item
 
 
-# What each data set brings: a function that gives the images at some places, uint8 [N, M, M, 3];
-# labels [N]; how many, the first ones, are for training; class names.
-Source = tuple[Callable[[list[int]], Tensor], Tensor, int, list[str]]
+# What a data set provides: a function from a list of indices to images uint8 [n, M, M, 3]; all
+# labels [N]; the number of training images, which come first; class names; facts for the record.
+Source = tuple[Any, ...]
 
-STATISTICS = {  # of the channels: the benchmark's; svhn: the authors'; measured for the others
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "svhn": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-TORCHVISION = {  # class, and what to put into --data
+DIGIT_NAMES = [str(digit) for digit in range(10)]
+TORCHVISION = {  # class, and the files that belong into --data
     "cifar10": ("CIFAR10", "cifar-10-python.tar.gz, or the folder cifar-10-batches-py from it,"),
     "cifar100": ("CIFAR100", "cifar-100-python.tar.gz, or the folder cifar-100-python from it,"),
     "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
 }
+SIZES = {
+    "cifar10": (10, 60_000),
+    "cifar100": (100, 60_000),
+    "svhn": (10, 99_289),
+}  # classes, images
 
 
 def from_torchvision(config: Config) -> Source:
-    """CIFAR or SVHN in torchvision's files, downloaded where they are not there.
+    """CIFAR or SVHN from torchvision's files, downloaded if missing, or from folders of images.
 
-    --data may also hold its images in folders train/ and test/. The order of the images is that
-    of their labels and pixels, so that both give the same runs.
+    The images are sorted by label and pixels, so that both give the same runs.
     """
     root = Path(config.data)
     if (root / "train").is_dir():
-        decoded, labels, count, classes = from_folder(config, side=32)
+        found = sibling("mhkd_custom").from_folder(config, side=32)
+        decoded, labels, count, classes, *facts = found
+        size = len(classes), len(labels)
+        if size != SIZES[config.dataset]:
+            raise UsageError(
+                f"'{root}' has {size[0]} classes and {size[1]} images, so it is not "
+                f"{config.dataset}: use --dataset folder"
+            )
         images = decoded(list(range(len(labels))))
     else:
         images, labels, count, classes = read_torchvision(config.dataset, root)
+        facts = []
     order: list[int] = []
     for start, stop in ((0, count), (count, len(labels))):
-        for label in range(len(classes)):  # all pixels as keys at once would take gigabytes
-            places = start + (labels[start:stop] == label).nonzero()[:, 0]
-            order += sorted(places.tolist(), key=lambda i: images[i].numpy().tobytes())
-    places = torch.tensor(order)
-    return lambda chosen: images[places[chosen]], labels[places], count, classes
+        for label in range(len(classes)):  # the pixels of all classes at once take gigabytes
+            indices = start + (labels[start:stop] == label).nonzero()[:, 0]
+            order += sorted(indices.tolist(), key=lambda i: images[i].numpy().tobytes())
+    sorted_indices = torch.tensor(order)
+    return lambda i: images[sorted_indices[i]], labels[sorted_indices], count, classes, *facts
 
 
 def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, list[str]]:
@@ -2062,8 +1867,8 @@ def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, lis
         splits = [{"split": "train"}, {"split": "test"}]
     what = f"{name} is not in '{root}' and could not be downloaded"
     with explain(what, f"put {files} there, or try --dataset digits, which needs no data"):
-        with locked(root, "another run is reading or downloading the data"):
-            # What is there and whole is not downloaded.
+        with sibling("mhkd_runs").locked(root, "another process is reading the data"):
+            # Complete files are not downloaded again.
             sets = [getattr(datasets, name)(root, **split, download=True) for split in splits]
     images = torch.cat([torch.from_numpy(part.data) for part in sets])
     labels = torch.cat([torch.as_tensor(s.labels if svhn else s.targets) for s in sets]).long()
@@ -2072,785 +1877,375 @@ def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, lis
     return images, labels, len(sets[0]), list(sets[0].classes)
 
 
-DIGIT_NAMES = [str(digit) for digit in range(10)]
-
-
 def from_digits(config: Config) -> Source:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,437 to train on, 360 to test."""
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,437 for training, 360 for test."""
     datasets = import_optional("sklearn.datasets", "scikit-learn", "--dataset digits")
     digits = datasets.load_digits()
     grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
     images = grey[..., None].repeat(1, 1, 1, 3)  # [1797, 8, 8, 3]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).roll(-360)
     labels = torch.from_numpy(digits.target).long()[order]
-    return lambda chosen: images[order[chosen]], labels, 1437, DIGIT_NAMES
+    return lambda indices: images[order[indices]], labels, 1437, DIGIT_NAMES
 
 
-IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+def from_folder(config: Config) -> Source:
+    return sibling("mhkd_custom").from_folder(config)
 
 
-def from_folder(config: Config, side: int | None = None) -> Source:
-    """The user's images in train/<class>/ and test/<class>/ (or val/), at any depth.
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A data set for --dataset. Add one by `DATASETS[name] = DataSet(...)`, see docs/methods.md.
 
-    They are decoded once, into a file below --out that is then mapped.
+    Args:
+        load: returns a Source for a Config.
+        recipe: its values of Config and of method options that differ from those of CIFAR-100.
+        statistics: mean and std of each channel. Default: measured on the training images.
+        mapped: whether the images are mapped from a file, and already have the final size.
     """
-    root = Path(config.data)
-    other = next((root / n for n in ("test", "val") if (root / n).is_dir()), root / "test")
-    parts, names = [root / "train", other], []
-    for part in parts:
-        if not part.is_dir():
-            raise UsageError(f"there is no folder '{part}': --data must hold train/ and test/")
-        names.append(sorted(d.name for d in part.iterdir() if d.is_dir() and d.name[0] != "."))
-    classes = names[0]
-    if names[1] != classes:
-        differ = ", ".join(sorted({*classes} ^ {*names[1]})[:10])
-        raise UsageError(f"'{parts[0]}' and '{parts[1]}' differ in their classes: {differ}")
-    if len(classes) < 2:
-        raise UsageError(f"'{parts[0]}' holds {len(classes)} class folders: a classifier needs two")
-    files: list[Path] = []
-    labels: list[int] = []
-    others: Counter[str] = Counter()
-    for part in parts:
-        count = len(files)  # in the end that of the first part
-        for label, name in enumerate(classes):
-            found = list(files_below(part / name))
-            images = sorted(file for file in found if file.suffix.lower() in IMAGE_FILES)
-            if not images:
-                raise UsageError(f"the class folder '{part / name}' holds no images")
-            files += images
-            labels += [label] * len(images)
-            rest = (file for file in {*found} - {*images} if file.name[0] != ".")
-            others.update(file.suffix.lower() or file.name for file in rest)
-    if others:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
-        say(f"note: files in '{root}' that are no images of a known kind are left out: {kinds}")
-    S, cache = config.image_size, Path(config.out) / "cache"
-    side = side or (S if S < RESIZED_CROP_FROM else round(1.15 * S))
 
-    def load(chosen: list[int]) -> Tensor:
-        return decode([files[i] for i in chosen], side, cache)
-
-    return load, torch.tensor(labels), count, classes
+    load: Callable[[Config], Source]
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    mapped: bool = False
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files at any depth; of a link, itself. What cannot be read raises an OSError."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            yield from files_below(entry)
-        else:
-            yield entry
-
-
-def advise(images: Tensor, advice: str) -> None:
-    """Tell the system how mapped images will be read, else it reads megabytes around each one."""
-    start = images.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = images.data_ptr() + images.nbytes - start
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not on Windows
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), getattr(mmap, f"MADV_{advice}"))
-
-
-CHUNK = 512  # images that are decoded, checked and written at a time
-
-
-def decode(files: list[Path], side: int, cache: Path) -> Tensor:
-    """Image files as a mapped uint8 tensor [N, side, side, 3], decoded where that is not done yet.
-
-    The file is good for these very files, as their names, sizes, places and times tell, and for
-    this version of Pillow. A chunk whose checksum is not that of the index is decoded (again).
-    """
-    pil = import_optional("PIL.Image", "pillow", "a folder of images")
-    key = hashlib.sha256(repr((side, pil.__version__)).encode())
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"the image '{file}' is no file, or a link to none: remove it")
-        s = file.stat()
-        facts = (str(file), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns)
-        key.update(repr(facts).encode())
-    folder = cache / key.hexdigest()[:16]
-    images, index, size = folder / "images.u8", folder / "index.json", side * side * 3
-    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
-    with locked(folder, "another run is decoding images"), writing(images):
-        images.touch()
-        sums: list[str | None] = []
-        with contextlib.suppress(UsageError):  # a damaged index is none
-            sums = (read_json(index, "chunks") or {"chunks": []})["chunks"]
-        sums += [None] * (len(chunks) - len(sums))
-        with open(images, "r+b") as store, ThreadPoolExecutor() as pool:
-            there = [hashlib.sha256(store.read(CHUNK * size)).hexdigest() for _ in chunks]
-            todo = [i for i in range(len(chunks)) if there[i] != sums[i]]
-            number = sum(len(chunks[i]) for i in todo)
-            if todo:
-                say(f"decodes {number} images into '{folder}'; old ones beside it may go")
-            bar = progress_bar(len(files), "decoding", len(files) - number)
-            for i in todo:
-                content = b"".join(pool.map(lambda file: decode_one(pil, file, side), chunks[i]))
-                store.seek(i * CHUNK * size)
-                store.write(content)
-                store.flush()
-                os.fsync(store.fileno())
-                sums[i] = hashlib.sha256(content).hexdigest()
-                write_json(index, {"chunks": sums})
-                bar.update(len(chunks[i]))
-    mapped = torch.from_file(str(images), shared=False, size=len(files) * size, dtype=torch.uint8)
-    return mapped.view(len(files), side, side, 3)
-
-
-def decode_one(pil: Any, path: Path, side: int) -> bytes:
-    """The pixels of one image file, uint8 [side, side, 3].
-
-    The shorter side is resized and the middle square cut out. Transparent pixels become black,
-    16-bit grey levels 8-bit.
-    """
-    from PIL import ImageOps
-
-    with explain(f"the image '{path}' cannot be read", "remove it"), pil.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
-            image = image.convert("I").point(lambda grey: grey / 256).convert("L")
-        if image.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {image.mode} have no known range")
-        if "A" in image.mode or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = pil.alpha_composite(pil.new("RGBA", image.size, "black"), image)
-        image = image.convert("RGB")
-        if image.size != (side, side):
-            image = ImageOps.fit(image, (side, side), method=pil.Resampling.BILINEAR)
-        return image.tobytes()
-
-
-SOURCES: dict[str, Callable[[Config], Source]] = {
-    **dict.fromkeys(TORCHVISION, from_torchvision),
-    "folder": from_folder,
-    "digits": from_digits,
-}
-
-
-def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
-    """The data set of a configuration, resized, divided, with its normalisation, on a device.
-
-    Raises:
-        UsageError: it is not there and cannot be downloaded, or is not as it should be.
-    """
-    if not is_main():
-        wait_for_all()  # the first process downloads and decodes; the others find that
-    load, labels, count, classes = SOURCES[config.dataset](config)
-    parts = []  # what the subsets leave: the same for every run, in the order of the data set
-    for size, most in ((count, config.subset), (len(labels) - count, config.test_subset)):
-        places = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-        parts.append(places[:most].sort().values)
-    chosen, count = [*parts[0].tolist(), *(count + parts[1]).tolist()], len(parts[0])
-    images, labels = load(chosen), labels[chosen]
-    if is_main():
-        wait_for_all()
-    S, mapped = config.image_size, config.dataset == "folder"
-    if images.shape[1] != S and not mapped:
-        small, images = images, torch.empty(len(images), S, S, 3, dtype=torch.uint8)
-        for old, new in zip(small.split(1000), images.split(1000)):
-            old = old.permute(0, 3, 1, 2).float()
-            resized = F.interpolate(old, (S, S), mode="bilinear", antialias=True)
-            new.copy_(resized.round().clamp(0, 255).permute(0, 2, 3, 1))
-    held = []  # out: of each class its share, the same images for every run
-    fixed = torch.Generator().manual_seed(0)
-    for label in range(len(classes)):
-        of_class = (labels[:count] == label).nonzero()[:, 0]
-        number = round(config.val_fraction * len(of_class))
-        held.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
-    train, test = torch.arange(count), torch.arange(count, len(labels))
-    val = torch.cat(held).sort().values
-    train = train[~torch.isin(train, val)]
-    digest = hashlib.sha256(repr((images.shape, classes, count)).encode())
-    for part in (labels, *images.split(1000)):
-        digest.update(part.numpy())
-    if len(train) < 2 or config.val_fraction and not len(val):
-        raise UsageError(f"there are {len(train)} images to train on and {len(val)} held out")
-    if (B := config.batch_size) > len(train):
-        raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
-    mean, std = normalisation(config) or measure(images, train)
-    if mapped:
-        advise(images, "RANDOM")
-    data = Data(images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(), mapped)
-    return data.to(torch.device(device))
-
-
-def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std that are not measured: the teacher's, for both networks; or the data set's."""
-    if path := config.teacher_weights:
-        content = load_file(Path(path))
-        if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
-            with explain(f"'{path}' has a damaged mean or std", "take another one"):
-                torch.tensor([content["mean"], content["std"]]).view(2, 3)
-            return tuple(content["mean"]), tuple(content["std"])
-    first = "teacher" if config.teacher else "student"
-    if getattr(config, f"{first}_init") == "pretrained":
-        if known := library_weights(getattr(config, first)):
-            return known[:2]
-    return STATISTICS.get(config.dataset)
-
-
-def measure(images: Tensor, places: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exactly."""
-    count = torch.zeros(3, 256, dtype=torch.float64)
-    for part in places.split(100):
-        for channel, pixels in enumerate(images[part].unbind(dim=3)):
-            count[channel] += torch.bincount(pixels.flatten(), minlength=256)
-    value = torch.arange(256, dtype=torch.float64) / 255
-    share = count / count.sum(dim=1, keepdim=True)
-    mean = share @ value
-    std = (share * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
-    return tuple(tuple(round(v, 6) for v in values.tolist()) for values in (mean, std))
-
-
-# --------------------------------------------------------------------------------------------------
-# 8. Configuration: one dataclass is the command line, what is recorded, the argument of train()
-# --------------------------------------------------------------------------------------------------
-
-# Sections 4.1 (CIFAR-100) and 4.2 (SVHN). Milestones are those of the full schedule.
+# Recipes: sections 4.1 (CIFAR-100) and 4.2 (SVHN). Milestones are those of the full schedule.
+# Statistics of CIFAR: the CRD benchmark's; of SVHN: the authors' code; of digits: measured.
 CIFAR = {"epochs": 240, "lr_steps": (150, 180, 210), "batch_size": 64, "lr": 0.05, "beta": 0.5}
 CIFAR |= {"crop_padding": 4, "flip": True, "image_size": 32, "head_width": 256, "head_stride": 1}
 SVHN = {"epochs": 150, "lr_steps": (80, 110, 135), "batch_size": 200, "lr": 0.001, "beta": 5.0}
 DIGITS = {"epochs": 30, "lr_steps": (19, 23, 26), "crop_padding": 2, "flip": False}
 DIGITS |= {"image_size": 16, "head_width": 64, "head_stride": 2}
-RECIPES: dict[str, dict[str, Any]] = {
-    "cifar100": CIFAR, "cifar10": CIFAR, "folder": CIFAR,
-    "svhn": CIFAR | SVHN, "digits": CIFAR | DIGITS,
-}  # fmt: skip
-# The benchmark that Table 1 compares with, and the authors' code, train these with 0.01.
+DATASETS: dict[str, DataSet] = {
+    "cifar100": DataSet(from_torchvision, {}, ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))),
+    "cifar10": DataSet(from_torchvision, {}, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
+    "svhn": DataSet(from_torchvision, SVHN, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
+    "folder": DataSet(from_folder, mapped=True),
+    "digits": DataSet(from_digits, DIGITS, ((0.305674,) * 3, (0.318702,) * 3)),
+}
+
+
+def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
+    """The data set of a configuration, resized, split, with its normalisation, on a device.
+
+    Raises:
+        UsageError, mhkd_runs.RunError: it is missing and cannot be downloaded, or is damaged.
+    """
+    if not is_main():
+        wait_for_all()  # the main process downloads and decodes first
+    dataset = DATASETS[config.dataset]
+    images_at, labels, count, classes, *facts = dataset.load(config)
+    parts = []  # the subsets: the same images for every run, in the order of the data set
+    for size, most in ((count, config.subset), (len(labels) - count, config.test_subset)):
+        indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        parts.append(indices[:most].sort().values)
+    chosen, count = [*parts[0].tolist(), *(count + parts[1]).tolist()], len(parts[0])
+    images, labels = images_at(chosen), labels[chosen]
+    if is_main():
+        wait_for_all()
+    S = config.image_size
+    if images.shape[1] != S and not dataset.mapped:
+        original, images = images, torch.empty(len(images), S, S, 3, dtype=torch.uint8)
+        for old, new in zip(original.split(1000), images.split(1000)):
+            old = old.permute(0, 3, 1, 2).float()
+            resized = F.interpolate(old, (S, S), mode="bilinear", antialias=True)
+            new.copy_(resized.round().clamp(0, 255).permute(0, 2, 3, 1))
+    held_out = []  # a fraction of each class, the same images for every run
+    fixed = torch.Generator().manual_seed(0)
+    for label in range(len(classes)):
+        of_class = (labels[:count] == label).nonzero()[:, 0]
+        number = round(config.val_fraction * len(of_class))
+        held_out.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
+    train, test = torch.arange(count), torch.arange(count, len(labels))
+    val = torch.cat(held_out).sort().values
+    train = train[~torch.isin(train, val)]
+    digest = hashlib.sha256(repr((images.shape, classes, count)).encode())
+    for part in (labels, *images.split(1000)):
+        digest.update(part.numpy())
+    if len(train) < 2 or config.val_fraction and not len(val):
+        raise UsageError(f"there are {len(train)} training and {len(val)} validation images")
+    if (B := config.batch_size) > len(train):
+        raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
+    mean, std = normalisation(config) or measure(images, train)
+    prefetch = sibling("mhkd_custom").prefetch if dataset.mapped else None
+    return Data(
+        images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(),
+        config.dataset, facts[0] if facts else {}, prefetch,
+    ).to(torch.device(device))  # fmt: skip
+
+
+def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std if known: given, of the teacher, for both networks, or of the data set."""
+    known = DATASETS[config.dataset].statistics
+    if config.mean:
+        return tuple(config.mean), tuple(config.std)
+    if path := config.teacher_weights:
+        content = sibling("mhkd_runs").load_file(Path(path))
+        if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
+            with explain(f"'{path}' has a damaged mean or std", "use another file"):
+                torch.tensor([content["mean"], content["std"]]).view(2, 3)
+            return tuple(content["mean"]), tuple(content["std"])
+        shown = "mean {} and std {}".format(*known) if known else "that of the training images"
+        log(f"note: '{path}' has no normalisation, {shown} is assumed: else give --mean and --std")
+    first = "teacher" if config.teacher else "student"
+    if getattr(config, f"{first}_init") == "pretrained":
+        if of_library := sibling("mhkd_custom").library_weights(getattr(config, first)):
+            return of_library[:2]
+    return known
+
+
+def measure(images: Tensor, indices: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exact."""
+    count = torch.zeros(3, 256, dtype=torch.float64)
+    for part in indices.split(100):
+        for channel, pixels in enumerate(images[part].unbind(dim=3)):
+            count[channel] += torch.bincount(pixels.flatten(), minlength=256)
+    value = torch.arange(256, dtype=torch.float64) / 255
+    fraction = count / count.sum(dim=1, keepdim=True)
+    mean = fraction @ value
+    std = (fraction * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
+    return tuple(tuple(round(v, 6) for v in values.tolist()) for values in (mean, std))
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Configuration and command line: one dataclass is the help, the record, the argument of train()
+# --------------------------------------------------------------------------------------------------
+
+# The authors' code and the CRD benchmark train these networks with a lower rate.
 LOW_LR, LOW_LR_MODELS = 0.01, ("mobilenetv2", "shufflenetv2")
 
 SEED = (lambda v: 0 <= v < 2**62, "between 0 and 2^62")
 NAMES = (lambda v: len(v) > 0, "at least one name")
 SIZE = (lambda v: 16 <= v <= 4096, "between 16 and 4096")
 PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
+ONE = COUNT
 TWO = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
 BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
-INITS = "random, pretrained or file:PATH"
+CHANNELS = (lambda v: len(v) == 3 and all(0 <= x <= 1 for x in v), "three numbers from 0 to 1")
+STDS = (lambda v: len(v) == 3 and all(0 < x <= 1 for x in v), "three numbers above 0, at most 1")
+INITS = "random, pretrained (the library's weights) or file:PATH (a state dict)"
 INIT = (lambda v: v in ("random", "pretrained") or v.startswith("file:"), INITS)
-PRECISION = "float32, tf32 or bfloat16 (autocast; time a large x @ x in it first); " \
-    "auto: float32, with tf32 in CUDA's convolutions"  # fmt: skip
+NETWORK = "a network of the README's list, torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
+UNIT_NAMES = "comma-separated names of the submodules that are its units (default: detected)"
+PRECISION = (
+    "float32, tf32 (CUDA) or bfloat16 (autocast); auto is float32 with tf32 in CUDA's convolutions"
+)
 
 
 def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
-    """A field of Config. Those of the group "machine" may differ where a run goes on."""
+    """A field of Config. Those of the group "runtime" may change when a run continues."""
     facts = {"group": group, "option": Option(default, help, parse, rule)}
     return dataclasses.field(default=default, metadata=facts)
 
 
-groups = ("networks", "data", "training", "machine")
-net, images, fit, machine = (functools.partial(field, group) for group in groups)
+WHO = ("dataset", "teacher", "student", "method", "seed")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Config:
-    """What a run does, complete when it exists: None becomes the recipe's value, see RECIPES.
+    """What a run does. Fields that are None get the value of the data set's recipe, if it has one.
 
-    `options` are those of the method. `given` keeps what was not left to the recipe.
+    Attributes:
+        options: values of the method's options, by name.
+        differs: everything that differs from the recipe, besides data set, networks, method, seed.
 
     Raises:
-        UsageError: a name that does not exist, a value that makes no sense.
+        UsageError: a name that does not exist, a value out of range.
     """
 
-    teacher: str = net(None, "one of ours, torchvision:NAME, timm:NAME or FILE.py:FUNCTION")
-    student: str = net(None, "the network that learns, likewise")
-    teacher_init: str = net("random", f"weights that the teacher begins with: {INITS}", str, INIT)
-    student_init: str = net("random", f"weights that the student begins with: {INITS}", str, INIT)
-    teacher_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
-    student_units: Sequence[str] = net(None, "heads go after layer1,...: found", words, NAMES)
-    method: str = field("method", "mhkd", "ce, kd, mhkd, fitnet, cc, rkd, crd, lsh, dhkd, crd+mhkd")
+    # fmt: off
+    teacher: str | None = field("networks", None, NETWORK)
+    student: str | None = field("networks", None, "network to train, as for --teacher")
+    teacher_init: str = field("networks", "random", f"initial weights: {INITS}", str, INIT)
+    student_init: str = field("networks", "random", f"initial weights: {INITS}", str, INIT)
+    teacher_units: Sequence[str] | None = field("networks", None, UNIT_NAMES, words, NAMES)
+    student_units: Sequence[str] | None = field("networks", None, UNIT_NAMES, words, NAMES)
+    method: str = field("method", "mhkd", "training method; several are joined by +: crd+mhkd")
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dataset: str = images("cifar100", "cifar100, cifar10, svhn, folder, digits (no download)")
-    image_size: int = images(None, "side of the images in pixels: 32; digits 16", int, SIZE)
-    subset: int = images(None, "number of training images: all", int, TWO)
-    test_subset: int = images(None, "number of test images: all", int, COUNT)
-    val_fraction: float = images(0.0, "share held out, which tells the best epoch", float, BELOW_1)
-    crop_padding: int = images(None, "padding for the crop: 4; digits 2", int, PADDING)
-    crop_scale: float = images(0.08, "least area of the crop from 64 pixels up", float, FACTOR)
-    flip: bool = images(None, "flip images at random: yes; digits no", bool)
-    epochs: int = fit(None, "epochs: 240; svhn 150; digits 30", int, COUNT)
-    batch_size: int = fit(None, "images a step (batch norm needs two): 64; svhn 200", int, TWO)
-    lr: float = fit(None, "0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001", float, POSITIVE)
-    lr_steps: Sequence[int] = fit(None, "150,180,210 of 240; svhn 80,110,135", integers, ASCENDING)
-    lr_decay: float = fit(0.1, "factor by which lr falls after lr_steps", float, FACTOR)
-    momentum: float = fit(0.9, "of SGD", float, BELOW_1)
-    weight_decay: float = fit(5e-4, "of SGD", float, NOT_NEGATIVE)
-    seed: int = fit(0, "of initial weights, batch order and augmentation", int, SEED)
-    teacher_seed: int = fit(0, "of the teacher, where it is trained here", int, SEED)
-    precision: str = fit("auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
-    teacher_weights: str = machine(None, "its checkpoint: trained first", str, (len, "a file"))
-    data: str = machine("data", "folder of the data; downloads go there")
-    out: str = machine("runs", "where run folders go")
-    device: str = machine(None, "cpu, cuda, cuda:1, mps: the best there is")
-    backend: str = machine("auto", "of the loss: auto, reference, fused", str, one_of(*BACKENDS))
-    compile: bool = machine(False, "torch.compile the networks: slow to begin", bool)
-    keep_checkpoint: bool = machine(False, "keep checkpoint.pt of a finished run", bool)
-    tensorboard: bool = machine(False, "write the log's figures for TensorBoard, too", bool)
+    dataset: str = field("data", "cifar100", "cifar100, cifar10, svhn, digits, folder (of images)")
+    image_size: int | None = field(
+        "data", None, "side of the images in pixels (default: 32; digits 16)", int, SIZE)
+    subset: int | None = field("data", None, "number of training images (default: all)", int, TWO)
+    test_subset: int | None = field("data", None, "number of test images (default: all)", int, ONE)
+    val_fraction: float = field(
+        "data", 0.0, "fraction of the training images held out for validation", float, BELOW_1)
+    crop_padding: int | None = field(
+        "data", None, "pixels around images for random crops (default: 4; digits 2)", int, PADDING)
+    crop_scale: float = field(
+        "data", 0.08, "least area of a crop as a fraction, from 64 pixels", float, FACTOR)
+    flip: bool | None = field("data", None, "random mirror images (default: yes; digits no)", bool)
+    mean: Sequence[float] | None = field("data", None, "mean of the channels on the scale 0 to 1, "
+        "for both networks (default: of the teacher's file, else of the data)", numbers, CHANNELS)
+    std: Sequence[float] | None = field(
+        "data", None, "standard deviation of the channels, with --mean", numbers, STDS)
+    epochs: int | None = field(
+        "training", None, "number of epochs (default: 240; svhn 150; digits 30)", int, COUNT)
+    batch_size: int | None = field(
+        "training", None, "images per step, at least 2 (default: 64; svhn 200)", int, TWO)
+    lr: float | None = field("training", None, "learning rate "
+        "(default: 0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001)", float, POSITIVE)
+    lr_steps: Sequence[int] | None = field("training", None, "epochs after which the rate falls "
+        "(default: 150,180,210 of 240; svhn 80,110,135; digits 19,23,26)", integers, ASCENDING)
+    lr_decay: float = field("training", 0.1, "factor for the rate at --lr-steps", float, FACTOR)
+    momentum: float = field("training", 0.9, "momentum of SGD", float, BELOW_1)
+    weight_decay: float = field("training", 5e-4, "weight decay of SGD", float, NOT_NEGATIVE)
+    seed: int = field("training", 0, "seed of weights, batch order and augmentation", int, SEED)
+    teacher_seed: int = field("training", 0, "seed of a teacher that is trained here", int, SEED)
+    teacher_epochs: int | None = field("training", None,
+        "epochs of a teacher that is trained here (default: --epochs)", int, COUNT)
+    teacher_lr: float | None = field("training", None,
+        "its learning rate (default: that of the recipe for the teacher)", float, POSITIVE)
+    precision: str = field(
+        "training", "auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
+    teacher_weights: str | None = field("runtime", None,
+        "checkpoint of the teacher (default: train it first)", str, (len, "a file"))
+    data: str = field("runtime", "data", "folder of the data, also for downloads")
+    out: str = field("runtime", "runs", "folder of the run folders")
+    device: str | None = field(
+        "runtime", None, "cpu, cuda, cuda:1 or mps (default: cuda, else mps, else cpu)")
+    backend: str = field("runtime", "auto",
+        "implementation of the loss: auto, reference (PyTorch), fused", str, one_of(*BACKENDS))
+    compile: bool = field("runtime", False, "torch.compile the networks (slow first step)", bool)
+    keep_checkpoint: bool = field("runtime", False, "keep checkpoint.pt of a finished run", bool)
+    tensorboard: bool = field("runtime", False, "also write the log for TensorBoard", bool)
+    skip_unreadable: bool = field("runtime", False, "leave out images that cannot be read", bool)
+    overwrite: bool = field("runtime", False, "if the run's folder was written by other code or "
+        "from other files, move it to OUT/replaced and train again", bool)
+    # fmt: on
 
     def __post_init__(self) -> None:
-        fields = {f.name: f.metadata["option"] for f in dataclasses.fields(self) if f.metadata}
-        values = {name: getattr(self, name) for name in fields}
-        given = {name: v for name, v in values.items() if v != fields[name].default}
-        self.__dict__["given"] = {**given, "options": dict(self.options)}
-        check_name("data set", self.dataset, SOURCES)
+        fields = {f.name: f.metadata for f in dataclasses.fields(self) if f.metadata}
+        check_name("data set", self.dataset, DATASETS)
         methods = find_methods(self.method)
-        values["method"] = "+".join(methods)
+        self.method = "+".join(methods)
         if not self.student:
             raise UsageError("--student is missing: python mhkd.py --teacher vgg13 --student vgg8")
         if not any(method.needs_teacher for method in methods.values()):
-            values |= {n: o.default for n, o in fields.items() if n.startswith("teacher")}
+            for name in fields:
+                if name.startswith("teacher"):
+                    setattr(self, name, fields[name]["option"].default)
         elif not self.teacher:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
         elif self.teacher_weights is not None:
-            values |= {"teacher_seed": 0, "teacher_init": "random"}  # nothing is trained with them
+            self.teacher_seed, self.teacher_init = 0, "random"  # the teacher is not trained
+            if self.teacher_epochs or self.teacher_lr:
+                raise UsageError("--teacher-epochs and --teacher-lr are not for --teacher-weights")
+        if (self.mean is None) != (self.std is None):
+            raise UsageError("--mean and --std must be given together")
         if any(m.on_teacher for m in methods.values()) and self.student != self.teacher:
             raise UsageError("--method heads has no student: give the teacher as --student, too")
-        for name in (self.student, values["teacher"]):
-            if name and ":" not in name:
+        for name in filter(None, (self.student, self.teacher)):
+            if ":" not in name:
                 check_name("network", name, MODELS)
-        recipe = dict(RECIPES[self.dataset])
-        if self.student in LOW_LR_MODELS and self.dataset != "svhn":
-            recipe["lr"] = LOW_LR
-        scale = (self.epochs or recipe["epochs"]) / recipe["epochs"]
-        recipe["lr_steps"] = tuple(round(step * scale) for step in recipe["lr_steps"])
-        units = self.student_units or self.teacher_units or (1, 2, 3)
-        recipe["units"] = tuple(range(1, len(units) + 1))
-        if self.options.get("teacher_heads") == "pretrained":
-            recipe["teacher_heads_epochs"] = third_of(self.epochs or recipe["epochs"])
-        elif self.options.get("teacher_heads_epochs"):
-            raise UsageError("--teacher-heads-epochs is for --teacher-heads pretrained")
         declared = method_options(methods)
         for name in self.options:
             if name not in declared:
                 raise UsageError(foreign_option(name, self.method))
-        values |= {n: self.options.get(n, o.default) for n, o in declared.items()}
-        values = {n: recipe.get(n) if v is None else v for n, v in values.items()}
-        for name, option in {**fields, **declared}.items():
+        usual = {name: facts["option"].default for name, facts in fields.items()}
+        usual |= {name: option.default for name, option in declared.items()}
+        usual |= {name: v for name, v in self._recipe().items() if name in usual}
+        values = {name: getattr(self, name) for name in fields} | dict(self.options)
+        values = {n: usual[n] if values.get(n) is None else values[n] for n in usual}
+        rules = {n: facts["option"] for n, facts in fields.items()} | declared
+        for name, option in rules.items():
             value = values[name]
             if option.rule and value is not None and not option.rule[0](value):
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 raise UsageError(f"{flag_of(name)} must be {option.rule[1]}, not {shown}")
-        options = {name: values.pop(name) for name in declared}
-        self.__dict__.update(values, options=options)
-        if len(self.teacher_units or units) != len(self.student_units or units):
-            raise UsageError("--teacher-units and --student-units must be as many as each other")
+        self.options = {name: values.pop(name) for name in declared}
+        for name, value in values.items():
+            setattr(self, name, value)
+        # The usual number of epochs is that of the full schedule, to which the milestones scale.
+        usual["epochs"] = (CIFAR | dict(DATASETS[self.dataset].recipe))["epochs"]
+        self.differs = {
+            name: value
+            for name, value in {**values, **self.options}.items()
+            if name not in WHO and value != usual[name]
+            and not (name in fields and fields[name]["group"] == "runtime")
+        }  # fmt: skip
+
+    def _recipe(self) -> dict[str, Any]:
+        """The values that the data set, the student and the number of epochs imply."""
+        recipe = CIFAR | dict(DATASETS[self.dataset].recipe)
+        if self.student in LOW_LR_MODELS and self.dataset != "svhn":
+            recipe["lr"] = LOW_LR
+        full, epochs = recipe["epochs"], self.epochs or recipe["epochs"]
+        recipe["epochs"] = epochs
+        recipe["lr_steps"] = tuple(round(step * epochs / full) for step in recipe["lr_steps"])
+        sides = [names for names in (self.student_units, self.teacher_units) if names]
+        if len({len(names) for names in sides}) > 1:
+            raise UsageError("--teacher-units and --student-units must have the same length")
+        recipe["units"] = tuple(range(1, len(sides[0] if sides else (1, 2, 3)) + 1))
+        if self.options.get("teacher_heads") == "pretrained":
+            recipe["teacher_heads_epochs"] = max(1, round(epochs / 3))
+        elif self.options.get("teacher_heads_epochs"):
+            raise UsageError("--teacher-heads-epochs is for --teacher-heads pretrained")
+        return recipe
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make this configuration again, without defaults."""
+        fields = {f.name: f.metadata for f in dataclasses.fields(self) if f.metadata}
+        kept = {*WHO, *self.differs, *(n for n in fields if fields[n]["group"] == "runtime")}
+        given = {n: getattr(self, n) for n in fields if n in kept}
+        given = {n: v for n, v in given.items() if v != fields[n]["option"].default}
+        return given | {"options": {n: v for n, v in self.options.items() if n in self.differs}}
 
     def replace(self, **changes: Any) -> Config:
-        """The same with changes; what was not given is filled anew."""
-        return Config(**{**self.given, **changes})
+        """The same with changes; values of the recipe are determined again."""
+        return Config(**{**self.arguments(), **changes})
 
     def of_teacher(self) -> Config:
-        """The run that trains the teacher: the same recipe, without the teacher's own teacher."""
-        own = {"student_units": None, "options": {}, "method": "ce"}
+        """The run that trains the teacher: the same recipe, with its own rate and epochs."""
+        epochs = self.teacher_epochs or self.epochs
+        own = {"student_units": None, "options": {}, "method": "ce", "seed": self.teacher_seed}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
-        return self.replace(**own, seed=self.teacher_seed, teacher_seed=0, teacher_units=None)
+        own |= {"epochs": epochs, "lr": self.teacher_lr, "lr_steps": self._scaled_steps(epochs)}
+        return self.replace(**own)
 
     def of_heads(self, teacher_weights: str | Path) -> Config:
-        """The run that trains the teacher's heads: the same recipe, with a schedule in proportion.
+        """The run that trains the teacher's heads: the same recipe, a schedule in proportion.
 
-        The rate is the recipe's for the teacher, so that all students share one run.
+        The rate is that of the teacher's recipe, so that all students share one run.
         """
         epochs, o = self.options["teacher_heads_epochs"], self.options
         own = {"student": self.teacher, "student_init": "random", "method": "heads"}
         own |= {"student_units": self.teacher_units, "teacher_weights": str(teacher_weights)}
-        own |= {"seed": self.teacher_seed, "epochs": epochs, "lr": None}
-        if "lr_steps" in self.given:
-            own["lr_steps"] = tuple(round(step * epochs / self.epochs) for step in self.lr_steps)
+        own |= {"seed": self.teacher_seed, "epochs": epochs, "lr": self.teacher_lr}
+        own["lr_steps"] = self._scaled_steps(epochs)
+        own |= {"teacher_epochs": None, "teacher_lr": None}
         return self.replace(**own, options={name: o[name] for name in HEAD_OPTIONS})
 
+    def _scaled_steps(self, epochs: int) -> tuple[int, ...] | None:
+        """The milestones for another number of epochs; None if they are those of the recipe."""
+        if "lr_steps" in self.differs:
+            return tuple(round(step * epochs / self.epochs) for step in self.lr_steps)
+        return None
+
     def recorded(self) -> dict[str, Any]:
-        """The values that make two runs different, as JSON would give them back."""
-        fields = [f for f in dataclasses.fields(self) if f.metadata.get("group") != "machine"]
+        """The values that distinguish runs, as JSON returns them."""
+        fields = [f for f in dataclasses.fields(self) if f.metadata.get("group") != "runtime"]
         return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields}))
-
-    def differs(self) -> dict[str, Any]:
-        """What sets the run apart from the recipe, beside data set, networks, method and seed."""
-        who = {n: getattr(self, n) for n in ("dataset", "teacher", "student", "method", "epochs")}
-        standard = Config(**who)
-        mine, usual = ({**vars(c), **c.options} for c in (self, standard))
-        usual["epochs"] = RECIPES[self.dataset]["epochs"]
-        if mine.get("teacher_heads") == "pretrained":
-            usual["teacher_heads_epochs"] = third_of(self.epochs)
-        names = {**self.recorded(), **self.options}.keys() - {"options", "seed"}
-        return {name: mine[name] for name in mine if name in names and mine[name] != usual[name]}
-
-
-def third_of(epochs: int) -> int:
-    """How long the teacher's heads are trained before."""
-    return max(1, round(epochs / 3))
 
 
 def foreign_option(name: str, method: str) -> str:
-    """Why an option cannot be given with a method: whose it is, or what there is."""
-    with contextlib.suppress(UsageError):
-        find_methods(BASELINES[0])  # loads mhkd_baselines.py, where it is there
+    """Why an option cannot be given with a method."""
+    sibling("mhkd_baselines", optional=True)  # registers its methods
     flag = flag_of(name)
     owners = [m for m, kind in METHODS.items() if name in {**kind.options, **kind.final_options}]
     if owners:
         return f"{flag} is an option of --method {' or '.join(owners)}, not of {method}"
-    names = {*Config.__dataclass_fields__, *method_options(find_methods(method))}
-    near = difflib.get_close_matches(flag, map(flag_of, names), n=3)
+    names = {*Config.__dataclass_fields__, *method_options(find_methods(method))} - {"options"}
+    near = difflib.get_close_matches(flag, map(flag_of, names), n=3, cutoff=0.75)
     return f"there is no option {flag}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. Files and processes: nothing that was computed is lost, whenever a run is killed
-# --------------------------------------------------------------------------------------------------
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def explain(what: str, hint: str, kinds: Any = Exception) -> Iterator[None]:
-    """Turn errors inside into a UsageError: what failed, why, and how to mend it."""
-    try:
-        yield
-    except kinds as error:
-        raise UsageError(f"{what} ({first_line(error)}): {hint}") from error
-
-
-def check_name(what: str, name: str, names: Iterable[str]) -> str:
-    """The name, if it is one of the names; else a UsageError that lists the near ones, or all."""
-    names = list(names)
-    if name in names:
-        return name
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), names, n=4, cutoff=0.5)
-    some = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {some}."
-    raise UsageError(f"there is no {what} '{name}': {hint}")
-
-
-def writing(path: Path) -> contextlib.AbstractContextManager:
-    kinds = OSError, RuntimeError  # torch.save reports a full disk as a RuntimeError
-    return explain(
-        f"'{path}' could not be written", "make room, or mend that, and run the same again", kinds
-    )
-
-
-def write_atomically(path: Path, write: Callable[[Any], Any], keep: Path | None = None) -> None:
-    """Write beside the file, flush to the disk, then rename: at all times old or new is there.
-
-    keep: where to move the old one.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with writing(path):
-            with open(part, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            if keep and path.exists():
-                os.replace(path, keep)
-            os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def seal(content: dict[str, Any]) -> str:
-    """A checksum of a record, without the one that stands in it."""
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    content = json.loads(json.dumps(content))
-    text = json.dumps({**content, "sha256": seal(content)}, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
-    """A record that write_json has written; None where there is none. It must have these keys."""
-    if not path.is_file():
-        return None
-    kinds = ValueError, RecursionError
-    with explain(f"'{path}' is damaged", "move its folder away", kinds):
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict) or not content.keys() >= {*keys}:
-            raise ValueError(f"it must have {', '.join(keys)}")
-        if content.get("sha256") != seal(content):
-            raise ValueError("its checksum is not that of its content")
-    return content
-
-
-def sha256_of(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def sha256_of_state(model: nn.Module) -> str:
-    """Of all parameters and buffers of a network."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def locked(folder: Path, waiting: str) -> Iterator[None]:
-    """Hold a folder, made where it is missing, for this process (under torchrun the first) alone.
-
-    The system lets it go however the process ends, and nothing stays behind.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not is_main() or os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{waiting}: waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def load_file(path: Path) -> Any:
-    """What torch.save wrote into a file, which may hold tensors alone, its checksums compared."""
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint '{path}'")
-    try:
-        if zipfile.is_zipfile(path):  # PyTorch itself looks at no checksum
-            with zipfile.ZipFile(path) as file:
-                if bad := file.testzip():
-                    raise ValueError(f"the checksum of its part {bad} is wrong")
-        safe = [argparse.Namespace]  # the benchmark's options
-        with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "more than tensors could run code: save network.state_dict() alone"
-        raise UsageError(f"'{path}' is damaged or no checkpoint ({reason})") from error
-
-
-def read_state(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """A state dict from a file, alone or as "model" or "state_dict", for entries of these names."""
-    content = load_file(Path(path))
-    if isinstance(content, dict):
-        if "distiller" in content:
-            raise UsageError(f"'{path}' is the state of a run: take the student.pt beside it")
-        content = content.get("model", content.get("state_dict", content))
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str)
-        and isinstance(t, Tensor)
-        and t.layout == torch.strided
-        and not (t.is_complex() or t.is_meta)
-        for name, t in content.items()
-    ):
-        raise UsageError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
-    if {*content}.isdisjoint(names):  # of a network in DataParallel or torch.compile
-        for prefix in ("module.", "_orig_mod."):
-            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return content
-
-
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load a checkpoint, {"model": state_dict} or a state dict alone, strictly into a network.
-
-    Raises:
-        UsageError: the file is missing or broken, holds another network or number of classes.
-    """
-    state = read_state(path, model.state_dict())
-    load_state(model, state, f"'{path}' holds another network or number of classes")
-    return model
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor], what: str, new: int = 0) -> None:
-    """Load a state dict strictly; `what` says what is wrong where an entry does not fit.
-
-    new: the number of classes, where a classifier of another number may be left out.
-    """
-    there, here = (
-        {key: tuple(t.shape) for key, t in s.items()} for s in (state, model.state_dict())
-    )
-    for key in {**here, **there}:
-        a, b = there.get(key, "missing"), here.get(key, "missing")
-        left_out = new and (b == "missing" or (a != "missing" and (new, *a[1:]) == b))
-        if a != b and not left_out:
-            raise UsageError(f"{what}: '{key}' is {a} there, {b} here")
-    fitting = {key: tensor for key, tensor in state.items() if there[key] == here.get(key)}
-    model.load_state_dict(fitting, strict=False)
-
-
-def environment(config: Config, device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside the configuration."""
-    from importlib import metadata
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "timm", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    hardware = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    elif (processors := Path("/proc/cpuinfo")).is_file():
-        _, _, name = processors.read_text().partition("model name\t: ")
-        hardware = name.partition("\n")[0].strip() or hardware
-    return {
-        "device": str(device),
-        "hardware": hardware,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        **versions,
-        "mhkd": __version__,
-        "commit": commit_of(Path(__file__).resolve()),
-        "loss": loss_backend() if config.backend != "reference" else "reference",
-        **{name: getattr(config, name) for name in ("data", "out", "teacher_weights", "compile")},
-    }
-
-
-def commit_of(file: Path) -> str | None:
-    """The commit of this file, marked where it has changed since; None for a copy elsewhere."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(file.parent), *arguments]
-        options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        return subprocess.run(command, **options).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", file.name)
-        changes = git("status", "--porcelain", "--", "mhkd.py", "mhkd_baselines.py", "csrc")
-        return git("rev-parse", "HEAD") + (" with changes" if changes else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def progress_bar(total: int, title: str, done: int) -> Any:
-    """tqdm's bar of images, on a terminal and where tqdm is installed; else what looks like it."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return types.SimpleNamespace(update=lambda images: None)
-    options = {"unit": " images", "unit_scale": True, "disable": None if is_main() else True}
-    return tqdm(None, title, total, initial=done, **options)
-
-
-def say(text: str) -> None:
-    if is_main():
-        tqdm = sys.modules.get("tqdm")
-        (tqdm.tqdm.write if tqdm else print)(text)  # above the bar
-        sys.stdout.flush()
-
-
-# Several processes, as torchrun or torch.multiprocessing start them.
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-def wait_for_all() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
-def average_over_processes(values: Tensor) -> Tensor:
-    if world_size() > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-        values /= world_size()
-    return values
-
-
-def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """The mean over the processes, in one message; a parameter without a gradient has none."""
-    if world_size() > 1:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        mean = average_over_processes(torch.cat([g.flatten() for g in gradients]))
-        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
-
-
-def gather_from_processes(rows: Tensor) -> Tensor:
-    """Rows [B, ...] of each process, as many on all of them, in the order of the processes."""
-    if world_size() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-@contextlib.contextmanager
-def surroundings(config: Config) -> Iterator[torch.device]:
-    """The device, the process group under torchrun, PyTorch's switches; put back at the end."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
-    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)) if several else None)
-    if config.precision == "tf32" and device.type != "cuda":
-        raise UsageError(f"--precision tf32 is for CUDA, and this is {device}: use auto or float32")
-    if config.backend == "fused" and not loss_backend().startswith("fused"):
-        raise UsageError("--backend fused: the fused kernel is not installed: use auto")
-    start = several and not dist.is_initialized()
-    if start:  # others wait while the first one waits for another run's teacher, or downloads
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.precision in ("auto", "tf32")
-    try:
-        B, count = config.batch_size, world_size()
-        if B % count or B < 2 * count:
-            raise UsageError(
-                f"--batch-size {B} must be {2 * count}, {3 * count}, ...: {count} processes"
-            )
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield device
-        wait_for_all()  # a process that ends while another one still talks to it aborts it
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
-        if start:
-            dist.destroy_process_group()
-
-
-def pick_device(name: str | None, local_rank: int | None = None) -> torch.device:
-    """The device of that name; without a name CUDA, then MPS, then the CPU."""
-    if name is None:
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
-    with explain(f"--device {name} cannot be used", "take cpu, cuda or mps, if they are there"):
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise ValueError("of another kind")
-        if device.type == "cuda" and local_rank is not None:
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors: else page faults cost some 7 % of a step."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_MMAP_MAX, 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. Command line
-# --------------------------------------------------------------------------------------------------
+def import_optional(module: str, package: str, purpose: str) -> Any:
+    """Import an optional dependency, or say how to install it."""
+    # Also catches what a torchvision that was built for another PyTorch raises.
+    with explain(f"{purpose} needs {package}", f"pip install {package}"):
+        return importlib.import_module(module)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2869,23 +2264,28 @@ def add_option(group: Any, name: str, option: Option) -> None:
         group.add_argument(flag, dest=name, action=action, default=None, help=help)
         return
     if default is not None:
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        help = f"{help} [{shown}]"
-    metavar = option.parse.__name__.upper().replace("STR", "X")
+        help = f"{help} (default: {default})"
+    kinds = {str: "NAME", words: "NAME,NAME", integers: "INT,INT", numbers: "FLOAT,FLOAT"}
+    metavar = kinds.get(option.parse, option.parse.__name__.upper())
     group.add_argument(flag, type=option.parse, default=None, help=help, metavar=metavar)
 
 
 def parse_config(
     arguments: Sequence[str], extra: Callable[[Parser], None] = lambda parser: None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line: all that was given, with what `extra` adds; and the arguments of Config."""
+    """Parse a command line, with what `extra` adds to it.
+
+    Returns everything that was given, and the arguments of Config.
+    """
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", default=Config.method)
     methods = find_methods(first.parse_known_args(arguments)[0].method)
+    if {"-h", "--help"} & {*arguments}:
+        sibling("mhkd_baselines", optional=True)  # registers its methods
     parser = Parser(
         prog="mhkd.py", description=__doc__.split("\n\nThe method")[0], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--help --method NAME shows the options of that method.",
+        epilog=f"Methods: {', '.join(METHODS)}. --help --method NAME shows the options of one.",
     )  # fmt: skip
     fields = [f for f in dataclasses.fields(Config) if f.metadata]
     names = dict.fromkeys(f.metadata["group"] for f in fields)
@@ -2895,7 +2295,8 @@ def parse_config(
     declared = method_options(methods)
     for name, option in declared.items():
         add_option(groups["method"], name, option)
-    parser.add_argument("--version", action="store_true", help="versions, and what the loss uses")
+    version = "show versions and compare the fused loss with plain PyTorch"
+    parser.add_argument("--version", action="store_true", help=version)
     extra(parser)
     parsed, left = parser.parse_known_args(arguments)
     for word in left:
@@ -2913,12 +2314,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed, values = parse_config(sys.argv[1:] if arguments is None else arguments)
         if parsed.version:
             print(f"mhkd {__version__}, PyTorch {torch.__version__}, loss: {loss_backend()}")
-            for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-                print(f"fused loss on {device}: {check_kernel(device) or 'agrees with PyTorch'}")
+            fused = sibling("mhkd_fused", optional=True)
+            for device in ["cpu"] + ["cuda"] * torch.cuda.is_available() if fused else []:
+                problem = fused.check(device, _reference_loss)
+                print(f"fused loss on {device}: {problem or 'agrees with plain PyTorch'}")
             return
         config = Config(**values)
         if parsed.teacher and not config.teacher:
-            say(f"note: --teacher has no effect with --method {config.method}")
+            log(f"note: --teacher has no effect with --method {config.method}")
         keep_freed_memory()
         train(config)
 
@@ -2926,7 +2329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command_line(program: str, run: Callable[[], Any]) -> int:
-    """Run it; what goes wrong ends as one sentence and an exit status."""
+    """Call run(); errors end as one sentence on stderr and an exit status."""
 
     def terminate(*_: Any) -> None:
         raise KeyboardInterrupt("terminated")
@@ -2934,28 +2337,26 @@ def command_line(program: str, run: Callable[[], Any]) -> int:
     before = None
     with contextlib.suppress(ValueError):  # not in the main thread
         before = signal.signal(signal.SIGTERM, terminate)
-    again = "the same command goes on from the last finished epoch"
+    again = "the same command continues after the last finished epoch"
     status = 1
     try:
         run()
         sys.stdout.flush()
         return 0
-    except (UsageError, KernelCrash) as error:
-        sentence = str(error)
     except KeyboardInterrupt as error:
         status, sentence = (143 if error.args else 130), f"{str(error) or 'interrupted'}; {again}"
-    except BrokenPipeError:  # nobody reads what is printed
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status, sentence = 141, f"the output was closed; {again}"
     except OSError as error:
-        sentence = f"{error}; with that mended, {again}"
-    except (MemoryError, RuntimeError) as error:
-        text = first_line(error)
-        known = ("allocate", "out of memory", "too large", "overflow", "Invalid size")
-        if "CUDA error" in text:
-            sentence = f"{text}; if it is the fused loss, --backend reference goes without it"
-        elif isinstance(error, MemoryError) or any(word in text for word in known):
-            sentence = f"there is not enough memory ({text}): try a smaller batch, image or head"
+        sentence = f"{error}; when that is fixed, {again}"
+    except MemoryError as error:
+        sentence = f"there is not enough memory ({error}): try a smaller batch, image or head"
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            sentence = f"{error}: try a smaller batch, image or head"
+        elif getattr(error, "user_error", False):
+            sentence = str(error)
         else:
             raise
     finally:
@@ -2966,6 +2367,127 @@ def command_line(program: str, run: Callable[[], Any]) -> int:
     return status
 
 
+# --------------------------------------------------------------------------------------------------
+# 8. Processes, as torchrun or torch.multiprocessing start them, and devices
+# --------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def log(text: str) -> None:
+    """Print a line in the main process."""
+    sibling("mhkd_runs").log(text)
+
+
+def progress_bar(total: int, title: str, done: int) -> Any:
+    """A bar of images, on a terminal and if tqdm is installed; else an object that does nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return types.SimpleNamespace(update=lambda images: None)
+    options = {"unit": " images", "unit_scale": True, "disable": None if is_main() else True}
+    return tqdm(None, title, total, initial=done, **options)
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def average_over_processes(values: Tensor) -> Tensor:
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """The mean over the processes, in one message. Parameters without a gradient keep none."""
+    if world_size() > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        mean = average_over_processes(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def gather_from_processes(rows: Tensor) -> Tensor:
+    """Rows [B, ...] of all processes, the same number of each, in the order of the processes."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def runtime(config: Config) -> Iterator[torch.device]:
+    """The device, the process group under torchrun and PyTorch's switches, restored at the end."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)) if several else None)
+    if config.precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"--precision tf32 is for CUDA, not for {device}: use auto or float32")
+    if config.backend == "fused" and (missing := sibling("mhkd_fused").missing(device.type)):
+        raise UsageError(f"--backend fused: {missing}: use auto")
+    start = several and not dist.is_initialized()
+    if start:  # others wait while the first one waits for another run's teacher, or downloads
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    switches[0].allow_tf32 = config.precision in ("auto", "tf32")
+    switches[1].allow_tf32 = config.precision == "tf32"
+    try:
+        B, count = config.batch_size, world_size()
+        if B % count or B < 2 * count:
+            raise UsageError(
+                f"--batch-size {B} must be {2 * count}, {3 * count}, ...: {count} processes"
+            )
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield device
+        wait_for_all()  # a process that ends earlier would abort the others
+    finally:
+        for switch, allowed in zip(switches, before):
+            switch.allow_tf32 = allowed
+        if start:
+            dist.destroy_process_group()
+
+
+def pick_device(name: str | None, local_rank: int | None = None) -> torch.device:
+    """The device of that name. Default: CUDA, then MPS, then the CPU."""
+    if name is None:
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    with explain(f"--device {name} cannot be used", "use cpu, cuda or mps, if available"):
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError("unknown kind of device")
+        if device.type == "cuda" and local_rank is not None:
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors. Page faults would cost about 7 % of a step."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
+
+
 if __name__ == "__main__":
-    sys.modules["mhkd"] = sys.modules["__main__"]  # what mhkd_baselines.py imports: one copy
+    sys.modules["mhkd"] = sys.modules["__main__"]  # the module that the others import
     sys.exit(main())

@@ -1,20 +1,19 @@
-"""Other authors' methods, beside which MHKD is compared: FitNet, CC, RKD, CRD, LSH and DHKD.
+"""Methods of other authors for comparison with MHKD: FitNet, CC, RKD, CRD, LSH and DHKD.
 
     python mhkd.py --teacher vgg13 --student vgg8 --method crd          # alone
-    python mhkd.py --teacher vgg13 --student vgg8 --method crd+mhkd     # joined with MHKD
+    python mhkd.py --teacher vgg13 --student vgg8 --method crd+mhkd     # combined with MHKD
     python mhkd.py --help --method crd                                  # its options
 
 The first four are added to the cross-entropy and the divergence of the final outputs, both with
 weight 1. Their own terms and weights are those of the CRD benchmark (HobbitLong/RepDistiller). Its
 script runs FitNet, CC, RKD and CRD without the divergence (`--kd-weight 0` here); only its "CRD +
-KD" has both with weight 1. The last two are as their authors have them. The losses are plain
-functions of tensors, to import elsewhere.
-mhkd.py loads this file when one of these methods is named: keep it beside.
+KD" has both with weight 1. LSH and DHKD follow their authors' code. The losses are functions of
+tensors that can be used in other programs. mhkd.py imports this file when one of these methods is
+selected.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -31,8 +30,8 @@ class BenchmarkMethod(mhkd.Method):
 
     final_options = {
         "tau": Option(4.0, "temperature", rule=POSITIVE),
-        "gamma": Option(1.0, "weight of the cross-entropy beside the term", rule=NOT_NEGATIVE),
-        "kd_weight": Option(1.0, "weight of the divergence beside the term", rule=NOT_NEGATIVE),
+        "gamma": Option(1.0, "weight of the final outputs' cross-entropy", rule=NOT_NEGATIVE),
+        "kd_weight": Option(1.0, "weight of the final outputs' tau^2 KL", rule=NOT_NEGATIVE),
     }
 
     def final_terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -48,11 +47,11 @@ class BenchmarkMethod(mhkd.Method):
 class FitNet(BenchmarkMethod):
     """Hints (Romero et al. 2015): mean squared error between one feature of each network.
 
-    The student's goes through a convolution to the teacher's size, batch norm and ReLU. The feature
-    is that of the second unit; of a vgg, as in the benchmark, that of the third.
+    A convolution, batch norm and ReLU map the student's feature to the size of the teacher's. It is
+    the feature of the second unit; for a vgg, as in the benchmark, that of the third.
     """
 
-    options = {"fitnet_weight": Option(100.0, "weight of fitnet's term", rule=NOT_NEGATIVE)}
+    options = {"fitnet_weight": Option(100.0, "weight of the FitNet term", rule=NOT_NEGATIVE)}
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
         super().__init__(config, student, teacher, data)
@@ -64,7 +63,7 @@ class FitNet(BenchmarkMethod):
             conv = nn.ConvTranspose2d(channels, target, 4, stride=2, padding=1)
         elif s[0] >= t[0]:
             conv = nn.Conv2d(channels, target, [1 + a - b for a, b in zip(s, t)])
-        else:  # the benchmark has no such pair
+        else:  # does not occur in the benchmark
             conv = nn.ConvTranspose2d(channels, target, [1 + b - a for a, b in zip(s, t)])
         self.regressor = nn.Sequential(conv, nn.BatchNorm2d(target), nn.ReLU())
 
@@ -81,7 +80,7 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Correlation congruence of embeddings [B, D] (Peng et al. 2019), as in the CRD benchmark.
 
     With delta = student - teacher: the mean over neighbours i, i + 1 of
-    sum_d |delta_i,d| |delta_i+1,d|. It sends gradients to both. NaN for one row, which has no pair.
+    sum_d |delta_i,d| |delta_i+1,d|. Both inputs get gradients. NaN for a single row.
     """
     delta = (student - teacher).abs()  # [B, D]
     return (delta[:-1] * delta[1:]).sum(dim=1).mean()
@@ -93,7 +92,8 @@ EMBED_DIM = {"embed_dim": Option(128, "length of the embeddings", int, COUNT)}
 class CorrelationCongruence(BenchmarkMethod):
     """Correlation congruence (Peng et al. 2019) of linearly embedded penultimate features."""
 
-    options = EMBED_DIM | {"cc_weight": Option(0.02, "weight of cc's term", rule=NOT_NEGATIVE)}
+    needs_penultimate = True
+    options = EMBED_DIM | {"cc_weight": Option(0.02, "weight of the CC term", rule=NOT_NEGATIVE)}
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
         super().__init__(config, student, teacher, data)
@@ -113,17 +113,17 @@ def rkd_loss(
 
     As in the CRD benchmark: distance_weight * smooth L1 of the pairwise distances, each divided by
     its own mean over those above 0, plus angle_weight * smooth L1 of the cosines of the angles of
-    all triplets. No gradient goes to the teacher. Takes memory for B * B * (C + C' + B) numbers.
+    all triplets. The teacher gets no gradient. Needs memory for B * B * (C + C' + B) numbers.
     """
 
     def relations(x: Tensor) -> tuple[Tensor, Tensor]:
-        difference = x[None, :, :] - x[:, None, :]  # [B, B, C], at [i, j] the way from i to j
+        difference = x[None, :, :] - x[:, None, :]  # [B, B, C], [i, j] is x_j - x_i
         distance = difference.norm(dim=2)  # [B, B]; its gradient at 0 is 0
         apart = distance > 0
         mean = distance.sum() / apart.sum().clamp(min=1)
-        # A distance of 0 has no direction: it gives a cosine of 0 and a finite gradient.
+        # A distance of 0 has no direction; the cosine is 0 and the gradient finite.
         direction = difference / torch.where(apart, distance, 1)[:, :, None]
-        cosine = direction @ direction.transpose(1, 2)  # [B, B, B], at [i, j, k] of the angle at i
+        cosine = direction @ direction.transpose(1, 2)  # [B, B, B], [i, j, k]: at i
         return distance / torch.where(mean > 0, mean, 1), cosine
 
     (d_s, c_s), (d_t, c_t) = relations(student), relations(teacher.detach())
@@ -133,7 +133,8 @@ def rkd_loss(
 class RelationalDistillation(BenchmarkMethod):
     """Relational knowledge distillation (Park et al. 2019) of the penultimate features."""
 
-    options = {"rkd_weight": Option(1.0, "weight of rkd's term", rule=NOT_NEGATIVE)}
+    needs_penultimate = True
+    options = {"rkd_weight": Option(1.0, "weight of the RKD term", rule=NOT_NEGATIVE)}
 
     def own_terms(self, batch: Batch) -> dict[str, Tensor]:
         rkd = rkd_loss(batch.student.penultimate, batch.teacher.penultimate)
@@ -143,33 +144,33 @@ class RelationalDistillation(BenchmarkMethod):
 class CRDLoss(nn.Module):
     """Contrastive representation distillation (Tian, Krishnan, Isola 2020), as in their benchmark.
 
-    Both features go through a linear layer to `embed_dim` and are normalised. Two memory banks hold
-    an embedding of each training sample, one for each network. The student's embedding is told
-    from the teacher bank which row is its own sample's among rows of other classes, and the
-    reverse. With anchor v, bank row u and N samples
+    A linear layer maps both features to `embed_dim`, then they are normalised. Two memory banks
+    contain an embedding of each training sample, one for each network. The student's embedding is
+    contrasted with the teacher's bank: its own sample against samples of other classes; and the
+    teacher's embedding with the student's bank. With anchor v, bank row u and N samples
 
         P(u) = exp(v.u / tau) / Z,  Z = N * mean of exp(v.u / tau) over the first batch, then fixed
         loss = - 1/B sum_b [ log P+ / (P+ + m/N + eps) + sum over m negatives of
                              log (m/N) / (P- + m/N + eps) ]
 
     for both directions together, eps = 1e-7. Afterwards (in training mode) the batch's rows become
-    normalise(momentum * old + (1 - momentum) * new). The banks are buffers: they belong to the
-    state dict. Under torch.distributed every process stores the rows of all.
+    normalise(momentum * old + (1 - momentum) * new). The banks are buffers in the state dict. Under
+    torch.distributed every process stores the rows of all processes.
 
-    Scores are computed against the whole bank, one matrix product, and picked out afterwards: B * N
-    numbers instead of the B * m * embed_dim of gathered rows, 40 times fewer at m = 16384 and
-    N = 50000.
+    The scores with the whole bank are one matrix product, from which the needed ones are gathered.
+    This takes B * N numbers instead of B * m * embed_dim for gathered rows, 40 times fewer for
+    m = 16384 and N = 50000.
 
     Args:
         student_dim, teacher_dim: lengths of the two features.
         num_samples: N, of the training set.
         embed_dim, negatives, tau, momentum: as above; m = negatives.
         labels: class indices [N] of all training samples, to draw negatives of other classes than
-            the anchor's, uniformly and without replacement where there are enough. Not needed where
+            the anchor's, uniformly, and without replacement if there are enough. Not needed if
             `contrast` is given.
 
     Raises:
-        ValueError: no labels and no contrast; labels of one class only, or not [N].
+        ValueError: neither labels nor contrast; labels of a single class, or not [N].
     """
 
     EPSILON = 1e-7
@@ -213,9 +214,9 @@ class CRDLoss(nn.Module):
         N, m, B = self.num_samples, self.negatives, len(indices)
         keys = torch.rand(B, N, device=indices.device)
         keys.masked_fill_(self.labels == self.labels[indices, None], -1)  # below other classes'
-        # The places of the m largest of independent random keys: a choice without replacement.
+        # The m largest of independent random keys: a choice without replacement.
         negatives = keys.topk(min(m, N), dim=1, sorted=not self.enough).indices
-        if not self.enough:  # all of the other classes, and to fill up some of them again
+        if not self.enough:  # all of the other classes, then some of them again
             others = self.others[indices, None]  # [B, 1]
             again = (torch.rand(B, m, device=indices.device) * others).long().clamp(max=others - 1)
             place = torch.arange(m, device=indices.device).expand(B, m)
@@ -225,14 +226,14 @@ class CRDLoss(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, indices: Tensor, contrast: Tensor | None = None
     ) -> Tensor:
-        """Penultimate features [B, C], [B, C'], places in the training set [B]; a scalar.
+        """Penultimate features [B, C], [B, C'], indices of the training set [B]; returns a scalar.
 
-        contrast: the bank rows to contrast with [B, 1 + m], the positive first; else drawn.
+        contrast: bank rows [B, 1 + m], the positive one first. Default: drawn.
         """
         contrast = self.draw(indices) if contrast is None else contrast
         v_s = F.normalize(self.embed_student(student), dim=1)  # [B, embed_dim]
         v_t = F.normalize(self.embed_teacher(teacher), dim=1)
-        # A bank may not change before the backward has read it: the update makes a new one.
+        # The backward pass reads the banks, so the update creates new ones.
         scores = [v_s @ self.teacher_bank.T, v_t @ self.student_bank.T]  # [B, N] each
         loss = sum(self._nce(score, contrast, i) for i, score in enumerate(scores))
         if self.training:
@@ -241,14 +242,14 @@ class CRDLoss(nn.Module):
 
     def _nce(self, scores: Tensor, contrast: Tensor, direction: int) -> Tensor:
         m, N = contrast.shape[1] - 1, self.num_samples
-        likeness = (scores.gather(1, contrast) / self.tau).exp()  # [B, 1 + m]
-        first = mhkd.average_over_processes(N * likeness.detach().mean())
+        similarity = (scores.gather(1, contrast) / self.tau).exp()  # [B, 1 + m]
+        first = mhkd.average_over_processes(N * similarity.detach().mean())
         Z = torch.where(self.normaliser[direction] > 0, self.normaliser[direction], first)
         if self.training:
             self.normaliser = torch.stack(
                 [Z if i == direction else self.normaliser[i] for i in (0, 1)]
             )
-        p, q = likeness / Z, m / N + self.EPSILON
+        p, q = similarity / Z, m / N + self.EPSILON
         positive, negative = p[:, :1], p[:, 1:]
         per_row = (positive / (positive + q)).log().sum(dim=1)
         return -(per_row + ((m / N) / (negative + q)).log().sum(dim=1)).mean()
@@ -265,17 +266,18 @@ class CRDLoss(nn.Module):
 class ContrastiveDistillation(BenchmarkMethod):
     """Contrastive representation distillation (Tian et al. 2020) of the penultimate features."""
 
+    needs_penultimate = True
     options = EMBED_DIM | {
-        "crd_weight": Option(0.8, "weight of crd's term", rule=NOT_NEGATIVE),
-        "crd_tau": Option(0.07, "temperature of crd", rule=POSITIVE),
-        "negatives": Option(16384, "negatives for each image", int, COUNT),
+        "crd_weight": Option(0.8, "weight of the CRD term", rule=NOT_NEGATIVE),
+        "crd_tau": Option(0.07, "temperature of CRD", rule=POSITIVE),
+        "negatives": Option(16384, "negative samples for each image", int, COUNT),
     }
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
         super().__init__(config, student, teacher, data)
         o, labels = self.options, data.train_labels
         if len(labels.unique()) < 2:
-            raise mhkd.UsageError("--method crd needs training images of two classes at least")
+            raise mhkd.UsageError("--method crd needs training images of at least two classes")
         sizes = student.width, teacher.width, len(labels), o.embed_dim, o.negatives
         self.crd = CRDLoss(*sizes, o.crd_tau, labels=labels)
 
@@ -291,7 +293,7 @@ def lsh_loss(
 
     Binary cross-entropy between sigmoid(W f_s + b) and the teacher's hash bits 1[W f_t + b > 0],
     for weight W [H, C] and bias b [H]: the mean over the bits and the rows that are `counted` (bool
-    [B], None: all), 0 where none is. No gradient goes to the teacher.
+    [B], default: all), 0 if there are none. The teacher gets no gradient.
     """
     bits = (F.linear(teacher.detach(), weight, bias) > 0).to(student.dtype)  # [B, H]
     logits = F.linear(student, weight, bias)
@@ -300,7 +302,7 @@ def lsh_loss(
 
 
 def mean_of_counted(rows: Tensor, counted: Tensor | None) -> Tensor:
-    """The mean of values [B] where `counted`, without asking the device how many that are."""
+    """The mean of the values [B] where `counted`, without waiting for the device."""
     if counted is None:
         return rows.mean()
     return torch.where(counted, rows, 0).sum() / counted.sum().clamp(min=1)
@@ -309,20 +311,21 @@ def mean_of_counted(rows: Tensor, counted: Tensor | None) -> Tensor:
 class FeatureMimicking(mhkd.Method):
     """Feature mimicking with LSH (Wang, Ge, Wu 2021, "Distilling knowledge by mimicking features").
 
-    The penultimate features' direction and length, no KL. A student whose penultimate feature has
-    another width gets a linear layer to the teacher's width before its classifier while it trains;
-    nothing is between the two, so they fold into the plain network's classifier.
+    The student learns the teacher's penultimate feature; there is no KL. If the widths differ, the
+    student has a linear layer to the teacher's width before its classifier during training. Nothing
+    is between the two layers, so they are merged into one classifier afterwards.
     """
 
+    needs_penultimate = True
     options = {
-        "lsh_weight": Option(6.0, "weight of lsh's term", rule=NOT_NEGATIVE),
-        "lsh_bits": Option(32, "hash bits for each entry of the teacher's feature", int, COUNT),
+        "lsh_weight": Option(6.0, "weight of the LSH term", rule=NOT_NEGATIVE),
+        "lsh_bits": Option(32, "hash bits per entry of the teacher's feature", int, COUNT),
         "lsh_samples": Option(
-            "correct", "samples that count: correct, those the teacher gets right, or all",
+            "correct", "correct: samples that the teacher classifies correctly; or all",
             str, mhkd.one_of("correct", "all"),
         ),
     }  # fmt: skip
-    HASH_VALUES = 2**24  # at once: 64 MiB, where all, [N, 32 C], would take 13 GB for C = 2048
+    HASH_VALUES = 2**24  # at a time, 64 MiB; all of them, [N, 32 C], take 13 GB for C = 2048
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
         super().__init__(config, student, teacher, data)
@@ -337,21 +340,22 @@ class FeatureMimicking(mhkd.Method):
     ) -> None:
         rest = {"example_input": example}
         own, its = (FeatureExtractor(n, [], num_classes, **rest) for n in (student, teacher))
-        if own.width != its.width:
+        if own.width and its.width and own.width != its.width:
             widened = WidenedClassifier(own.width, its.width, num_classes)
             student.set_submodule(own.classifier, widened)
 
     @classmethod
-    def plain(cls, student: nn.Module) -> nn.Module:
-        student = copy.deepcopy(student)
-        for name, module in list(student.named_modules()):
+    def plain(cls, student: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = dict(state)
+        for name, module in student.named_modules():
             if isinstance(module, WidenedClassifier):
-                student.set_submodule(name, module.folded())
-        return student
+                state = {k: t for k, t in state.items() if not k.startswith(f"{name}.")}
+                state |= {f"{name}.{k}": t for k, t in module.folded().state_dict().items()}
+        return state
 
     @torch.no_grad()
     def prepare(self, teacher: FeatureExtractor, batches: Callable[[], Iterator]) -> None:
-        """b = - the (lower) median of W f_t over the training set: each bit is set for half."""
+        """b = - the (lower) median of W f_t over the training set: half of the bits are set."""
         features = torch.cat([teacher(images).penultimate for images, _, _ in batches()])  # [N, C]
         parts = self.weight.split(max(1, self.HASH_VALUES // len(features)))  # some bits at a time
         medians = [(part @ features.T).median(dim=1).values for part in parts]
@@ -367,13 +371,13 @@ class FeatureMimicking(mhkd.Method):
 
 
 class WidenedClassifier(nn.Sequential):
-    """Two linear layers in a row, C -> width -> K, in the place of a network's classifier."""
+    """Two linear layers, C -> width -> K, in place of a network's classifier."""
 
     def __init__(self, in_features: int, width: int, num_classes: int):
         super().__init__(nn.Linear(in_features, width), nn.Linear(width, num_classes))
 
     def folded(self) -> nn.Linear:
-        """The one linear layer that computes the same, W2 (W1 x + b1) + b2, from float64."""
+        """One linear layer that computes the same, W2 (W1 x + b1) + b2, merged in float64."""
         folded = nn.Linear(self[0].in_features, self[1].out_features).to(self[0].weight)
         # On the CPU: MPS has no float64.
         W1, b1, W2, b2 = (p.detach().cpu().double() for p in self.parameters())
@@ -387,8 +391,8 @@ def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, tau: flo
     """BinaryKL-Norm of logits [B, K] (Yang et al. 2024, "Dual-head knowledge distillation").
 
     tau^2 / B * the sum over rows and classes of
-    KL(Bernoulli(1/2) || Bernoulli(sigmoid((z_s - z_t) / tau))). No gradient goes to the teacher.
-    By log-sigmoid, which stays finite where the sigmoid rounds to 0 or 1.
+    KL(Bernoulli(1/2) || Bernoulli(sigmoid((z_s - z_t) / tau))). The teacher gets no gradient. The
+    log-sigmoid stays finite where the sigmoid rounds to 0 or 1.
     """
     x = (student_logits - teacher_logits.detach()) / tau  # [B, K]
     kl = -(F.logsigmoid(x) + F.logsigmoid(-x)) / 2 - math.log(2)
@@ -398,18 +402,19 @@ def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, tau: flo
 class DualHead(mhkd.Method):
     """Dual-head knowledge distillation (Yang et al. 2024): the teacher trains a second classifier.
 
-    The student's own classifier sees the cross-entropy alone. Where the two gradients disagree the
-    second one is aligned: the part that points against the first is taken off.
+    The student's own classifier gets only the cross-entropy. If the two gradients disagree, the
+    second is aligned: its component opposite to the first is removed.
     """
 
+    needs_penultimate = True
     options = {
-        "dhkd_weight": Option(1.0, "weight of dhkd's term", rule=NOT_NEGATIVE),
-        "dhkd_tau": Option(2.0, "temperature of dhkd", rule=POSITIVE),
+        "dhkd_weight": Option(1.0, "weight of the DHKD term", rule=NOT_NEGATIVE),
+        "dhkd_tau": Option(2.0, "temperature of DHKD", rule=POSITIVE),
         "dhkd_head": Option(
-            "nonlinear", "second classifier, nonlinear or linear",
+            "nonlinear", "second classifier: nonlinear or linear",
             str, mhkd.one_of("nonlinear", "linear"),
         ),
-        "dhkd_align": Option(True, "align the gradients", bool),
+        "dhkd_align": Option(True, "align the gradients of the two classifiers", bool),
     }  # fmt: skip
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
@@ -432,7 +437,7 @@ class DualHead(mhkd.Method):
         parameters = [*student, *others]
         g2 = gradient_of(terms["dhkd"], parameters, retain_graph=True)
         g1 = gradient_of(sum(t for name, t in terms.items() if name != "dhkd"), parameters)
-        n = sum(p.numel() for p in student)  # the two are compared on the student alone
+        n = sum(p.numel() for p in student)  # compared on the student's parameters
         dot, square = g1[:n] @ g2[:n], g1[:n] @ g1[:n]
         against = torch.where(square > 0, dot.clamp(max=0) / square, 0)
         g1[:n] *= 1 - against  # g1 + (g2 - against * g1)
@@ -442,7 +447,7 @@ class DualHead(mhkd.Method):
 
 
 def gradient_of(term: Tensor, parameters: Sequence[Tensor], retain_graph: bool = False) -> Tensor:
-    """The gradient over all parameters as one vector, the mean over the processes."""
+    """The gradient of all parameters as one vector, averaged over the processes."""
     options = {"allow_unused": True, "materialize_grads": True, "retain_graph": retain_graph}
     gradients = torch.autograd.grad(term, parameters, **options)
     return mhkd.average_over_processes(torch.cat([g.flatten() for g in gradients]))

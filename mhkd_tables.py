@@ -1,35 +1,43 @@
 #!/usr/bin/env python3
-"""Which runs the paper's tables and the small study need, and the report of what has run.
+"""Compute the paper's tables or the small study, and write a report of finished runs.
 
-    python mhkd_tables.py plan table1,table2                   # their runs: done or todo
-    python mhkd_tables.py plan table1 --pairs vgg13:vgg8 --methods kd,mhkd --seeds 0 --epochs 60
-    python mhkd_tables.py plan small --methods ce,kd,mhkd --seeds 0,1,2
-    python mhkd_tables.py report runs                          # tables and pictures, written there
+    python mhkd_tables.py run table1,table2 --jobs 2     # their runs, two at a time, and a report
+    python mhkd_tables.py run table1 --dry-run           # print the commands and which are done
+    python mhkd_tables.py run table1 --pairs vgg13:vgg8 --methods kd,mhkd --seeds 0 --epochs 60
+    python mhkd_tables.py report runs                    # the report of the runs in a folder
 
-`plan` knows table1, table2, table3 and small, the study of docs/measurements.md, and takes any
-option of mhkd.py for all runs, or for those that have it. It prints a line for each run: done or
-todo, teacher or student, the arguments for mhkd.py, with tabs between; run_all.sh computes them. A
-method "mhkd:2" is MHKD with the head of unit 2 alone, "kd:gamma=1" KD with that option.
+`run` computes table1, table2, table3 or small (the study of docs/measurements.md) by commands
+`python mhkd.py ...`. Their output is also written to OUT/logs. Finished runs are not repeated.
+--seeds, --pairs and --methods select a part. Options of mhkd.py apply to all runs, or to those
+whose method has them. --jobs is the number of runs at a time (default: 1; small: one per core). The
+method "mhkd:2" is MHKD with the head of unit 2 only, "kd:gamma=1" is KD with that option.
 
-`report` compares first what is alike: runs of one data set, pair, teacher and recipe. The paper's
-tables follow, for runs of its recipe in full, then all runs. It writes report.md and, where
-matplotlib is installed, a picture of each pair.
+`report` writes report.md and, if matplotlib is installed, pictures. It compares runs with the same
+data set, teacher, student and recipe. The paper's tables contain runs of its full recipe only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mhkd
+import mhkd_runs
 from mhkd import Config, UsageError
 
 # --------------------------------------------------------------------------------------------------
@@ -43,7 +51,7 @@ class Table:
     def __init__(self, title: str, dataset: str, text: str):
         self.title, self.dataset = title, dataset
         self.pairs, *lines = [line.split() for line in text.strip().splitlines()]
-        self.paper = {row: figures for row, *figures in lines}
+        self.paper = {row: accuracies for row, *accuracies in lines}
         self.rows = [row for row in self.paper if row != "teacher"]
 
 
@@ -82,265 +90,412 @@ TABLES = {
         mhkd         95.38(0.03)  94.70(0.04)  94.45(0.07)  95.88(0.01)  96.68(0.03)
     """),
 }  # fmt: skip
-# The paper's data sets have so many classes, this among them; other images are not theirs.
+# The number of classes of the paper's data sets and one of their names, to recognise other images.
 CLASSES = {"cifar100": (100, "aquarium_fish"), "svhn": (10, "7")}
 
-# The second protocol of docs/measurements.md. The teacher learns from all images, the students from
-# 5,000. For each pair: (rows, their number of seeds), in the order in which they are computed.
+# The second protocol of docs/measurements.md. The teacher is trained on all images, the students on
+# 5,000. For each pair: rows and number of seeds, in the order in which they are computed.
 STUDY = {"dataset": "cifar100", "image_size": 16, "device": "cpu", "backend": "reference"}
 STUDY_TEACHER = STUDY | {"student": "wrn_16_2", "method": "ce", "epochs": 30}
-STUDY_STUDENT = STUDY | {"subset": 5000, "epochs": 60}
-STUDY_STUDENT |= {"options": {"head_width": 64, "head_stride": 2}}
-EQUAL = ":gamma=1:kd_weight=1"  # final cross-entropy and divergence both with weight 1
-BEST = EQUAL + ":teacher_heads=pretrained"
-FACTORIAL = ["mhkd" + heads for heads in ("", ":teacher_heads=pretrained", ":teacher_heads=logits")]
-FACTORIAL = [row + weights for row in ("kd", *FACTORIAL) for weights in ("", EQUAL)]
+STUDY_RECIPE = {"image_size": 16, "subset": 5000, "epochs": 60}
+STUDY_STUDENT = STUDY | STUDY_RECIPE | {"options": {"head_width": 64, "head_stride": 2}}
+PAIR_A, PAIR_B = "wrn_16_2:resnet8", "wrn_16_2:shufflenetv2"
+EQUAL = ":gamma=1:kd_weight=1"  # final cross-entropy and KL with weights 1/1; default: 0.1/0.9
+PRETRAINED = ":teacher_heads=pretrained"
+BEST = EQUAL + PRETRAINED
+FACTORIAL = ["kd", "mhkd", "mhkd" + PRETRAINED, "mhkd:teacher_heads=logits"]
+FACTORIAL = [row + weights for row in FACTORIAL for weights in ("", EQUAL)]
 OTHERS = ["mhkd:units=1", "mhkd:units=2", "mhkd:units=3", "mhkd:head_ce=0", "mhkd:head_stride=1"]
 OTHERS = [row + BEST for row in (*OTHERS, "crd+mhkd")]
 SMALL_ROWS = [
-    ("wrn_16_2:resnet8", ["ce", *FACTORIAL], 10),
-    ("wrn_16_2:shufflenetv2", ["ce", "kd", "kd" + EQUAL, FACTORIAL[4], FACTORIAL[5]], 5),
-    ("wrn_16_2:resnet8", [*OTHERS, "fitnet", "cc", "rkd", "crd", "lsh", "dhkd"], 5),
+    (PAIR_A, ["ce", *FACTORIAL], 10),
+    (PAIR_B, ["ce", "kd", "kd" + EQUAL, "mhkd" + PRETRAINED, "mhkd" + PRETRAINED + EQUAL], 5),
+    (PAIR_A, [*OTHERS, "fitnet", "cc", "rkd", "crd", "lsh", "dhkd"], 5),
+]
+PRIMARY = [  # a claim about pair A, and the two rows of their order in it
+    ("MHKD (pretrained) above KD, both 1/1", "mhkd" + BEST, "kd" + EQUAL),
+    ("MHKD (pretrained) above KD, both 0.1/0.9", "mhkd" + PRETRAINED, "kd"),
+    ("MHKD (scratch) above KD, both 1/1", "mhkd" + EQUAL, "kd" + EQUAL),
+    ("MHKD pretrained above scratch, both 1/1", "mhkd" + BEST, "mhkd" + EQUAL),
 ]
 
-
 # --------------------------------------------------------------------------------------------------
-# 2. The plan
+# 2. The runs that they need
 # --------------------------------------------------------------------------------------------------
 
 INSTEAD = {"--method": "methods", "--seed": "seeds", "--teacher": "pairs", "--student": "pairs"}
 
 
 def cells(name: str, seeds: Sequence[int] = ()) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-    """Pair, row, seed and settings of each run. Seeds narrow the study's, and replace a table's."""
+    """Pair, row, seed and settings of each run. A table may have any seeds, the study its own."""
     if name == "small":
-        for pair, rows, number in SMALL_ROWS:
-            for seed, row in itertools.product(range(number), rows):
-                if seed in (seeds or [seed]):
-                    yield pair, row, seed, STUDY_STUDENT
-        return
-    table = TABLES[mhkd.check_name("table", name, [*TABLES, "small"])]
-    for pair, seed, row in itertools.product(table.pairs, seeds or range(3), table.rows):
-        yield pair, row, seed, {"dataset": table.dataset, "options": {}}
+        blocks, settings = SMALL_ROWS, STUDY_STUDENT
+    else:
+        table = TABLES[mhkd.check_name("table", name, [*TABLES, "small"])]
+        blocks = [(pair, table.rows, 3) for pair in table.pairs]
+        settings = {"dataset": table.dataset}
+    for pair, rows, number in blocks:
+        for seed, row in itertools.product(seeds or range(number), rows):
+            if seed < number or name != "small":
+                yield pair, row, seed, settings
 
 
-def settings_of(row: str, declared: Mapping[str, mhkd.Option]) -> dict[str, Any]:
-    """The options that a row names: "mhkd:2" is unit 2 alone, "kd:gamma=1" that option."""
-    found = {}
-    for part in row.split(":")[1:]:
+def options_of(row: str) -> dict[str, mhkd.Option]:
+    return mhkd.method_options(mhkd.find_methods(row.split(":")[0]))
+
+
+def config_of(pair: str, row: str, seed: int, settings: Mapping, options: Mapping = {}) -> Config:
+    """The run of a cell. Options in the row's name come first, then `options`, then settings."""
+    declared, (method, *parts) = options_of(row), row.split(":")
+    chosen = {**settings.get("options", {}), **options}
+    for part in parts:
         name, _, value = part.rpartition("=")
         name = name or "units"
-        found[name] = declared[mhkd.check_name("option", name, declared)].parse(value)
-    return found
+        chosen[name] = declared[name].parse(value)
+    chosen = {name: value for name, value in chosen.items() if name in declared}
+    teacher, student = pair.split(":")
+    own = {"teacher": teacher, "student": student, "method": method, "seed": seed}
+    return Config(**{**settings, **own, "options": chosen})
 
 
-def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[list[Config], list[Config]]:
-    """The runs that tables need, each once: the teachers, and the others.
-
-    arguments: --seeds, --pairs, --methods, and options of mhkd.py for the runs that have them.
-    """
+def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Config], list[Config]]:
+    """The parsed arguments, and the runs that tables need, each once: teachers, then the others."""
     every = [cell for name in tables for cell in cells(name)]
     pairs, rows = (dict.fromkeys(cell[i] for cell in every) for i in (0, 1))
-    declared = {row: mhkd.method_options(mhkd.find_methods(row.split(":")[0])) for row in rows}
-    known = {name: option for options in declared.values() for name, option in options.items()}
+    known = {name: option for row in rows for name, option in options_of(row).items()}
 
     def extra(parser: Any) -> None:
         parser.add_argument("--seeds", type=mhkd.integers, default=())
         parser.add_argument("--pairs", type=mhkd.words, default=pairs)
         parser.add_argument("--methods", type=mhkd.words, default=rows)
+        parser.add_argument("--jobs", type=int)
+        parser.add_argument("--dry-run", action="store_true")
         for name, option in known.items():
             mhkd.add_option(parser, name, option)
 
     for flag in {argument.partition("=")[0] for argument in arguments} & {*INSTEAD}:
-        raise UsageError(f"a plan takes --{INSTEAD[flag]}, not {flag}")
+        raise UsageError(f"`run` takes --{INSTEAD[flag]}, not {flag}")
     # ce has no options of its own, so those of all rows can be added.
     given, fields = mhkd.parse_config(["--method", "ce", *arguments], extra)
     options = {name: value for name in known if (value := getattr(given, name)) is not None}
-    for what, names, there in (("pair", given.pairs, pairs), ("row", given.methods, rows)):
+    for what, names, existing in (("pair", given.pairs, pairs), ("row", given.methods, rows)):
         for name in names:
-            mhkd.check_name(what, name, there)
+            mhkd.check_name(what, name, existing)
+    if given.jobs is not None and given.jobs < 1:
+        raise UsageError("--jobs must be at least 1")
 
-    study_teacher = Config(**{**STUDY_TEACHER, **fields, "seed": 0, "teacher_weights": None})
-    study_weights = Path(study_teacher.out) / mhkd.name_of(study_teacher, study_teacher.differs())
+    del fields["options"], fields["method"]
+    study_teacher = Config(**{**STUDY_TEACHER, **fields, "teacher_weights": None})
+    name = mhkd.name_of(study_teacher, study_teacher.differs)
+    study_weights = str(Path(study_teacher.out) / name / "student.pt")
     teachers, others = [], []
     for pair, row, seed, own in (cell for name in tables for cell in cells(name, given.seeds)):
         if pair in given.pairs and row in given.methods:
-            teacher, student = pair.split(":")
-            chosen = {**own["options"], **options, **settings_of(row, declared[row])}
-            of_teacher = {} if row == "ce" else {"teacher": teacher}
-            if own is STUDY_STUDENT and of_teacher:
-                of_teacher["teacher_weights"] = str(study_weights / "student.pt")
-            config = Config(**{
-                **own, **of_teacher, **fields, "seed": seed, "student": student,
-                "method": row.split(":")[0],
-                "options": {name: v for name, v in chosen.items() if name in declared[row]},
-            })  # fmt: skip
-            if config not in others:
-                others.append(config)
-            if own is STUDY_STUDENT and of_teacher and "teacher_weights" not in fields:
-                trained_first = study_teacher
-            elif config.teacher and not config.teacher_weights:
-                trained_first = config.of_teacher()
-            else:
-                continue
-            if trained_first not in teachers:
-                teachers.append(trained_first)
+            of_study = {"teacher_weights": study_weights} if own is STUDY_STUDENT else {}
+            config = config_of(pair, row, seed, {**own, **of_study, **fields}, options)
+            others.append(config)
+            if config.teacher and "teacher_weights" not in fields:
+                teachers.append(study_teacher if of_study else config.of_teacher())
     if not others:
         raise UsageError("no run is left with these --seeds, --pairs and --methods")
     for name in {*options}.difference(*(config.options for config in others)):
         raise UsageError(mhkd.foreign_option(name, others[-1].method))
     if len({config.teacher for config in others if config.teacher_weights}) > 1:
-        raise UsageError("--teacher-weights is for one teacher: narrow the plan to its pairs")
+        raise UsageError("--teacher-weights is for one teacher: select its pairs with --pairs")
     if (path := fields.get("teacher_weights")) and not Path(path).is_file():
         raise UsageError(f"there is no checkpoint '{path}'")
-    return teachers, [config for config in others if config not in teachers]
+    teachers = [c for i, c in enumerate(teachers) if c not in teachers[:i]]
+    return given, teachers, [c for i, c in enumerate(others) if c not in teachers + others[:i]]
 
 
 def key_of(recorded: Mapping[str, Any], data: str, teacher_sha256: str | None = None) -> str:
-    """What makes a run another one, where it was recorded and where it is planned."""
+    """A text that is the same for a recorded run and a planned run if they are the same."""
     folder = os.path.abspath(data) if recorded["dataset"] == "folder" else None
-    return json.dumps([{"processes": 1, **recorded}, folder, teacher_sha256], sort_keys=True)
+    values = {"processes": 1, **recorded, **recorded["options"], "options": None}
+    values = {n: v for n, v in values.items() if v is not None}  # older records have fewer fields
+    return json.dumps([values, folder, teacher_sha256], sort_keys=True)
 
 
-def print_plan(tables: Sequence[str], arguments: Sequence[str]) -> None:
-    """A line for each run; done is what the planned teacher itself has taught."""
-    teachers, others = plan(tables, arguments)
-    runs, _ = read_runs((teachers + others)[0].out)
-    there = {run["key"]: run["student_sha256"] for run in runs if run["has_student"]}
-    for phase, configs in (("teacher", teachers), ("student", others)):
-        for config in configs:
-            taught_by = None
-            if config.teacher_weights:
-                weights = Path(config.teacher_weights)
-                taught_by = mhkd.sha256_of(weights) if weights.is_file() else "to be trained"
-            elif config.teacher:
-                teacher = config.of_teacher()
-                taught_by = there.get(key_of(teacher.recorded(), teacher.data))
-            state = "done" if key_of(config.recorded(), config.data, taught_by) in there else "todo"
-            print(f"{state}\t{phase}\t{shlex.join(arguments_of(config))}")
+def are_done(configs: Sequence[Config]) -> list[bool]:
+    """Whether each run has finished, with the planned teacher, and its student.pt exists."""
+    runs, _ = read_runs(configs[0].out)
+    finished = {run["key"]: run["student_sha256"] for run in runs if run["has_student"]}
+    done = []
+    for config in configs:
+        taught_by = None
+        if config.teacher_weights:
+            weights = Path(config.teacher_weights)
+            taught_by = mhkd_runs.sha256_of(weights) if weights.is_file() else "not trained yet"
+        elif config.teacher:
+            teacher = config.of_teacher()
+            taught_by = finished.get(key_of(teacher.recorded(), teacher.data))
+        done.append(key_of(config.recorded(), config.data, taught_by) in finished)
+    return done
 
 
 def arguments_of(config: Config) -> list[str]:
-    """The command line of a configuration: what is not left to the recipe."""
-    given = {"method": config.method, **config.given, **config.given["options"]}
-    del given["options"]
+    """The arguments for mhkd.py that make this configuration."""
+    values = {"method": config.method, **config.arguments()}
+    values |= values.pop("options")
     arguments = []
-    for name, value in given.items():
-        flag = name.replace("_", "-")
+    for name, value in values.items():
         if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+            arguments.append(mhkd.flag_of(name if value else f"no_{name}"))
         else:
-            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            arguments += [f"--{flag}", str(value)]
+            text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+            arguments += [mhkd.flag_of(name), text]
     return arguments
 
 
+def command_of(config: Config) -> str:
+    return f"python mhkd.py {shlex.join(arguments_of(config))}"
+
+
 # --------------------------------------------------------------------------------------------------
-# 3. Records, what can be compared, and statistics
+# 3. Computing them
+# --------------------------------------------------------------------------------------------------
+
+
+def run(tables: Sequence[str], arguments: Sequence[str]) -> None:
+    """Compute the runs of tables that are not done, then write and print the report."""
+    given, teachers, others = plan(tables, arguments)
+    configs, cores = teachers + others, os.cpu_count() or 1
+    done, jobs = are_done(configs), given.jobs or (cores if "small" in tables else 1)
+    counts, left = f"{sum(done)} of {len(done)} runs are done", len(done) - sum(done)
+    if "small" in tables:
+        hours, minutes = divmod(math.ceil(left / jobs) * 6, 60)
+        print(f"{left} runs, {jobs} at a time: about {hours} h {minutes} min, if each takes "
+              "6 minutes, as in the full protocol")  # fmt: skip
+    if given.dry_run:
+        for config, finished in zip(configs, done):
+            print(f"{'done' if finished else 'todo'}  {command_of(config)}")
+        print(counts)
+        return
+    out = Path(configs[0].out)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    print(f"{counts}; the output of the others is also written to {out / 'logs'}", flush=True)
+    environment = dict(os.environ)
+    if "small" in tables:
+        environment["OMP_NUM_THREADS"] = "1"  # part of the protocol
+    elif jobs > 1:  # runs that all use every core slow each other down
+        environment.setdefault("OMP_NUM_THREADS", str(math.ceil(cores / jobs)))
+    pool = Pool(jobs, environment)
+    todo = [(out / f"logs/{i:03}.log", c) for i, c in enumerate(configs, 1) if not done[i - 1]]
+    for phase in (teachers, others):  # teachers are trained before their students
+        pool.run([item for item in todo if item[1] in phase])
+    if any(out.glob("*/result.json")):
+        print(report(out))
+    if pool.failed:
+        first = f"{len(pool.failed)} of {left} runs failed:"
+        raise UsageError("\n  ".join([first, *pool.failed]))
+
+
+class Pool:
+    """Processes of mhkd.py, some at a time. A run that fails does not stop the others."""
+
+    def __init__(self, jobs: int, environment: Mapping[str, str]):
+        self.jobs, self.environment = jobs, environment
+        self.failed: list[str] = []  # command and last line of the output
+        self.processes: list[subprocess.Popen] = []
+        self.stopped = False
+
+    def run(self, todo: Sequence[tuple[Path, Config]]) -> None:
+        """Run configurations, each with a file for its output.
+
+        Raises:
+            KeyboardInterrupt: this process or one of the runs was interrupted.
+        """
+        with ThreadPoolExecutor(self.jobs) as threads:
+            try:
+                list(threads.map(self._run_one, todo))
+            except BaseException as error:
+                self.stopped = True
+                # Ctrl-C has reached the processes, too; other signals have not.
+                ctrl_c = isinstance(error, KeyboardInterrupt) and not error.args
+                for process in self.processes:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(10 if ctrl_c else 0)
+                    process.terminate()
+                raise
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    def _run_one(self, item: tuple[Path, Config]) -> None:
+        path, config = item
+        if self.stopped:
+            return
+        print(f"+ {command_of(config)}", flush=True)
+        process = subprocess.Popen(
+            [sys.executable, mhkd.__file__, *arguments_of(config)], env=self.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+        self.processes.append(process)
+        if self.stopped:  # meanwhile
+            process.terminate()
+        last = ""
+        with process, open(path, "w", buffering=1) as log:
+            for line in process.stdout:
+                log.write(line)
+                print(line, end="", flush=True)
+                last = line.strip() or last
+        if process.returncode in (130, -signal.SIGINT):
+            self.stopped = True
+        elif process.returncode:
+            self.failed.append(f"{command_of(config)}: {last}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Records, and which of them can be compared
 # --------------------------------------------------------------------------------------------------
 
 KEYS = """name config differs teacher_sha256 teacher_accuracy data_sha256 student_sha256 accuracy
-    class_accuracy best_accuracy best_epoch epochs seconds environments""".split()
+    class_accuracy epochs seconds environments""".split()
 
 
 def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The records directly below a folder, and a sentence for each file that cannot be used.
 
-    Each has its "key", its "curve", accuracies by epoch, and whether it still "has_student".
+    Each also gets its "key", its "curve" (test accuracies by epoch), the "train_accuracy" of the
+    last epoch (None without a log), and whether it still "has_student".
     """
     runs, unusable = [], []
     for path in sorted(Path(folder).glob("*/result.json")):
         student, log = path.with_name("student.pt"), path.with_name("log.jsonl")
         try:
-            run = mhkd.read_json(path, *KEYS)
+            run = mhkd_runs.read_json(path, *KEYS)
             if "options" not in run["config"]:
                 raise UsageError(f"'{path}' is of another version")
-            same = student.is_file() and mhkd.sha256_of(student) == run["student_sha256"]
-        except (UsageError, OSError) as error:
+            key = key_of(run["config"], run["environments"][-1]["data"], run["teacher_sha256"])
+            same = student.is_file() and mhkd_runs.sha256_of(student) == run["student_sha256"]
+        except (UsageError, mhkd_runs.RunError, OSError) as error:
             unusable.append(str(error))
             continue
+        curve, train = {run["epochs"]: run["accuracy"]}, None
         try:
             entries = [json.loads(line) for line in log.read_text().splitlines()]
-            curve = {entry["epoch"]: float(entry["test_accuracy"]) for entry in entries}
-            if [*curve] != [*range(1, run["epochs"] + 1)]:
+            found = {entry["epoch"]: float(entry["test_accuracy"]) for entry in entries}
+            if [*found] != [*range(1, run["epochs"] + 1)]:
                 raise ValueError(f"it does not have the {run['epochs']} epochs of the record")
+            curve, train = found, float(entries[-1]["train_accuracy"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             unusable.append(f"'{log}' is damaged ({error}): its curve is left out")
-            curve = {run["epochs"]: run["accuracy"]}
-        key = key_of(run["config"], run["environments"][-1]["data"], run["teacher_sha256"])
-        runs.append({**run, "key": key, "curve": curve, "has_student": same})
+        run |= {"key": key, "curve": curve, "train_accuracy": train, "has_student": same}
+        runs.append(run)
     return runs, unusable
 
 
-OF_TEACHER = {"teacher_weights", "teacher_seed", "teacher_init", "teacher_units", "student_units"}
-ORDER = ("student alone", "kd", "fitnet", "cc", "rkd", "crd", "lsh", "dhkd", "mhkd", "crd+mhkd")
+def final_weights(options: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """tau and the weights of cross-entropy and KL on the final outputs; None for other terms.
+
+    kd and mhkd have an alpha, from which a weight follows that is None (or missing in old records).
+    """
+    alpha, gamma, kl = (options.get(name) for name in ("alpha", "gamma", "kd_weight"))
+    if alpha is None and gamma is None:
+        return None
+    gamma, kl = 1 - alpha if gamma is None else gamma, alpha if kl is None else kl
+    return options["tau"], round(gamma, 9), round(kl, 9)
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """Runs that differ only in their seed."""
+
+    name: str
+    method: str
+    options: dict[str, Any]  # those that differ from the recipe
+    weights: tuple[float, float, float] | None  # see final_weights()
+    runs: dict[int, dict[str, Any]]  # by seed
+
+    def values(self, name: str = "accuracy") -> list[float]:
+        return [run[name] for run in self.runs.values() if run[name] is not None]
+
+    def minus(self, base: Row | None) -> list[float]:
+        """Differences of the test accuracy over the seeds that both rows have."""
+        seeds = sorted(self.runs.keys() & base.runs.keys()) if base and base is not self else []
+        return [self.runs[seed]["accuracy"] - base.runs[seed]["accuracy"] for seed in seeds]
+
+
+OF_TEACHER = {name for name in Config.__dataclass_fields__ if name.startswith("teacher_")}
+OF_TEACHER |= {"student_units"}
+ORDER = ("ce", "kd", "fitnet", "cc", "rkd", "crd", "lsh", "dhkd", "mhkd", "crd+mhkd")
+OTHERWISE = {"teacher_weights", "mean", "std"}  # shown as hash and normalisation
+IN_NAME = {"units", "gamma", "kd_weight"}  # options that are always part of a row's name
 
 
 class Group:
-    """Runs that can be compared: rows of accuracies by seed, and of curves. `twice` is in none."""
+    """Runs that can be compared, as rows. `twice`: names of runs whose row has their seed twice."""
 
     def __init__(self, runs: Sequence[dict[str, Any]]):
-        self.one = runs[-1]  # networks alone come first: where there is a teacher, it taught this
+        self.one = runs[-1]  # runs without a teacher come first
         config, data = self.one["config"], self.one["config"]["dataset"]
         self.teacher, self.student = config["teacher"], config["student"]
         if data == "folder":
             data += f" '{Path(self.one['environments'][-1]['data']).name}'"
         pair = f"{self.teacher} → {self.student}" if self.teacher else f"{self.student} alone"
         self.title = f"{data}: {pair}"
-        self.apart: dict[str, Any] = {}  # what sets all runs apart from the recipe
-        self.rows: dict[str, dict[int, float]] = {}
-        self.curves: dict[str, list[dict[int, float]]] = {}
+        self.common: dict[str, Any] = {}  # what differs from the recipe and is in no row's name
         self.twice: list[str] = []
         values: dict[str, set[str]] = {}
         for run in runs:
             for name, value in run["config"]["options"].items():
                 values.setdefault(name, set()).add(str(value))
-        different = {name for name, found in values.items() if len(found) > 1} | {"units"}
+        in_name = {name for name, found in values.items() if len(found) > 1} | IN_NAME
+        rows: dict[str, Row] = {}
         for run in runs:
-            own = {name: value for name, value in run["differs"].items() if name in different}
-            self.apart |= {n: v for n, v in run["differs"].items() if n not in own}
-            method, seed = run["config"]["method"], run["config"]["seed"]
-            row = ", ".join(["student alone" if method == "ce" else method, *shown(own)])
-            if seed in self.rows.setdefault(row, {}):
+            c, differs = run["config"], run["differs"]
+            self.common |= {n: v for n, v in differs.items() if n not in in_name | OTHERWISE}
+            own = {n: v for n, v in differs.items() if n in in_name}
+            name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])
+            options = {n: v for n, v in differs.items() if n in c["options"]}
+            new = Row(name, c["method"], options, final_weights(c["options"]), {})
+            if rows.setdefault(name, new).runs.setdefault(c["seed"], run) is not run:
                 self.twice.append(run["name"])
-            else:
-                self.rows[row][seed] = run["accuracy"]
-                self.curves.setdefault(row, []).append(run["curve"])
-        self.rows = dict(sorted(self.rows.items(), key=place_of))
+        methods = [*ORDER, *sorted({row.method for row in rows.values()} - {*ORDER})]
+        self.rows = sorted(rows.values(), key=lambda row: (methods.index(row.method), row.name))
 
-    def differences(self, row: str, base: str) -> list[float]:
-        """Those of the seeds that both rows have."""
-        mine, theirs = self.rows[row], self.rows[base]
-        return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    def alone(self, row: Row | None = None) -> Row | None:
+        return next((r for r in self.rows if r.method == "ce"), None)
 
+    def kd_of(self, row: Row) -> Row | None:
+        """The row of kd with the same temperature and weights of the final outputs."""
+        return next((r for r in self.rows if r.method == "kd" and r.weights == row.weights), None)
 
-def place_of(row: tuple[str, Any]) -> tuple[int, str]:
-    method = row[0].split(",")[0]
-    return (*ORDER, method).index(method), row[0]
+    def differences(self, base_of: Any) -> dict[str, list[float]]:
+        """Each row minus its base, base_of(row), for the rows that have one."""
+        found = {row.name: row.minus(base_of(row)) for row in self.rows}
+        return {name: values for name, values in found.items() if values}
 
 
 def shown(settings: Mapping[str, Any]) -> list[str]:
-    values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in settings.items()}
-    return [f"{name} {value}" for name, value in values.items()]
+    def text(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return ",".join(map(text, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return [f"{name} {text(value)}" for name, value in settings.items()]
+
+
+def recipe_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from the recipe, without method, teacher and normalisation."""
+    others = OF_TEACHER.union(run["config"]["options"], OTHERWISE)
+    return {name: value for name, value in run["differs"].items() if name not in others}
 
 
 def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
-    """What can be compared. Networks alone stand beside the pairs that they belong to."""
-    # Older records do not tell the normalisation: it was the data set's, which others tell.
+    """What can be compared. Runs without a teacher belong to the groups of all teachers."""
+    # Older records lack the normalisation: it was the data set's, which newer ones may contain.
     usual, others = {}, {"teacher_weights", "teacher_init", "student_init"}
+    runs = [run for run in runs if run["config"]["method"] != "heads"]
     for run in runs:
         if "normalisation" in run and others.isdisjoint(run["differs"]):
             usual[run["data_sha256"]] = run["normalisation"]
     alike: dict[str, dict[str | None, list]] = {}
-    runs = [run for run in runs if run["config"]["method"] != "heads"]
     for run in runs:
         c, data = run["config"], run["data_sha256"]
-        of_others = OF_TEACHER.union(c["options"])
-        recipe = {n: v for n, v in run["differs"].items() if n not in of_others}
         used = run.get("normalisation", usual.get(data))
-        network = json.dumps([c["dataset"], c["student"], recipe, data, used], sort_keys=True)
+        network = [c["dataset"], c["student"], recipe_of(run), data, used]
         teacher = json.dumps([run["teacher_sha256"], c["teacher_units"], c["student_units"]])
-        by_teacher = alike.setdefault(network, {})
+        by_teacher = alike.setdefault(json.dumps(network, sort_keys=True), {})
         by_teacher.setdefault(teacher if c["teacher"] else None, []).append(run)
     teachers, groups = {run["teacher_sha256"] for run in runs}, []
     for by_teacher in alike.values():
@@ -351,56 +506,136 @@ def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
     return groups
 
 
-def mean_and_std(values: Collection[float]) -> str:
+# --------------------------------------------------------------------------------------------------
+# 5. Statistics, and the claims of the second protocol
+# --------------------------------------------------------------------------------------------------
+
+
+def mean_and_std(values: Sequence[float]) -> str:
     std = f" ({statistics.stdev(values):.2f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{std}"
+    return f"{statistics.mean(values):.2f}{std}" if values else ""
 
 
-T = (12.7062, 4.3027, 3.1825, 2.7765, 2.5706, 2.4470, 2.3647, 2.3061, 2.2622)  # for n = 2 to 10
+@functools.cache
+def students_t(p: float, freedom: int) -> float:
+    """The quantile of Student's t distribution at p, which is above 0.5.
+
+    For t = sqrt(freedom) tan(a) the density is proportional to cos(a)^(freedom - 1).
+    """
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+
+    def integral(a: float, steps: int = 400) -> float:  # from 0, by Simpson's rule
+        y = [math.cos(a * i / steps) ** (freedom - 1) for i in range(steps + 1)]
+        return scale * a / steps / 3 * (y[0] + 4 * sum(y[1::2]) + 2 * sum(y[2:-1:2]) + y[-1])
+
+    low, high = 0.0, min(math.pi / 2, 30 / math.sqrt(freedom))
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if integral(middle) < p - 0.5 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
-def difference(values: Sequence[float]) -> tuple[float, float, str]:
-    """The mean, half of its 95 % interval by Student's t, and both with the standard error."""
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """The mean, its standard error, and half of its interval by Student's t; NaN for one value."""
     n, mean = len(values), statistics.mean(values)
     if n == 1:
-        return mean, math.nan, f"{mean:+.2f}, n=1"
+        return mean, math.nan, math.nan
     error = statistics.stdev(values) / math.sqrt(n)
-    # Beyond n = 10 never below the true value, and at most 0.5 % above.
-    half = error * (T[n - 2] if n <= 10 else 1.96 + 2.72 / (n - 1))
-    return mean, half, f"{mean:+.2f} ± {error:.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n={n}"
+    return mean, error, error * students_t((1 + level) / 2, n - 1)
+
+
+def estimate(values: Sequence[float], level: float = 0.95) -> str:
+    mean, error, half = interval(values, level)
+    if len(values) == 1:
+        return f"{mean:+.2f}"
+    return f"{mean:+.2f} ± {error:.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def claims(runs: Sequence[dict[str, Any]]) -> str:
+    """The claims of the second protocol as a table; "" if no run with a teacher belongs to it."""
+    lines: list[list[str]] = []
+
+    def add(claim: str, row: Row | None, base: Row | None, level: float) -> None:
+        text, verdict, values = "–", "undecided", row.minus(base) if row else []
+        if values:
+            text, (mean, _, half) = estimate(values, level), interval(values, level)
+            if abs(mean) > half:
+                verdict = "supported" if mean > 0 else "contradicted"
+        lines.append([claim, str(len(values)), text, verdict])
+
+    for group in group_runs([run for run in runs if recipe_of(run) == STUDY_RECIPE]):
+        pair = f"{group.teacher}:{group.student}"
+        if group.one["config"]["dataset"] != "cifar100" or pair not in (PAIR_A, PAIR_B):
+            continue
+        find = functools.partial(find_row, group, pair)
+        primary = [(t, find(row), find(base)) for t, row, base in PRIMARY if pair == PAIR_A]
+        for claim, row, base in primary:
+            add(f"primary: {claim}", row, base, 1 - 0.05 / len(PRIMARY))
+        pairs = [(row, base) for row in group.rows for base in (group.kd_of(row), group.alone())]
+        pairs += [(find("mhkd" + BEST), find(f"mhkd:units={unit}" + BEST)) for unit in (1, 2, 3)]
+        for row, base in pairs:
+            if row and row.minus(base) and (row, base) not in [claim[1:] for claim in primary]:
+                add(f"{group.student}: {row.name} above {base.name}", row, base, 0.95)
+        by_accuracy = sorted(group.rows, key=lambda row: statistics.mean(row.values()))
+        best = {row.method: row for row in by_accuracy}
+        if best.keys() >= {"kd", "mhkd"}:
+            row, base = best["mhkd"], best["kd"]
+            claim = f"{group.student}: best mhkd ({row.name}) above best kd ({base.name})"
+            add(claim, row, base, 0.95)
+    return markdown(["claim", "n", "difference", "verdict"], lines) if lines else ""
+
+
+def find_row(group: Group, pair: str, name: str) -> Row | None:
+    """The row of a group that a name in SMALL_ROWS describes."""
+    config = config_of(pair, name, 0, STUDY_STUDENT)
+    options = {n: v for n, v in config.differs.items() if n in config.options}
+    same = (config.method, json.loads(json.dumps(options)))
+    return next((row for row in group.rows if (row.method, row.options) == same), None)
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. The report and its pictures
+# 6. The report and its pictures
 # --------------------------------------------------------------------------------------------------
 
 EXPLANATION = """\
-Test accuracy after the last epoch, in percent: mean (standard deviation of the sample) of n runs.
-Runs of one seed are pairs: differences are over the seeds that both rows have, mean ± standard
-error with the 95 % interval by Student's t."""
+Accuracies are those of the last epoch, in percent: mean (standard deviation) of n seeds.
+Differences of test accuracy are paired by seed: mean ± standard error [95 % interval by Student's
+t]. KD of the same weights has the row's weights of cross-entropy and KL on the final outputs."""
+CLAIMS = """\
+Primary claims have intervals at level 98.75 % (0.05 / 4), the others at 95 %. A claim is supported
+or contradicted if its interval excludes 0. n is the number of seeds so far. The best rows are
+chosen by the same test images."""
 
 
 def report(folder: str | Path) -> str:
-    """The text of report.md, which is written there, with pictures, of the runs below a folder."""
+    """The text of report.md, which is written, with pictures, to the folder of the runs."""
     folder = Path(folder)
     runs, unusable = read_runs(folder)
     if not runs:
         raise UsageError("; ".join([f"there is no finished run below '{folder}'", *unusable]))
     groups = group_runs(runs)
     parts = ["# What has run", EXPLANATION]
-    for group, name in zip(groups, draw(folder, groups)):
-        parts += [group_table(group)] + [f"![accuracy]({name})"] * bool(name)
+    for group, picture in zip(groups, draw(folder, groups)):
+        parts += [group_table(group), picture, completion(group, folder)]
+    if text := claims(runs):
+        parts += ["# Claims of the second study", CLAIMS, text]
     papers = [text for table in TABLES.values() if (text := paper_table(table, runs))]
     parts += papers and ["# The paper's tables, for runs of its recipe in full", *papers]
-    parts += ["# All runs", list_of_runs(runs)]
+    header = ["run", "test accuracy, %", "epochs", "minutes"]
+    rows = [
+        [run["name"], f"{run['accuracy']:.2f}", run["epochs"], f"{run['seconds'] / 60:.1f}"]
+        for run in runs
+    ]
+    parts += ["# All runs", markdown(header, rows)]
     if lost := [run["name"] for run in runs if not run["has_student"]]:
         parts.append(f"The student.pt of its record is not beside {', '.join(lost)}.")
     twice = sorted({name for group in groups for name in group.twice})
-    unusable += [f"'{name}' is not compared: its seed is there twice" for name in twice]
+    unusable += [f"'{name}' is not compared: another run has its row and seed" for name in twice]
     if unusable:
         parts += ["# Not used", "\n".join(f"- {sentence}" for sentence in unusable)]
-    text = "\n\n".join(parts)
-    mhkd.write_atomically(folder / "report.md", lambda file: file.write(f"{text}\n".encode()))
+    text = "\n\n".join(filter(None, parts))
+    path = folder / "report.md"
+    mhkd_runs.write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
     return text
 
 
@@ -409,35 +644,49 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]])
 
 
-def list_of_runs(runs: Iterable[Mapping[str, Any]]) -> str:
-    rows = []
-    for run in runs:
-        best = f"{run['best_accuracy']:.2f} ({run['best_epoch']})"
-        minutes = f"{run['seconds'] / 60:.1f}"
-        rows.append([run["name"], f"{run['accuracy']:.2f}", best, run["epochs"], minutes])
-    header = ["run", "last epoch, %", "best epoch, % (which)", "epochs", "minutes"]
-    return markdown(header, rows)
-
-
 def group_table(group: Group) -> str:
-    one, bases = group.one, [row for row in ("student alone", "kd") if row in group.rows]
-    apart = ", ".join(shown(group.apart))
-    facts = [f"Apart from the recipe: {apart or 'nothing'}"]
+    one, rows = group.one, group.rows
+    facts = [f"Different from the recipe: {', '.join(shown(group.common)) or 'nothing'}"]
     facts += [f"data {one['data_sha256'][:8]}, {len(one['class_accuracy'])} classes"]
     if "normalisation" in one:
         facts += [f"normalised by {', '.join(shown(one['normalisation']))}"]
-    rows = []
+    columns = {"": [row.name for row in rows]}
+    columns["test accuracy, %"] = [mean_and_std(row.values()) for row in rows]
+    columns["train accuracy, %"] = [mean_and_std(row.values("train_accuracy")) for row in rows]
+    columns["n"] = [str(len(row.runs)) for row in rows]
+    bases = {"minus student alone": group.alone, "minus kd of the same weights": group.kd_of}
+    for title, base_of in bases.items():
+        found = group.differences(base_of)
+        texts = {name: f"{estimate(values)}, n={len(values)}" for name, values in found.items()}
+        columns[title] = [texts.get(row.name, "") for row in rows]
+    columns = {title: column for title, column in columns.items() if any(column)}
+    lines = [*zip(*columns.values())]
     if group.teacher:
         facts += [f"teacher {one['teacher_sha256'][:8]}"]
         accuracy = f"{one['teacher_accuracy']:.2f}"
-        rows.append([f"teacher {group.teacher}", accuracy, "", *("" for _ in bases)])
-    for row, accuracies in group.rows.items():
-        rows.append([row, mean_and_std(accuracies.values()), len(accuracies)])
-        for base in bases:
-            values = group.differences(row, base) if row != base else []
-            rows[-1].append(difference(values)[-1] if values else "")
-    header = ["", "accuracy, %", "n", *(f"minus {base}" for base in bases)]
-    return f"## {group.title}\n\n{'; '.join(facts)}.\n\n{markdown(header, rows)}"
+        lines.insert(0, (f"teacher {group.teacher}", accuracy, *[""] * (len(columns) - 2)))
+    return f"## {group.title}\n\n{'; '.join(facts)}.\n\n{markdown([*columns], lines)}"
+
+
+def completion(group: Group, folder: Path) -> str:
+    """The commands of the student alone and of KD, if nothing of a group can be compared."""
+    if not group.teacher or group.differences(group.alone) or group.differences(group.kd_of):
+        return ""
+    commands = []
+    for run in group.rows[-1].runs.values():
+        here, c = run["environments"][-1], {**run["config"], "out": str(folder)}
+        c |= {"data": here["data"], "teacher_weights": here.get("teacher_weights")}
+        c = {n: tuple(v) if isinstance(v, list) else v for n, v in c.items()}
+        c = {n: v for n, v in c.items() if n in Config.__dataclass_fields__}
+        own = {n: v for n, v in c["options"].items() if n in options_of("kd")}
+        changes = {"ce": {"options": {}}, "kd": {"options": own}}
+        if c["teacher_weights"]:  # whose normalisation the student used
+            changes["ce"] |= {n: tuple(v) for n, v in run.get("normalisation", {}).items()}
+        for method, given in changes.items():
+            if method != c["method"]:
+                with contextlib.suppress(UsageError):  # a method or data set of a user's program
+                    commands.append(f"    {command_of(Config(**c | given | {'method': method}))}")
+    return "\n".join(["These commands complete the comparison:\n", *commands]) if commands else ""
 
 
 def row_in_paper(run: Mapping[str, Any]) -> str | None:
@@ -451,7 +700,7 @@ def row_in_paper(run: Mapping[str, Any]) -> str | None:
 
 
 def paper_table(table: Table, runs: Iterable[Mapping[str, Any]]) -> str:
-    """The table as the paper lays it out, our figures beside its own; empty where we have none."""
+    """A table as in the paper, with our accuracies beside the paper's; "" if we have none."""
     found: dict[tuple, dict[int, float]] = {}
     for run in runs:
         c, row = run["config"], row_in_paper(run)
@@ -459,63 +708,72 @@ def paper_table(table: Table, runs: Iterable[Mapping[str, Any]]) -> str:
             cell = found.setdefault((row, c["teacher"], c["student"]), {})
             cell.setdefault(c["seed"], run["accuracy"])
     lines = []
-    for row, figures in table.paper.items():
+    for row, accuracies in table.paper.items():
         lines.append([row])
-        for pair, figure in zip(table.pairs, figures):
+        for pair, accuracy in zip(table.pairs, accuracies):
             teacher, student = pair.split(":")
             alone = {"ce": student, "teacher": teacher}.get(row)
-            ours = found.get(("ce", None, alone) if alone else (row, teacher, student), {}).values()
+            key = ("ce", None, alone) if alone else (row, teacher, student)
+            ours = [*found.get(key, {}).values()]
             text = f"{mean_and_std(ours)}, n={len(ours)}" if ours else "–"
-            lines[-1].append(f"{text} / {figure}")
+            lines[-1].append(f"{text} / {accuracy}")
     header = ["ours / the paper's", *(pair.replace(":", " → ") for pair in table.pairs)]
     return f"## {table.title}\n\n{markdown(header, lines)}" if found else ""
 
 
-COLORS = {"student alone": "C7", "kd": "C0", "mhkd": "C1"}
+COLORS = {"ce": "C7", "kd": "C0", "mhkd": "C1"}
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 8, "savefig.dpi": 200}
 STYLE |= {"axes.titlesize": 8, "lines.linewidth": 1.2, "legend.frameon": False}
 
 
 def draw(folder: Path, groups: Sequence[Group]) -> Iterator[str]:
-    """A picture of each group, curves and how the rows compare; its name, or ""."""
+    """Draw a picture of each group with differences: curves, differences. A link to it, or ""."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        mhkd.say("note: no pictures without matplotlib: pip install matplotlib")
+        mhkd.log("note: no pictures without matplotlib: pip install matplotlib")
         yield from [""] * len(groups)
         return
     stems: list[str] = []
     for group in groups:
+        base = "kd of the same weights"
+        if not (differences := group.differences(group.kd_of)):
+            base, differences = "student alone", group.differences(group.alone)
+        if not differences:
+            yield ""
+            continue
         parts = (group.one["config"]["dataset"], group.teacher, group.student)
-        stem = "-".join(mhkd.in_file_name(part) for part in parts if part)
-        stems.append(stem)
-        name = f"{stem}-{stems.count(stem)}.png"
+        stems.append("-".join(mhkd_runs.in_file_name(part) for part in parts))
+        path = folder / f"{stems[-1]}-{stems.count(stems[-1])}.png"
         with matplotlib.rc_context(STYLE):
-            size = (7, max(2.8, 1 + 0.2 * len(group.rows)))
+            size = (7, max(2.8, 1 + 0.3 * len(differences)))
             figure = Figure(figsize=size, layout="constrained")
-            curves, dots = figure.subplots(1, 2)
-            draw_curves(curves, group)
-            draw_differences(dots, group)
-            figure.legend(loc="outside lower center", ncols=4)
-            mhkd.write_atomically(folder / name, lambda f, fig=figure: fig.savefig(f, format="png"))
-        yield name
+            left, right = figure.subplots(1, 2)
+            draw_curves(left, group)
+            draw_differences(right, group, differences)
+            right.set(xlabel=f"minus {base},\npoints (95 % intervals)")
+            figure.legend(loc="outside lower center", ncols=2)
+            mhkd_runs.write_atomically(path, lambda f, fig=figure: fig.savefig(f, format="png"))
+        yield f"![accuracy]({path.name})"
 
 
 def draw_curves(axis: Any, group: Group) -> None:
-    """Accuracy over epochs, mean and range over seeds, of three rows."""
-    chosen = sorted(group.rows, key=lambda row: row not in COLORS)[: len(COLORS)]
-    for place, row in enumerate(chosen):
-        curves = group.curves[row]
+    """Test accuracy over epochs, mean and range over seeds, of the first row of three methods."""
+    first: dict[str, Row] = {}
+    for row in sorted(group.rows, key=lambda row: row.method not in COLORS):
+        first.setdefault(row.method, row)
+    for i, row in enumerate([*first.values()][:3]):
+        curves = row.values("curve")
         epochs = [epoch for epoch in curves[0] if all(epoch in curve for curve in curves)]
         values = [[curve[epoch] for curve in curves] for epoch in epochs]
         means, low, high = ([f(v) for v in values] for f in (statistics.mean, min, max))
-        color = COLORS.get(row, f"C{place + 2}")
+        color = COLORS.get(row.method, f"C{i + 2}")
         marker = "o" if len(epochs) < 12 else None
-        label = f"{row}, n={len(curves)}"
+        label = f"{row.name}, n={len(curves)}"
         axis.plot(epochs, means, color=color, marker=marker, markersize=3, label=label)
         axis.fill_between(epochs, low, high, color=color, alpha=0.2)
-        axis.vlines(epochs[-1], low[-1], high[-1], color=color)  # of one epoch there is no area
+        axis.vlines(epochs[-1], low[-1], high[-1], color=color)  # the area of one epoch is empty
     if group.teacher:
         accuracy = group.one["teacher_accuracy"]
         axis.axhline(accuracy, color="black", linestyle="--", label=f"teacher, {accuracy:.2f} %")
@@ -523,44 +781,36 @@ def draw_curves(axis: Any, group: Group) -> None:
     axis.set(xlabel="epoch", ylabel="test accuracy, %", title=group.title)
 
 
-def draw_differences(axis: Any, group: Group) -> None:
-    """All rows against KD, where it is missing the student alone, with their 95 % intervals."""
-    rows = [*group.rows]
-    base = next((row for row in ("kd", "student alone") if row in rows), rows[0])
-    for place, row in enumerate(rows):
-        if values := group.differences(row, base):
-            mean, half, _ = difference(values)
-            color = COLORS.get(row, "black")
-            axis.errorbar(mean, place, xerr=half, fmt="o", markersize=4, capsize=2, color=color)
-            if row in ("kd", "student alone"):
-                axis.axvline(mean, color=color, linewidth=0.8, zorder=0)
-    if group.teacher:
-        zero = statistics.mean(group.rows[base].values())
-        axis.axvline(group.one["teacher_accuracy"] - zero, color="black", linestyle="--")
-    axis.set_yticks(range(len(rows)), rows)
+def draw_differences(axis: Any, group: Group, differences: Mapping[str, list[float]]) -> None:
+    rows = [row for row in group.rows if row.name in differences]
+    for i, row in enumerate(rows):
+        mean, _, half = interval(differences[row.name])
+        color = COLORS.get(row.method, "black")
+        axis.errorbar(mean, i, xerr=half, fmt="o", markersize=4, capsize=2, color=color)
+    axis.axvline(0, color="black", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(rows)), [textwrap.fill(row.name, 26) for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set(xlabel=f"difference to {base}, points (95 % intervals)")
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Command line
+# 7. Command line
 # --------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
 
-    def run() -> None:
+    def command() -> None:
         if not arguments or {"-h", "--help"} & {*arguments}:
             print(__doc__)
         elif arguments[0] == "report" and len(arguments) == 2:
             print(report(arguments[1]))
-        elif arguments[0] == "plan" and len(arguments) > 1 and not arguments[1].startswith("-"):
-            print_plan(mhkd.words(arguments[1]), arguments[2:])
+        elif arguments[0] == "run" and len(arguments) > 1 and not arguments[1].startswith("-"):
+            run(mhkd.words(arguments[1]), arguments[2:])
         else:
-            raise UsageError("it is: report DIR, or: plan table1,table2,... [options], see --help")
+            raise UsageError("use `report DIR` or `run table1,table2,... [options]`, see --help")
 
-    return mhkd.command_line("mhkd_tables.py", run)
+    return mhkd.command_line("mhkd_tables.py", command)
 
 
 if __name__ == "__main__":

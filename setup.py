@@ -15,14 +15,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
-MODULES = ("mhkd", "mhkd_baselines", "mhkd_tables")
+MODULES = ("mhkd", "mhkd_baselines", "mhkd_custom", "mhkd_fused", "mhkd_runs", "mhkd_tables")
 OLDEST_ARCHITECTURE = 75  # Turing; older ones only where TORCH_CUDA_ARCH_LIST asks for them
 
 
 def say(line: str) -> None:
     print(f"mhkd: {line}", file=sys.stderr, flush=True)
+
+
+version = setuptools.__version__
+# Older versions build the extension, but no wheel.
+if "build_ext" not in sys.argv and tuple(map(int, version.split(".")[:2])) < (70, 1):
+    say(f"setuptools {version} is too old: run  pip install --upgrade 'setuptools>=70.1'")
+    sys.exit(1)
 
 
 def output_of(*command: str | Path) -> str:
@@ -68,7 +76,7 @@ def fused_extension():
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        say("the fused loss is left out: this build sees no PyTorch (use --no-build-isolation)")
+        say("the fused loss is left out: PyTorch is not visible (use --no-build-isolation)")
         return None, None
     compiler = cpp_extension.get_cxx_compiler().split()
     if shutil.which(compiler[0]) is None:
@@ -90,7 +98,7 @@ def fused_extension():
     depends = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
 
     def make(kind, sources, **settings):
-        extension = kind("mhkd_fused", sources, depends=depends, **settings)
+        extension = kind("_mhkd_fused", sources, depends=depends, **settings)
         extension.libraries.remove("torch_python")  # it needs no Python
         return extension
 
@@ -117,7 +125,7 @@ def fused_extension():
 
     class Build(cpp_extension.BuildExtension):
         def __init__(self, *args, **kwargs):
-            # a plain library: mhkd_fused.so
+            # a plain library: _mhkd_fused.so
             super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
         def build_extensions(self):

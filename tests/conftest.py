@@ -51,6 +51,14 @@ def python(*arguments, **keywords):
     return subprocess.run(command, text=True, timeout=300, **keywords)
 
 
+def user_errors():
+    """What a user's mistake raises."""
+    import mhkd
+    import mhkd_runs
+
+    return mhkd.UsageError, mhkd_runs.RunError
+
+
 def run(out, *arguments):
     """mhkd.py in this process; its exit status."""
     import mhkd

@@ -22,14 +22,14 @@ def test_bench_step_times_both_ways_and_the_parts_of_ours(tmp_path, capsys):
     pytest.importorskip("torchvision")
     figures = run(tmp_path, "step", *SMALL, "--methods", "kd,mhkd,rkd", "--precision", "bfloat16")
     ways = [row["ways"] for row in figures["rows"]]
-    assert [list(way) for way in ways] == [["ours", "the usual way"]] * 2 + [["ours"]]
+    assert [list(way) for way in ways] == [["ours", "conventional"]] * 2 + [["ours"]]
     for found in (found for way in ways for found in way.values()):
         assert found["images_per_second"] > 0 and found["peak_bytes"] > 0
-    parts = [set(row["shares"]) for row in figures["rows"][:2]]
+    parts = [set(row["fractions"]) for row in figures["rows"][:2]]
     assert parts[0] == {"data", "teacher", "student", "loss", "optimizer"}
     assert parts[1] == parts[0] | {"heads"}
     assert figures["environment"]["threads"] == 1
-    assert "freed memory is kept" in capsys.readouterr().out
+    assert "keep freed memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["kd", "mhkd"])
@@ -55,6 +55,6 @@ def test_bench_loss_compares_time_and_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS", 2)
     figures = run(tmp_path, "loss", "--no-compile")
     plain = figures["rows"][0]
-    assert plain["contestant"] == "plain PyTorch" and plain["gradient_bytes"] == 2 * 4 * 10 * 4
+    assert plain["implementation"] == "plain PyTorch" and plain["gradient_bytes"] == 2 * 4 * 10 * 4
     assert all(row["seconds"] > 0 for row in figures["rows"])
     assert plain["peak_bytes"] > plain["gradient_bytes"]

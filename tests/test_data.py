@@ -13,6 +13,8 @@ import torch
 from conftest import FOLDER, end_of, outcome, pixels, run, save_image, start
 
 import mhkd
+import mhkd_custom
+import mhkd_runs
 
 torchvision_datasets = pytest.importorskip("torchvision.datasets")
 pytest.importorskip("PIL")
@@ -100,7 +102,10 @@ def test_a_data_set_is_read_from_its_files_ordered_by_labels_and_pixels(
 
 
 @pytest.mark.parametrize("settings", [{}, {"subset": 30, "image_size": 16, "batch_size": 10}])
-def test_cifar100_as_folders_of_images_gives_the_same_bits(settings, archive, tmp_path):
+def test_cifar100_as_folders_of_images_gives_the_same_bits(
+    settings, archive, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(mhkd.SIZES, "cifar100", (100, 300))
     for part, (images, labels) in archive("cifar100").items():
         for i, (image, label) in enumerate(zip(images, labels)):
             place = tmp_path / "folders" / part / f"class{label:02}"
@@ -110,6 +115,15 @@ def test_cifar100_as_folders_of_images_gives_the_same_bits(settings, archive, tm
     assert one.sha256 == other.sha256
     assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
     assert (one.mean, one.std, one.classes) == (other.mean, other.std, other.classes)
+
+
+def test_folders_of_other_images_are_not_taken_for_cifar(tmp_path):
+    for i in range(8):
+        name = f"photos/{('train', 'test')[i % 2]}/{'ab'[i // 4]}/{i}.png"
+        save_image(tmp_path / name, pixels(40, 30, 3, seed=i))
+    for dataset in ("cifar10", "cifar100", "svhn"):
+        with pytest.raises(mhkd.UsageError, match="2 classes and 8 images.*--dataset folder"):
+            load(tmp_path / "photos", dataset, batch_size=2)
 
 
 @pytest.fixture
@@ -174,7 +188,7 @@ def test_a_folder_of_images_of_all_kinds_is_read_with_its_classes_and_measured(f
     data = of_folder(folder)
     train = images_of(data, "train")
     assert data.classes == ["cat", "dog"]
-    assert train.shape == (6, 32, 32, 3) and train.dtype == np.uint8 and data.mapped
+    assert train.shape == (6, 32, 32, 3) and train.dtype == np.uint8 and data.prefetch
     assert (labels_of(data, "train"), labels_of(data, "test")) == ([0, 0, 0, 1, 1, 1], [0, 1])
     assert np.array_equal(train[3], pixels(32, 32, 3, seed=5))  # pixel for pixel
     assert np.array_equal(images_of(data, "test")[0], pixels(32, 32, 3, seed=6))
@@ -183,14 +197,129 @@ def test_a_folder_of_images_of_all_kinds_is_read_with_its_classes_and_measured(f
     np.testing.assert_allclose(data.std, (train / 255).std(axis=(0, 1, 2)), atol=1e-6)
 
 
-def test_files_that_are_no_known_images_and_linked_folders_are_counted_and_named(folder, capsys):
-    for name in ("a.heic", "b.HEIC", "c.avif", "notes.txt", ".hidden"):
-        (folder / "train" / "cat" / name).write_text("not an image")
+def test_all_that_is_left_out_is_counted_and_named(folder, capsys):
+    wanted = of_folder(folder)
+    for place in ("train/cat", "train/cat/deeper"):
+        for name in ("._a.png", ".hidden.jpg", "a.heic", "b.HEIC", "notes", "x.txt"):
+            (folder / place / name).write_text("not an image")
+    for name in (".ipynb_checkpoints", "deeper/.thumbnails", "@eaDir", "deeper/@eaDir", "x.png"):
+        save_image(folder / "train" / "dog" / name / "a.png", pixels(32, 32, 3))
+    for name in (".git", "@eaDir", "__MACOSX"):  # they would be classes
+        save_image(folder / "train" / name / "a.png", pixels(32, 32, 3))
     (folder / "train" / "dog" / "linked").symlink_to(folder / "train" / "cat")
-    assert len(of_folder(folder).train) == 6
-    said = capsys.readouterr().out
-    assert f"files in '{folder}'" in said
-    assert "left out: 1 .avif, 2 .heic, 1 .txt, 1 linked\n" in said
+    (folder / "val" / "stray.png").write_text("not in a class")
+    (folder / "valid").mkdir()
+    capsys.readouterr()
+    data, (*_, facts) = of_folder(folder), mhkd_custom.from_folder(config(folder, dataset="folder"))
+    assert data.sha256 == wanted.sha256 and data.classes == ["cat", "dog"]
+    left_out = {"hidden": 11, ".heic": 4, "without suffix": 2, ".txt": 2, "linked folders": 1}
+    left_out |= {"folders named like images": 1, "outside of class folders": 1}
+    assert facts == {"left_out": left_out | {"folders that are not used": 1}, "unreadable": []}
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith(f"note: in '{folder}' these are left out: ")
+    for part in ("1 linked folders (train/dog/linked)", "1 folders that are not used (valid)",
+                 "4 .heic (train/cat/a.heic, train/cat/b.HEIC, train/cat/deeper/a.heic, ...)",
+                 "1 folders named like images (train/dog/x.png)", "(val/stray.png)"):  # fmt: skip
+        assert part in said
+    assert of_folder(folder, skip_unreadable=True).sha256 == wanted.sha256
+
+
+def test_nothing_is_said_where_nothing_is_left_out(folder, capsys):
+    *_, facts = mhkd_custom.from_folder(config(folder, dataset="folder"))
+    assert facts == {"left_out": {}, "unreadable": []} and capsys.readouterr().out == ""
+
+
+def test_a_folder_named_valid_holds_the_test_images(folder):
+    wanted = of_folder(folder)
+    (folder / "val").rename(folder / "valid")
+    data = of_folder(folder)
+    assert data.sha256 == wanted.sha256 and len(data.test) == 2
+
+
+# Images that cannot be read
+
+
+def damage(folder):
+    """Images that cannot be read, in all ways: their names, in the order of the data set."""
+    save_image(folder / "train" / "cat" / "cut.png", pixels(40, 40, 3, seed=70))
+    content = (folder / "train" / "cat" / "cut.png").read_bytes()
+    (folder / "train" / "cat" / "cut.png").write_bytes(content[: len(content) // 2])
+    (folder / "train" / "dog" / "empty.jpg").write_bytes(b"")
+    os.mkfifo(folder / "train" / "dog" / "fifo.png")
+    (folder / "train" / "dog" / "link.png").symlink_to("nothing")
+    (folder / "val" / "cat" / "a.png").write_text("text")
+    names = ("cat/cut.png", "dog/empty.jpg", "dog/fifo.png", "dog/link.png")
+    return [*(f"train/{name}" for name in names), "val/cat/a.png"]
+
+
+def test_all_images_that_cannot_be_read_are_listed_at_once(folder):
+    names = damage(folder)
+    with pytest.raises(mhkd.UsageError) as error:
+        of_folder(folder)
+    said = str(error.value)
+    assert said.startswith("5 of 13 images cannot be read (") and "\n" not in said
+    listed = ", ".join(f"'{folder / name}'" for name in names)
+    assert said.endswith(f"): remove them, or leave them out with --skip-unreadable: {listed}")
+    for i in range(10):
+        (folder / "train" / "cat" / f"{i}.png").write_text("text")
+    with pytest.raises(mhkd.UsageError, match="15 of 23 images") as error:
+        of_folder(folder)
+    assert str(error.value).count("'/") == 11 and str(error.value).endswith("9.png', ...")
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_images_that_cannot_be_read_can_be_left_out(
+    chunk, folder, decoded, monkeypatch, capsys, failing
+):
+    monkeypatch.setattr(mhkd_custom, "CHUNK", chunk)
+    wanted, names = of_folder(folder), damage(folder)
+    with pytest.raises(mhkd.UsageError):
+        of_folder(folder)
+    decoded.clear()
+    data = of_folder(folder, skip_unreadable=True)  # all of them have been tried before
+    assert not decoded
+    assert data.sha256 == wanted.sha256 and torch.equal(data.images, wanted.images)
+    assert torch.equal(data.labels, wanted.labels) and torch.equal(data.train, wanted.train)
+    capsys.readouterr()
+    settings = config(folder, dataset="folder", out=folder.parent / "out", skip_unreadable=True)
+    *_, facts = mhkd_custom.from_folder(settings)
+    assert facts == {"left_out": {}, "unreadable": names}
+    listed = ", ".join(f"'{folder / name}'" for name in names)
+    assert capsys.readouterr().out.endswith(
+        f"5 of 13 images cannot be read: left out are {listed}\n"
+    )
+    small = of_folder(folder, skip_unreadable=True, subset=2)
+    assert small.sha256 == of_folder(folder, skip_unreadable=True, subset=2).sha256
+    assert len(small.train) == 2 and len(small.images) == 4
+    # They are tried again without the option, and their repair is noticed.
+    with pytest.raises(mhkd.UsageError, match="5 of 13 images cannot be read"):
+        of_folder(folder)
+    (folder / names[0]).unlink()
+    save_image(folder / names[0], pixels(32, 32, 3, seed=71))
+    assert len(of_folder(folder, skip_unreadable=True).train) == 7
+
+
+def test_a_class_without_readable_images_is_named(folder):
+    (folder / "val" / "dog" / "e.jpeg").write_bytes(b"")
+    message = "class folder '.*val/dog' contains no images that can be used"
+    for _ in range(2):
+        with pytest.raises(mhkd.UsageError, match=message):
+            of_folder(folder, skip_unreadable=True)
+    for path in folder.rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(mhkd.UsageError, match="contains no images that can be used"):
+        of_folder(folder, skip_unreadable=True)
+
+
+def test_a_run_without_unreadable_images_goes_to_its_end_and_records_them(
+    folder, failing, tmp_path
+):
+    damage(folder)
+    assert "5 of 13 images cannot be read" in failing(tmp_path / "out", *FOLDER, folder)
+    assert run(tmp_path / "out", *FOLDER, folder, "--skip-unreadable") == 0
+    (path,) = (tmp_path / "out").glob("folder*/result.json")
+    facts = mhkd_runs.read_json(path)["data_facts"]
+    assert len(facts["unreadable"]) == 5 and facts["left_out"] == {}
 
 
 @pytest.mark.parametrize("upright", [True, False])
@@ -225,7 +354,7 @@ def test_images_of_one_colour_can_be_normalised(folder):
     for path in folder.rglob("*.*"):
         save_image(path, np.full((32, 32, 3), 90, np.uint8))
     data = of_folder(folder)
-    assert data.middle(data.train).isfinite().all()
+    assert data.center_crop(data.train).isfinite().all()
 
 
 def test_an_epoch_from_a_mapping_has_every_image_once_with_its_label(folder):
@@ -238,8 +367,10 @@ def test_an_epoch_from_a_mapping_has_every_image_once_with_its_label(folder):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths of the images that are decoded from now on."""
-    names, real = [], mhkd.decode_one
-    monkeypatch.setattr(mhkd, "decode_one", lambda p, f, s: names.append(f.name) or real(p, f, s))
+    names, real = [], mhkd_custom.decode_one
+    monkeypatch.setattr(
+        mhkd_custom, "decode_one", lambda p, f, s: names.append(f.name) or real(p, f, s)
+    )
     return names
 
 
@@ -279,14 +410,15 @@ def test_the_decoded_images_are_made_anew_where_something_changed(change, left, 
 @pytest.mark.parametrize("file, harm", [
     ("images.u8", lambda c: c[:-1] + bytes([c[-1] ^ 1])), ("images.u8", lambda c: c[:4096]),
     ("index.json", lambda c: c.replace(b"a", b"b", 1)),
-], ids=["flipped bit", "truncated", "index"])  # fmt: skip
+    ("index.json", lambda c: b'{"chunks": ["of an earlier version"]}'),
+], ids=["flipped bit", "truncated", "index", "earlier version"])  # fmt: skip
 def test_a_damaged_mapping_is_noticed_and_made_again(file, harm, folder, decoded, capsys):
     wanted = of_folder(folder).images.clone()
     (path,) = (folder.parent / "out").rglob(file)
     path.write_bytes(harm(path.read_bytes()))
     decoded.clear()
     assert torch.equal(of_folder(folder).images, wanted) and len(decoded) == 8
-    assert "decodes 8 images into" in capsys.readouterr().out
+    assert "decoding 8 images into" in capsys.readouterr().out
 
 
 def test_a_decoding_that_was_killed_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
@@ -299,7 +431,7 @@ def test_a_decoding_that_was_killed_goes_on_and_ends_as_an_undisturbed_one(tmp_p
     killed = [*options, "--out", tmp_path / "out"]
     assert end_of(start(*killed, die=("fsync", 3))) == -signal.SIGKILL  # its second chunk
     assert end_of(start(*killed, output=tmp_path / "said")) == 0
-    assert "decodes 688 images into" in (tmp_path / "said").read_text()
+    assert "decoding 688 images into" in (tmp_path / "said").read_text()
     assert run(tmp_path / "again", *options) == 0
     one, other = (next((tmp_path / n).rglob("images.u8")) for n in ("out", "again"))
     assert one.read_bytes() == other.read_bytes()
@@ -389,7 +521,7 @@ def test_resized_crop_and_flip_are_scipys_interpolation_between_the_pixels(devic
         places = np.meshgrid(rows, columns, indexing="ij")
         for c, channel in enumerate(images[b].numpy()):
             wanted[b, c] = ndimage.map_coordinates(channel, places, order=1, mode="nearest")
-    found = mhkd.resized_crop(*(t.to(device) for t in (images, boxes, mirrored)), S)
+    found = mhkd_custom.resized_crop(*(t.to(device) for t in (images, boxes, mirrored)), S)
     np.testing.assert_allclose(found.cpu().numpy(), wanted, rtol=0, atol=1e-9)
 
 
@@ -413,7 +545,7 @@ def test_a_run_at_64_pixels_from_a_mapping_is_killed_and_resumed_bit_for_bit(tmp
     killed = [*options, "--out", tmp_path / "a"]
     assert end_of(start(*killed, die=("replace", 6))) == -signal.SIGKILL
     assert end_of(start(*killed, output=tmp_path / "said")) == 0
-    assert "goes on after epoch 1" in (tmp_path / "said").read_text()
+    assert "continues after epoch 1" in (tmp_path / "said").read_text()
     assert run(tmp_path / "b", *options) == 0
     (one,), (other,) = ((tmp_path / n).glob("folder*") for n in "ab")
     assert outcome(one) == outcome(other)
@@ -425,7 +557,7 @@ def test_evaluation_sees_the_middle_of_the_stored_images_normalised(folder, devi
     assert data.images.shape[1:3] == (74, 74)  # 1.15 times as large
     scaled = pixels(74, 74, 3)[5:69, 5:69] / 255
     wanted = ((scaled - np.array(data.mean)) / np.array(data.std)).transpose(2, 0, 1)
-    found = data.middle(data.test)[0]
+    found = data.center_crop(data.test)[0]
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.cpu().numpy(), wanted, atol=2e-5)
 

@@ -4,9 +4,12 @@ import types
 
 import pytest
 import torch
+from conftest import user_errors
 from torch import nn
 
 import mhkd
+import mhkd_custom
+import mhkd_runs
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -17,9 +20,10 @@ def images(size, count=2, seed=3):
 
 
 def units_of(name):
+    """Names of the units, their layouts, and the network."""
     config = types.SimpleNamespace(student=name, student_units=None)
     model = mhkd.build_model(name, 4, "random", 64)
-    return mhkd.find_units(config, "student", model, torch.zeros(1, 3, 64, 64)), model
+    return *mhkd.find_units(config, "student", model, images(64) - 0.5), model
 
 
 def build(num_classes):
@@ -29,6 +33,10 @@ def build(num_classes):
 
 def nothing(num_classes):
     pass
+
+
+def failing(num_classes):
+    return 1 / 0
 
 
 # By name and from a file
@@ -41,30 +49,50 @@ def test_a_network_with_classifiers_aside_gives_logits_alone_in_training():
 
 def test_a_network_is_built_by_a_function_in_a_file():
     assert mhkd.build_model(f"{__file__}:build", 3)(images(64)).shape == (2, 3)
-    with pytest.raises(mhkd.UsageError, match=r"units of the student.* no.*\).*--student-units"):
+    message = r"units of the student were not detected.*--student-units.*--method kd"
+    with pytest.raises(mhkd.UsageError, match=message):
         units_of(f"{__file__}:build")
 
 
 @pytest.mark.parametrize("name, message", [
     ("torchvision:resnet81", "no network torchvision: 'resnet81': did you mean.* resnet18"),
     ("timm:mobilenetv3_smal_100", "no network timm: .*did you mean.* mobilenetv3_small_100"),
+    ("timm:resnet10t.c3_in2k", r"no network timm:resnet10t.c3_in2k \(Invalid pretrained tag"),
     ("torchvison:resnet18", "no network 'torchvison:resnet18'"),
     ("resnet18", "no network 'resnet18': did you mean"),
-    ("DIR/none.py:build", r"none.py:build' does not work \(.*No such file"),
+    ("DIR/none.py:build", "there is no file 'DIR/none.py'"),
     ("DIR/broken.py:build", r"broken.py:build' does not work \(No module named 'not_there'"),
-    (f"{__file__}:biuld", r"elsewhere.py:biuld' does not work \(.*no attribute 'biuld'"),
-    (f"{__file__}:nothing", "elsewhere.py:nothing' returns NoneType, not a module"),
+    ("DIR/text.py:build", r"text.py' cannot be loaded \(invalid syntax .text.py, line 2"),
+    (f"{__file__}:biuld", "no network .*elsewhere.py: 'biuld': did you mean build"),
+    ("DIR/value.py:build", "no network DIR/value.py: 'build': there are no functions"),
 ])  # fmt: skip
-def test_a_name_that_leads_to_no_network_is_refused(name, message, tmp_path):
+@pytest.mark.parametrize("refuse", [mhkd_custom.check, lambda name: mhkd.build_model(name, 3)])
+def test_a_name_that_leads_to_no_network_is_refused_with_and_without_building_it(
+    name, message, refuse, tmp_path
+):
     (tmp_path / "broken.py").write_text("import not_there\n")
-    with pytest.raises(mhkd.UsageError, match=message) as error:
-        mhkd.build_model(name.replace("DIR", str(tmp_path)), 3)
-    assert len(str(error.value)) < 600
+    (tmp_path / "value.py").write_text("build = 3\n")
+    (tmp_path / "text.py").write_text("# a line\nno Python\n")
+    name, message = (text.replace("DIR", str(tmp_path)) for text in (name, message))
+    for _ in range(2):
+        with pytest.raises(mhkd.UsageError, match=message) as error:
+            refuse(name)
+        assert len(str(error.value)) < 600
+
+
+def test_a_function_that_returns_no_network_is_refused_when_it_is_called():
+    mhkd_custom.check(f"{__file__}:nothing")
+    with pytest.raises(mhkd.UsageError, match="elsewhere.py:nothing' returns NoneType, not a mod"):
+        mhkd.build_model(f"{__file__}:nothing", 3)
+    with pytest.raises(mhkd.UsageError, match=r"elsewhere.py:failing' does not work \(division by"):
+        mhkd.build_model(f"{__file__}:failing", 3)
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_a_missing_library_is_named_in_one_sentence(library, monkeypatch):
     def missing(module):
+        if module.startswith("mhkd"):
+            return mhkd_custom
         raise ModuleNotFoundError(f"No module named '{module}'")
 
     monkeypatch.setattr(mhkd.importlib, "import_module", missing)
@@ -92,7 +120,7 @@ def test_weights_from_a_file_fill_all_but_a_classifier_of_other_classes(name, cl
 ])  # fmt: skip
 def test_weights_that_are_not_there_or_of_another_network_are_refused(init, message, tmp_path):
     torch.save(mhkd.build_model("vgg8", 4).state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(mhkd.UsageError, match=message):
+    with pytest.raises(user_errors(), match=message):
         mhkd.build_model("resnet8", 4, init.replace("DIR", str(tmp_path)))
 
 
@@ -132,10 +160,10 @@ def test_timms_weights_that_cannot_be_downloaded_are_told_by_their_place(name, m
 
 
 def test_a_librarys_normalisation_is_that_of_its_weights():
-    mean, std, _ = mhkd.library_weights("torchvision:resnet18")
+    mean, std, _ = mhkd_custom.library_weights("torchvision:resnet18")
     assert mean == (0.485, 0.456, 0.406) and std == (0.229, 0.224, 0.225)
-    assert mhkd.library_weights("timm:vit_tiny_patch16_224")[0] == (0.5, 0.5, 0.5)
-    assert mhkd.library_weights("resnet8") is None
+    assert mhkd_custom.library_weights("timm:vit_tiny_patch16_224")[0] == (0.5, 0.5, 0.5)
+    assert mhkd_custom.library_weights("resnet8") is None
 
 
 # Units and layouts
@@ -158,10 +186,12 @@ def test_a_librarys_normalisation_is_that_of_its_weights():
 def test_units_are_found_and_their_maps_tokens_or_channels_last_become_features(
     name, units, shapes, capsys
 ):
-    found, model = units_of(name)
-    network = mhkd.MultiHead(model, found, 4, width=4, example_input=images(64)).eval()
+    found, layout, model = units_of(name)
+    network = mhkd.MultiHead(
+        model, found, 4, width=4, example_input=images(64), layout=layout
+    ).eval()
     assert [unit.removeprefix("encoder.layers.encoder_") for unit in found] == units.split()
-    assert f"heads go after {', '.join(found)}" in capsys.readouterr().out
+    assert f"heads after {', '.join(found)}" in capsys.readouterr().out
     assert " ".join(f"{C}x{H}" for C, H, W in network.shapes.values() if H == W) == shapes
     with torch.no_grad():
         assert [z.shape for z in network(images(64))] == [(2, 4)] * 4
@@ -193,15 +223,24 @@ def on_last(unit, size=64, mixed=False, **settings):
     return mhkd.MultiHead(Last(mixed), [unit], 4, width=4, example_input=example, **settings).eval()
 
 
-def test_a_layout_that_a_shape_does_not_tell_is_asked_for_and_can_be_given():
+def detected(unit, size=64, mixed=False):
+    """The layout that is detected for a unit."""
+    return mhkd_custom.find_units(Last(mixed), images(size), "", "", [unit])[1]
+
+
+def test_a_layout_is_detected_by_the_aspect_or_asked_for():
     for size in (32, 96):  # maps of 8 and of 24 pixels, 16 channels
-        assert on_last("move", size).shapes == {1: (16, size // 4, size // 4)}
-    assert on_last("unit").layouts == {1: "channels_first"}
+        assert detected("move", size) == {"move": "channels_last"}
+        layout = detected("move", size)
+        assert on_last("move", size, layout=layout).shapes == {1: (16, size // 4, size // 4)}
+        with pytest.raises(mhkd.UsageError, match='looks like channels last: .*"channels_last"'):
+            on_last("move", size)
+    assert detected("unit") == {"unit": "channels_first"}
     given = on_last("move", layout="channels_last")
     x = images(64)
     torch.testing.assert_close(given(x)[1], given.heads["1"](given.model.unit(x)))
-    with pytest.raises(mhkd.UsageError, match='layout="channels_first" or layout="channels_last"'):
-        on_last("move", mixed=True)
+    with pytest.raises(mhkd.UsageError, match="channels could be first or last"):
+        detected("move", mixed=True)
     with pytest.raises(mhkd.UsageError, match="no layout 'channel_last': did you mean"):
         on_last("move", layout="channel_last")
 
@@ -245,9 +284,9 @@ def test_a_saved_student_takes_raw_images_and_normalises_them_itself(tmp_path):
 
 def test_a_file_that_is_no_student_is_refused(tmp_path):
     torch.save(mhkd.build_model("resnet8", 4).state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(mhkd.UsageError, match="weights.pt' is no student.pt"):
+    with pytest.raises(mhkd.UsageError, match="weights.pt' is not the student.pt"):
         mhkd.load_student(tmp_path / "weights.pt")
-    with pytest.raises(mhkd.UsageError, match="no checkpoint"):
+    with pytest.raises(mhkd_runs.RunError, match="no checkpoint"):
         mhkd.load_student(tmp_path / "none.pt")
 
 

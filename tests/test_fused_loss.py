@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch.utils import cpp_extension
 
 import mhkd
+import mhkd_fused
 
 # Kernel.loss: as mhkd.mhkd_loss, by this kernel.
 Kernel = namedtuple("Kernel", ["name", "device", "loss"])
@@ -61,7 +62,7 @@ def with_operator(operator):
     """mhkd_loss by this operator."""
 
     def loss(*args, **kw):
-        with patch.multiple(mhkd, _fused_is_there=True, _fused_loss=operator):
+        with patch.multiple(mhkd_fused, _loaded=True, operator=operator):
             return mhkd.mhkd_loss(*args, backend="fused", **kw)
 
     return loss
@@ -76,7 +77,7 @@ def kernel(request):
     backend = mhkd.loss_backend()
     if backend.startswith("reference") or (request.param == "cuda" and "CUDA" not in backend):
         pytest.skip(backend)
-    return Kernel(request.param, request.param, with_operator(mhkd._fused_loss))
+    return Kernel(request.param, request.param, with_operator(mhkd_fused.operator))
 
 
 # What may change the strides of logits without changing their values.
@@ -284,9 +285,9 @@ def test_rows_of_a_language_model_are_read_where_they_lie(kernel):
     z = torch.randn(2, 3, 48, device=kernel.device)[..., :40]
     seen = []
     with patch.multiple(
-        mhkd,
-        _fused_is_there=True,
-        _fused_loss=lambda s, t, *rest: seen.append(s[0]) or mhkd._reference_loss(s, t, *rest),
+        mhkd_fused,
+        _loaded=True,
+        operator=lambda s, t, *rest: seen.append(s[0]) or mhkd._reference_loss(s, t, *rest),
     ):
         labels = torch.zeros(2, 3, dtype=torch.int64, device=kernel.device)
         mhkd.mhkd_loss([z], [z], labels, backend="fused")
@@ -474,12 +475,12 @@ def test_torch_compile_sees_one_operator_and_gives_the_same_bits(operator, kerne
 
 def test_torch_compile_of_a_fresh_process_finds_and_checks_the_kernel(operator, kernel):
     done = run_python(
-        "import torch, mhkd\n"
-        f"mhkd.TO_BE_CHECKED = ('{kernel.device}',)\n"
+        "import torch, mhkd, mhkd_fused\n"
+        f"mhkd_fused.TO_BE_CHECKED = ('{kernel.device}',)\n"
         f"z = [torch.zeros(2, 3, 4, device='{kernel.device}', requires_grad=True)]\n"
         f"y = torch.ones(2, 3, dtype=torch.int64, device='{kernel.device}')\n"
         "step = torch.compile(mhkd.mhkd_loss, fullgraph=True, backend='aot_eager')\n"
-        "print(step(z, z, y).grad_fn is not None, list(mhkd._found_wrong.values()))\n"
+        "print(step(z, z, y).grad_fn is not None, list(mhkd_fused._problems.values()))\n"
     )
     assert done.stdout.split() == ["True", "['']"], done.stderr
 
@@ -521,22 +522,22 @@ def run_python(code, **environment):
 
 @pytest.mark.parametrize(
     "change, warned",
-    [("importlib.util.find_spec = lambda name: None", 0), ("mhkd.INTERFACE += 1", 1)],
+    [("importlib.util.find_spec = lambda name: None", 0), ("mhkd_fused.INTERFACE += 1", 1)],
     ids=["none", "of another interface"],
 )
 def test_without_a_kernel_auto_is_plain_pytorch_and_fused_says_what_is_missing(change, warned):
     if warned and not mhkd.loss_backend().startswith("fused"):
         pytest.skip("the fused kernel is not installed")
     done = run_python(
-        "import importlib.util, torch, mhkd\n"
+        "import importlib.util, torch, mhkd, mhkd_fused\n"
         f"{change}\n"
         "z, y = [torch.zeros(2, 4)], torch.tensor([1, 2])\n"
         "print(mhkd.mhkd_loss(z, z, y).item(), mhkd.loss_backend())\n"
         "mhkd.mhkd_loss(z, z, y, backend='fused')\n"
     )
-    assert re.match(r"0\.138\d* reference \(fused kernel not installed\)", done.stdout)
+    assert re.match(r"0\.138\d* reference \(fused loss not installed\)", done.stdout)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("RuntimeError: mhkd_loss: the fused kernel is not installed")
+    assert last.startswith("RuntimeError: mhkd_loss: the fused loss is not installed")
     assert done.stderr.count("has interface") == warned
 
 
@@ -553,7 +554,7 @@ def test_two_copies_of_the_script_share_one_kernel(tmp_path, monkeypatch):
 def to_be_checked(emulated):
     """A process whose kernel is the emulated one, on a device where auto has to check first."""
     with patch.multiple(
-        mhkd, _fused_is_there=True, _fused_loss=emulated, _found_wrong={}, TO_BE_CHECKED=("cpu",)
+        mhkd_fused, _loaded=True, operator=emulated, _problems={}, TO_BE_CHECKED=("cpu",)
     ):
         yield emulated
 
@@ -565,10 +566,10 @@ def test_auto_takes_the_kernel_once_it_has_agreed_with_plain_pytorch(to_be_check
         warnings.simplefilter("error")
         found = mhkd.mhkd_loss(*heads)
     assert torch.equal(found, with_operator(to_be_checked)(*heads))
-    assert list(mhkd._found_wrong.values()) == [""]
+    assert list(mhkd_fused._problems.values()) == [""]
     assert torch.equal(state, torch.get_rng_state())
     with torch.inference_mode(), torch.autocast("cpu"):
-        assert mhkd.check_kernel("cpu") == ""
+        assert mhkd_fused.check("cpu", mhkd._reference_loss) == ""
 
 
 @pytest.mark.parametrize(
@@ -593,7 +594,7 @@ def test_a_kernel_that_is_wrong_is_found_out_and_plain_pytorch_is_used(
         return loss * (1 + 1e-4 * (wrong_in == "loss")), terms + 1e-3 * (wrong_in == "terms"), stats
 
     heads = make_heads(2, 3, 40)
-    with patch.object(mhkd, "_fused_loss", wrong):
+    with patch.object(mhkd_fused, "operator", wrong):
         with pytest.warns(UserWarning, match=f"{said}.*plain PyTorch is used"):
             found = mhkd.mhkd_loss(*heads)
         with warnings.catch_warnings():
@@ -605,8 +606,10 @@ def test_a_kernel_that_is_wrong_is_found_out_and_plain_pytorch_is_used(
 
 def test_a_cuda_error_in_the_check_names_the_reference_backend(to_be_checked):
     error = RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
-    with patch.object(mhkd, "_fused_loss", Mock(side_effect=error)):
-        with pytest.raises(mhkd.KernelCrash, match="illegal memory.*--backend reference") as crash:
+    with patch.object(mhkd_fused, "operator", Mock(side_effect=error)):
+        with pytest.raises(
+            mhkd_fused.KernelCrash, match="illegal memory.*--backend reference"
+        ) as crash:
             mhkd.mhkd_loss(*make_heads(1, 3, 40))
     assert "\n" not in str(crash.value)
 
@@ -756,14 +759,14 @@ def test_a_cuda_graph_replays_the_loss_and_its_gradients(cuda):
 
 def test_a_graph_that_is_captured_before_the_check_holds_plain_pytorch(cuda):
     student, teacher, labels = make_heads(2, 8, 300, device=cuda)
-    with patch.object(mhkd, "_found_wrong", {}):
+    with patch.object(mhkd_fused, "_problems", {}):
         graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(graph):
             loss = mhkd.mhkd_loss(student, teacher, labels)
         graph.replay()
-        assert not mhkd._found_wrong
+        assert not mhkd_fused._problems
         torch.testing.assert_close(loss, mhkd.mhkd_loss(student, teacher, labels).detach())
-        assert list(mhkd._found_wrong.values()) == [""]
+        assert list(mhkd_fused._problems.values()) == [""]
 
 
 def test_forward_and_backward_are_one_launch_each(cuda):

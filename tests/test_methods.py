@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 import mhkd
 import mhkd_baselines
+import mhkd_runs
 
 pytest.importorskip("sklearn")
 K = 5
@@ -74,7 +75,8 @@ def trained(distiller):
     return [p for p in distiller.parameters() if p.requires_grad]
 
 
-EVERY = ("kd", "mhkd", *mhkd.BASELINES, "crd+mhkd", "crd+dhkd", "fitnet+cc+rkd+mhkd")
+BASELINES = ("fitnet", "cc", "rkd", "crd", "lsh", "dhkd")
+EVERY = ("kd", "mhkd", *BASELINES, "crd+mhkd", "crd+dhkd", "fitnet+cc+rkd+mhkd")
 PAIRS = [("wrn_16_2", "resnet8"), ("vgg8", "mobilenetv2"), ("resnet8", "shufflenetv2")]
 
 
@@ -82,10 +84,10 @@ PAIRS = [("wrn_16_2", "resnet8"), ("vgg8", "mobilenetv2"), ("resnet8", "shufflen
 def test_a_step_reaches_the_student_and_what_a_method_adds_and_spares_the_teacher(method, pair):
     distiller, batch = make(method, *pair, batch_size=4)
     before = {k: t.clone() for k, t in distiller.teacher.state_dict().items()}
-    terms, figures = distiller(*batch)
+    terms, metrics = distiller(*batch)
     assert all(term.isfinite() and term.dim() == 0 for term in terms.values())
-    assert terms.keys() <= figures.keys()
-    torch.testing.assert_close(figures["loss"], sum(terms.values()).detach())
+    assert terms.keys() <= metrics.keys()
+    torch.testing.assert_close(metrics["loss"], sum(terms.values()).detach())
     distiller.backward(terms)
     assert all(p.grad is not None for p in distiller.parameters())
     assert any(p.grad.any() for p in distiller.student.parameters())
@@ -135,7 +137,7 @@ def test_joined_methods_take_the_final_outputs_terms_of_one_and_add_their_own_in
 def test_mhkd_is_equation_2_over_its_units_and_logs_each_heads_terms():
     chosen = {"units": (1, 3), "beta": 0.7, "tau": 3.0, "alpha": 0.8}
     distiller, batch = make("mhkd", options=chosen)
-    terms, figures = distiller(*batch)
+    terms, metrics = distiller(*batch)
     seen, method = seen_by(distiller, batch), distiller.methods[0]
     student, teacher = method.student_heads(seen.student), method.teacher_heads(seen.teacher)
     assert set(terms) == {"mhkd"} and list(method.student_heads) == ["1", "3"]
@@ -143,8 +145,8 @@ def test_mhkd_is_equation_2_over_its_units_and_logs_each_heads_terms():
     for unit, weight, z_s, z_t in zip((0, 1, 3), (1, 0.7, 0.7), student, teacher, strict=True):
         kl, ce = mhkd.kd_loss(z_s, z_t, 3.0), F.cross_entropy(z_s, batch[1])
         expected = expected + weight * (0.8 * kl + 0.2 * ce)
-        torch.testing.assert_close(figures[f"kl_{unit}"], kl.detach())
-        torch.testing.assert_close(figures[f"ce_{unit}"], ce.detach())
+        torch.testing.assert_close(metrics[f"kl_{unit}"], kl.detach())
+        torch.testing.assert_close(metrics[f"ce_{unit}"], ce.detach())
     torch.testing.assert_close(terms["mhkd"], expected)
 
 
@@ -174,7 +176,7 @@ def test_a_new_method_is_joined_with_any_other(other, gives, monkeypatch):
     ("kd+mhkd", "kd adds nothing to mhkd"),
     ("crd+nothing", "no method 'nothing'"),
     ("cdr", "no method 'cdr': did you mean.* crd"),
-    ("dhkd+other", "only one of"),
+    ("dhkd+other", "dhkd and other cannot be joined"),
     ("mhkd --negatives 1", "--negatives is an option of --method crd, not of mhkd"),
     ("kd --head-width 1", "--head-width is an option of --method mhkd or heads, not of kd"),
     ("lsh --gamma=1", "--gamma is an option of --method kd .*crd.*, not of lsh"),
@@ -213,14 +215,14 @@ def test_the_options_of_the_method_are_on_the_command_line_and_no_others_in_a_co
 def test_weights_of_the_final_terms_and_of_the_heads_cross_entropy_have_options_of_their_own():
     options = {"gamma": 0.3, "kd_weight": 0.6, "head_ce": 0.2, "alpha": 0.7, "beta": 2.0}
     distiller, batch = make("mhkd", options=options)
-    terms, figures = distiller(*batch)
-    wanted = 0.6 * figures["kl_0"] + 0.3 * figures["ce_0"]
+    terms, metrics = distiller(*batch)
+    wanted = 0.6 * metrics["kl_0"] + 0.3 * metrics["ce_0"]
     for unit in (1, 2, 3):
-        of_head = 0.7 * figures[f"kl_{unit}"] + 0.2 * figures[f"ce_{unit}"]
-        wanted += 2.0 * of_head + figures[f"ce_teacher_{unit}"]
+        of_head = 0.7 * metrics[f"kl_{unit}"] + 0.2 * metrics[f"ce_{unit}"]
+        wanted += 2.0 * of_head + metrics[f"ce_teacher_{unit}"]
     torch.testing.assert_close(terms["mhkd"].detach(), wanted)
     kd, _ = make("kd", options={"gamma": 0.3, "kd_weight": 0.6})
-    final = 0.6 * figures["kl_0"] + 0.3 * figures["ce_0"]
+    final = 0.6 * metrics["kl_0"] + 0.3 * metrics["ce_0"]
     torch.testing.assert_close(kd(*batch)[0]["kd"].detach(), final)
     by_default, _ = make("mhkd")
     assert by_default.methods[0].final_weights() == (0.9, 1 - 0.9)
@@ -243,7 +245,7 @@ def test_pretrained_heads_are_trained_once_shared_and_frozen(tmp_path):
     heads_run = folder_of(tmp_path, "resnet14", "heads")
     saved = torch.load(heads_run / "student.pt", weights_only=True)
     record = read(folder_of(tmp_path, method="mhkd") / "result.json")
-    assert record["teacher_heads_sha256"] == mhkd.sha256_of(heads_run / "student.pt")
+    assert record["teacher_heads_sha256"] == mhkd_runs.sha256_of(heads_run / "student.pt")
     teacher = weights_of(folder_of(tmp_path, "resnet14", "ce"))
     assert all(torch.equal(saved["model"][name], teacher[name]) for name in teacher)
     # The checkpoint after two epochs holds the same heads, batch norm's statistics included.
@@ -286,12 +288,12 @@ def test_lsh_bits_are_set_for_half_of_the_training_set_and_chunks_change_nothing
     distiller, _ = make("lsh")
     method, data = distiller.methods[0], make_data()
     with torch.no_grad():
-        features = distiller.teacher(data.middle(data.train)).penultimate
+        features = distiller.teacher(data.center_crop(data.train)).penultimate
     lower_median = (features @ method.weight.T).sort(dim=0).values[(len(features) - 1) // 2]
     assert method.weight.shape == (32 * 128, 128)
     std = distiller.teacher.model.fc.weight.std().item()
     assert method.weight.std().item() == pytest.approx(std, rel=0.01)
-    batches = [(images, None, None) for images in data.middle(data.train).split(20)]
+    batches = [(images, None, None) for images in data.center_crop(data.train).split(20)]
     for values in (2**24, 64 * 100):
         monkeypatch.setattr(method, "HASH_VALUES", values)
         method.prepare(distiller.teacher, lambda: iter(batches))
@@ -310,7 +312,7 @@ def test_lsh_counts_the_samples_that_are_asked_for(samples):
     f_s, f_t = seen.student.penultimate[rows], seen.teacher.penultimate[rows]
     lsh = mhkd_baselines.lsh_loss(f_s, f_t, method.weight, method.bias)
     torch.testing.assert_close(method.own_terms(seen)["lsh"], 6 * (F.mse_loss(f_s, f_t) + lsh))
-    plain = distiller.plain_student().state_dict()
+    plain = distiller.plain_state()
     assert distiller.student.model.state_dict().keys() == plain.keys()  # nothing was widened
 
 
@@ -324,7 +326,7 @@ def test_lsh_widens_the_student_to_the_teachers_width_and_folds_it_back_exactly(
     widened, x = distiller.double().student.model.eval(), images.double()
     wanted = widened(x)
     fresh = mhkd.build_model(student, K).double().eval()
-    fresh.load_state_dict(distiller.plain_student().state_dict())
+    fresh.load_state_dict(distiller.plain_state())
     torch.testing.assert_close(fresh(x), wanted, rtol=1e-10, atol=1e-10)
     assert torch.equal(widened(x), wanted)  # training could go on
 
@@ -401,17 +403,18 @@ def test_help_has_its_groups_and_the_options_of_the_chosen_method_alone(capsys):
             mhkd.main(["--help", *chosen])
         texts.append(capsys.readouterr().out)
     usual, of_crd, _ = texts
-    assert all(f"\n{g}:\n" in usual for g in "networks data method training machine".split())
+    assert all(f"\n{g}:\n" in usual for g in "networks data method training runtime".split())
     flags = {f"--{name.replace('_', '-')}" for name in vars(mhkd.Config("vgg8", "vgg8"))}
-    flags = {*flags, "--no-flip", "--head-width"} - {"--options", "--given"}
+    flags = {*flags, "--no-flip", "--head-width"} - {"--options", "--differs"}
     assert all(re.search(rf"\n  (--\S+, )?{flag}[ ,\n]", usual) for flag in flags)
     assert [("--negatives" in t, "--head-width" in t) for t in texts] == [(0, 1), (1, 0), (1, 1)]
-    assert "[16384]" in of_crd
+    assert "(default: 16384)" in of_crd
 
 
-def test_the_file_alone_in_a_folder_trains_and_says_where_a_baseline_is(tmp_path):
+def test_beside_mhkd_runs_alone_it_trains_and_names_the_file_of_other_methods(tmp_path):
     shutil.copy(SCRIPT, tmp_path)
-    alone = ["-P", "mhkd.py", *MHKD, "--epochs", "1", "--method"]
+    shutil.copy(SCRIPT.with_name("mhkd_runs.py"), tmp_path)
+    alone = ["mhkd.py", *MHKD, "--epochs", "1", "--method"]
     done = python(*alone, "mhkd", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = [read(path) for path in tmp_path.glob("runs/*/result.json")]
@@ -419,7 +422,7 @@ def test_the_file_alone_in_a_folder_trains_and_says_where_a_baseline_is(tmp_path
     assert results[0]["environments"][0]["commit"] is None  # a copy is of no commit
     done = python(*alone, "crd+mhkd", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "crd is in mhkd_baselines.py" in done.stderr and "copy it beside" in done.stderr
+    assert "no method 'crd'" in done.stderr and "mhkd_baselines.py" in done.stderr
 
 
 def test_run_as_a_script_there_is_one_copy_of_mhkd_in_the_process(tmp_path):
@@ -455,7 +458,7 @@ def test_every_method_learns_goes_on_where_it_stopped_and_leaves_a_plain_student
     half(tmp_path / "stopped", *arguments)
     for folder in ("stopped", "whole"):
         assert run(tmp_path / folder, *arguments) == 0
-    assert "goes on after epoch 1 of 4" in capsys.readouterr().out
+    assert "continues after epoch 1 of 4" in capsys.readouterr().out
     stopped, whole = (next((tmp_path / name).iterdir()) for name in ("stopped", "whole"))
     assert outcome(stopped) == outcome(whole)
     mhkd.build_model("resnet8", 10).load_state_dict(weights_of(whole))  # strictly
@@ -467,7 +470,7 @@ def _train_as_one_of_two(environment):
     """Two steps, as one of two processes, which must agree in all that they keep."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with mhkd.surroundings(configure("kd", batch_size=32)):
+    with mhkd.runtime(configure("kd", batch_size=32)):
         for method in ("crd+mhkd", "crd+dhkd"):
             distiller, _ = make(method, batch_size=32)
             crd, parameters, seen = distiller.methods[0].crd, trained(distiller), []

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import mhkd
+import mhkd_runs
 
 BENCHMARK = json.loads(Path(__file__).with_name("benchmark.json").read_text())["networks"]
 
@@ -110,5 +111,5 @@ def test_a_published_checkpoint_or_a_bare_state_dict_loads(published, tmp_path):
     state = network.state_dict()
     content = {"epoch": 240, "model": state, "best_acc": torch.tensor(72.5)}
     torch.save(content if published else state, tmp_path / "teacher.pth")
-    loaded = mhkd.load_weights(other, tmp_path / "teacher.pth").state_dict()
+    loaded = mhkd_runs.load_weights(other, tmp_path / "teacher.pth").state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.items())

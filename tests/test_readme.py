@@ -17,7 +17,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", "\n".join(TEXTS), re.DOTALL | re.M
 OF_STUDENT = [block for block in BLOCKS if "student.pt" in block and "MultiHead" not in block]
 OF_ONNX = [block for block in BLOCKS if "onnx" in block]
 OF_TOKENS = [block for block in BLOCKS if "tokens" in block]
-WHOLE = [block for block in BLOCKS if "mhkd.METHODS" in block or "MultiHead" in block]
+RUN = ("mhkd.METHODS", "mhkd.DATASETS", "MultiHead")
+WHOLE = [block for block in BLOCKS if any(name in block for name in RUN)]
 
 
 @pytest.mark.parametrize("block", WHOLE, ids=range(len(WHOLE)))

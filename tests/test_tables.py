@@ -6,13 +6,16 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
 
 import mhkd
+import mhkd_runs
 import mhkd_tables as tables
 
 PAPERS_FIGURES = {"table1": 5 * 9, "table2": 2 * 8, "table3": 5 * 7}  # counted on the page
@@ -25,11 +28,13 @@ def configured(text):
     return mhkd.Config(**mhkd.parse_config(shlex.split(text))[1])
 
 
+COMMAND = re.compile(r"^(done|todo)  python mhkd\.py (.*)$", re.MULTILINE)
+
+
 def plan(capsys, *arguments):
-    """The lines of the plan: state, phase, configuration."""
-    assert tables.main(["plan", *map(str, arguments)]) == 0
-    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    return [(state, phase, configured(text)) for state, phase, text in lines]
+    """The runs that a dry run lists: state and configuration."""
+    assert tables.main(["run", *map(str, arguments), "--dry-run"]) == 0
+    return [(state, configured(text)) for state, text in COMMAND.findall(capsys.readouterr().out)]
 
 
 def key(config):
@@ -47,10 +52,10 @@ def test_the_tables_have_every_figure_of_the_paper():
 
 def test_the_plan_of_all_tables_has_every_cell_three_times_and_every_teacher_once(capsys):
     lines = plan(capsys, "table1,table2,table3")
-    keys = [key(config) for _, _, config in lines]
+    keys = [key(config) for _, config in lines]
     # vgg13 is a teacher and a student
     assert len(keys) == len(set(keys)) == 9 + 3 * (5 * 8 + 2 * 3 + 5 * 6) - 1
-    assert {state for state, _, _ in lines} == {"todo"}
+    assert {state for state, _ in lines} == {"todo"}
     for table in tables.TABLES.values():
         for row, pair, seed in itertools.product(table.rows, table.pairs, range(3)):
             (teacher, student), (method, _, unit) = pair.split(":"), row.partition(":")
@@ -59,15 +64,14 @@ def test_the_plan_of_all_tables_has_every_cell_three_times_and_every_teacher_onc
                 dataset=table.dataset, options={"units": (int(unit),)} if unit else {},
             )  # fmt: skip
             assert key(cell) in keys
-    teachers = [(c.dataset, c.student, c.seed) for _, phase, c in lines if phase == "teacher"]
     needed = {(t.dataset, p.split(":")[0], 0) for t in tables.TABLES.values() for p in t.pairs}
-    assert sorted(teachers) == sorted(needed)
-    assert [phase for _, phase, _ in lines[: len(needed)]] == ["teacher"] * len(needed)
+    first = [(c.dataset, c.student, c.seed) for _, c in lines[: len(needed)]]
+    assert sorted(first) == sorted(needed)
 
 
 def test_the_recipe_of_each_table_is_the_papers(capsys):
-    for _, _, config in plan(capsys, "table1,table2,table3"):
-        assert set(config.differs()) <= {"units"}
+    for _, config in plan(capsys, "table1,table2,table3"):
+        assert set(config.differs) <= {"units"}
         beta, training = config.options.get("beta"), (config.epochs, config.batch_size)
         if config.dataset == "svhn":
             assert (*training, config.lr) == (150, 200, 0.001) and beta in (None, 5)
@@ -79,12 +83,12 @@ def test_the_recipe_of_each_table_is_the_papers(capsys):
 
 def test_the_plan_of_the_study_is_its_protocol(capsys):
     lines = plan(capsys, "small")
-    (_, phase, teacher), *students = lines
-    who = (phase, teacher.student, teacher.method, teacher.epochs, teacher.subset)
-    assert who == ("teacher", "wrn_16_2", "ce", 30, None)
+    (_, teacher), *students = lines
+    who = (teacher.student, teacher.method, teacher.epochs, teacher.subset)
+    assert who == ("wrn_16_2", "ce", 30, None)
     found = []
-    for state, phase, c in students:
-        assert (state, phase, c.dataset, c.image_size) == ("todo", "student", "cifar100", 16)
+    for state, c in students:
+        assert (state, c.dataset, c.image_size) == ("todo", "cifar100", 16)
         assert (c.subset, c.test_subset, c.epochs) == (5000, None, 60)
         assert (c.backend, c.device, c.lr_steps) == ("reference", "cpu", (38, 45, 52))
         assert c.lr == (0.05 if c.student == "resnet8" else 0.01) and c.batch_size == 64
@@ -114,7 +118,7 @@ def test_the_plan_of_the_study_is_its_protocol(capsys):
 def test_the_study_is_narrowed_and_shortened(capsys):
     narrowed = ["--seeds", "0,7", "--methods", "ce,mhkd", "--pairs", "wrn_16_2:resnet8"]
     _, *lines = plan(capsys, "small", *narrowed, "--epochs", "2", "--head-width", "8")
-    found = [(c.method, c.seed, c.epochs, c.options.get("head_width")) for *_, c in lines]
+    found = [(c.method, c.seed, c.epochs, c.options.get("head_width")) for _, c in lines]
     ce, mhkd_row = ("ce", 0, 2, None), ("mhkd", 0, 2, 8)
     assert found == [ce, mhkd_row, (*ce[:1], 7, *ce[2:]), (*mhkd_row[:1], 7, *mhkd_row[2:])]
 
@@ -122,11 +126,11 @@ def test_the_study_is_narrowed_and_shortened(capsys):
 def test_a_table_is_narrowed_and_takes_options_for_the_methods_that_have_them(capsys):
     narrowed = ["--seeds", "4", "--pairs", "vgg13:vgg8", "--methods", "kd,mhkd:2,crd+mhkd"]
     lines = plan(capsys, "table1,table2", *narrowed, "--no-flip", "--negatives", "99")
-    found = {(c.method, c.teacher, c.seed, c.options.get("negatives")) for _, _, c in lines}
+    found = {(c.method, c.teacher, c.seed, c.options.get("negatives")) for _, c in lines}
     students = {("kd", "vgg13", 4, None), ("mhkd", "vgg13", 4, None), ("crd+mhkd", "vgg13", 4, 99)}
     assert len(lines) == 4 and found == students | {("ce", None, 0, None)}
-    assert {c.flip for *_, c in lines} == {False}
-    assert [c.options["units"] for *_, c in lines if c.method == "mhkd"] == [(2,)]
+    assert {c.flip for _, c in lines} == {False}
+    assert [c.options["units"] for _, c in lines if c.method == "mhkd"] == [(2,)]
 
 
 @pytest.mark.parametrize(
@@ -143,11 +147,12 @@ def test_a_table_is_narrowed_and_takes_options_for_the_methods_that_have_them(ca
         (["table1", "--method=kd"], "takes --methods, not --method"),
         (["table1", "--teacher-weights", "t.pt"], "for one teacher"),
         (["table1", "--teacher-weights", "t.pt", "--pairs", "vgg13:vgg8"], "'t.pt'"),
+        (["table1", "--jobs", "0"], "--jobs must be at least 1"),
         ([], "report DIR"),
     ],
 )
-def test_what_no_table_has_is_refused_in_a_sentence(arguments, message, capsys):
-    assert tables.main(["plan", *arguments]) == 1
+def test_what_no_table_has_is_an_error_of_one_sentence(arguments, message, capsys):
+    assert tables.main(["run", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -167,7 +172,7 @@ def test_a_run_is_done_only_if_the_planned_teacher_taught_it_and_its_student_is_
     assert states() == ["done", "todo"]
     record(tmp_path, 75.5, student="wrn_40_2", method="ce", weights=b"teacher")
     assert states() == ["done", "done"]
-    assert states("--lr", "0.01") == ["todo", "todo"]
+    assert states("--weight-decay", "0.01") == ["todo", "todo"]
     weights = tmp_path / "given.pt"
     for content, state in ((b"another", "todo"), (b"teacher", "done")):
         weights.write_bytes(content)
@@ -184,13 +189,115 @@ def test_a_run_on_another_folder_of_images_is_not_taken_for_done(tmp_path, capsy
         assert [line[0] for line in lines] == [state]
 
 
+# The runs are computed
+
+STUB = """import os, pathlib, sys, time
+seed = sys.argv[sys.argv.index("--seed") + 1] if "--seed" in sys.argv else "0"
+print("seed", seed, "threads", os.environ["OMP_NUM_THREADS"], flush=True)
+pathlib.Path(f"{__file__}.{seed}").touch()
+{body}
+"""
+ONE_PAIR = ["table1", "--pairs", "vgg13:vgg8", "--methods", "ce"]
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Replaces mhkd.py in the runs by a script that prints its seed and executes `body`."""
+
+    def replace(body):
+        path = tmp_path / "stub.py"
+        path.write_text(STUB.replace("{body}", body))
+        monkeypatch.setattr(mhkd, "__file__", str(path))
+        return lambda: sorted(path.suffix[1:] for path in tmp_path.glob("stub.py.*"))
+
+    return replace
+
+
+def test_a_failed_run_is_listed_with_its_last_line_and_does_not_stop_the_others(
+    stub, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    started = stub("if seed == '1': sys.exit('its\\ncause')")
+    options = ["--seeds", "0,1,2,3", "--jobs", "2", "--out", str(tmp_path / "runs")]
+    assert tables.main(["run", *ONE_PAIR, *options]) == 1
+    out, error = capsys.readouterr()
+    assert started() == ["0", "1", "2", "3"]
+    assert out.count("+ python mhkd.py --method ce --student vgg8") == 4 and "seed 3" in out
+    first, *failed = error.splitlines()
+    assert "1 of 4 runs failed:" in first and len(failed) == 1
+    assert "--seed 1" in failed[0] and failed[0].endswith(": cause")
+    logs = {path.name: path.read_text() for path in (tmp_path / "runs/logs").iterdir()}
+    assert logs["002.log"] == "seed 1 threads 3\nits\ncause\n"  # five cores for two runs
+    assert logs.keys() == {f"00{i}.log" for i in (1, 2, 3, 4)}
+
+
+def test_threads_are_one_for_the_study_and_those_of_the_user_for_tables(
+    stub, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    stub("")
+    options = ["--methods", "ce", "--seeds", "0", "--out", str(tmp_path / "runs"), "--jobs", "2"]
+    assert tables.main(["run", "small", "--pairs", "wrn_16_2:resnet8", *options]) == 0
+    assert "seed 0 threads 1\n" in capsys.readouterr().out
+    assert tables.main(["run", *ONE_PAIR[:3], *options]) == 0
+    assert "seed 0 threads 7\n" in capsys.readouterr().out
+
+
+def test_teachers_are_trained_before_the_others(stub, tmp_path, capsys):
+    stub("time.sleep(0.3 * ('vgg13' in sys.argv and '--teacher' not in sys.argv))")
+    options = ["--seeds", "0", "--methods", "kd,mhkd", "--jobs", "3", "--out", str(tmp_path / "r")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert tables.main(["run", *ONE_PAIR[:3], *options]) == 0
+    out = capsys.readouterr().out.splitlines()
+    teacher = next(i for i, line in enumerate(out) if line.startswith("+ "))
+    assert "--student vgg13" in out[teacher] and out[teacher + 1].startswith("seed 0")
+    assert sum("--teacher vgg13" in line for line in out[teacher + 2 :]) == 2
+
+
+def test_no_further_run_starts_after_one_that_was_interrupted(stub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    started = stub("sys.exit(130)")
+    assert tables.main(["run", *ONE_PAIR, "--out", str(tmp_path / "runs")]) == 130
+    assert started() == ["0"] and "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_runs_and_starts_no_further_one(number, status, tmp_path):
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB.replace("{body}", "print(os.getpid(), flush=True)\ntime.sleep(100)"))
+    code = "import sys, mhkd, mhkd_tables; mhkd.__file__ = sys.argv.pop(1); "
+    code += "sys.exit(mhkd_tables.main())"
+    command = [sys.executable, "-c", code, stub, "run", *ONE_PAIR, "--out", tmp_path / "runs"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "output"
+    with open(output, "w") as file:  # in a session of its own, as in a terminal
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+    deadline = time.monotonic() + 120
+    while not (found := re.search(r"^\d+$", output.read_text(), re.MULTILINE)):
+        assert time.monotonic() < deadline and process.poll() is None, output.read_text()
+        time.sleep(0.05)
+    if number == signal.SIGINT:  # Ctrl-C is sent to all processes of the terminal
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(60) == status, output.read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(found[0]), 0)
+    assert len(list(tmp_path.glob("stub.py.*"))) == 1
+
+
 # run_all.sh
 
 
 def run_all(folder, *arguments, **variables):
-    """run_all.sh in a folder of its own, without the sources of the kernel."""
-    for name in ("run_all.sh", "mhkd.py", "mhkd_baselines.py", "mhkd_tables.py"):
-        shutil.copy(ROOT / name, folder)
+    """run_all.sh in a folder of its own, without the sources of the compiled loss."""
+    for path in (ROOT / "run_all.sh", *ROOT.glob("mhkd*.py")):
+        shutil.copy(path, folder)
     inherited = {k: v for k, v in os.environ.items() if k not in ("VENV", "OUT", "JOBS", "DATA")}
     environment = {**inherited, "PYTHON": sys.executable, **variables}
     command = [str(folder / "run_all.sh"), *arguments]
@@ -200,8 +307,8 @@ def run_all(folder, *arguments, **variables):
 def test_the_dry_run_of_run_all_prints_every_command_and_how_many_are_done(tmp_path):
     done = run_all(tmp_path, "all", "--dry-run")
     assert done.returncode == 0, done.stderr
-    commands = re.findall(r"^todo  python mhkd\.py (.*)$", done.stdout, re.MULTILINE)
-    assert len({key(configured(command)) for command in commands}) == 236
+    commands = COMMAND.findall(done.stdout)
+    assert len({key(configured(command)) for _, command in commands}) == 236
     assert done.stdout.splitlines()[-1] == "0 of 236 runs are done"
 
 
@@ -221,7 +328,7 @@ def test_run_all_computes_the_study_goes_on_after_failures_resumes_and_repeats_n
     first = run_all(tmp_path, "small", **shortened)
     assert first.returncode == 1, first.stdout + first.stderr
     assert "3 of 5 runs are done" in first.stdout and "2 runs, 2 at a time: about" in first.stdout
-    failed = first.stderr.partition("failed:\n")[2]
+    failed = first.stderr.partition("1 of 2 runs failed:\n")[2]
     assert "--method kd" in failed and "is damaged" in failed and failed.count("mhkd.py --") == 1
     results = list(out.glob("*/result.json"))
     assert len(results) == 4
@@ -233,7 +340,7 @@ def test_run_all_computes_the_study_goes_on_after_failures_resumes_and_repeats_n
     assert second.returncode == 0, second.stdout + second.stderr
     assert "4 of 5 runs are done" in second.stdout and second.stdout.count("+ python mhkd.py") == 1
     assert {path: path.stat().st_mtime_ns for path in results} == times
-    assert re.search(r"\| kd \| [\d.]+ \([\d.]+\) \| 2 \|", second.stdout)
+    assert re.search(r"\| kd \| [\d.]+ \([\d.]+\) \| [\d.]+ \([\d.]+\) \| 2 \|", second.stdout)
     assert "5 of 5 runs are done" in run_all(tmp_path, "small", "--dry-run", **shortened).stdout
 
     assert run_all(tmp_path, "records", OUT=str(out)).returncode == 0
@@ -244,7 +351,7 @@ def test_run_all_computes_the_study_goes_on_after_failures_resumes_and_repeats_n
 def test_a_wrong_name_ends_run_all_with_status_2_and_help_on_stderr(tmp_path):
     wrong = run_all(tmp_path, "tabel1")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "there is no 'tabel1'" in wrong.stderr and "table1" in wrong.stderr
+    assert "there is no target 'tabel1'" in wrong.stderr and "table1" in wrong.stderr
     assert run_all(tmp_path, "table1", "--dryrun").returncode == 2
     assert run_all(tmp_path).returncode == 0
 
@@ -260,19 +367,34 @@ def test_a_failed_installation_ends_run_all(part, tmp_path):
     assert done.returncode != 0 and log.splitlines()[-1].startswith("-m pip install"), log
 
 
-def test_a_failed_build_of_the_kernel_does_not_mark_the_old_one_fresh(tmp_path):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\n[ $1 != setup.py ] || exit $BUILD\necho loss: fused\n")
+def with_library(folder):
+    """A compiled loss that is older than its source, and an interpreter that pretends to build."""
+    python = folder / "python"
+    python.write_text("#!/bin/sh\n[ $1 != setup.py ] || exit $BUILD\necho loss: fused\n"
+                      "sleep 0.3\necho agrees\n")  # fmt: skip
     python.chmod(0o755)
-    (tmp_path / "csrc").mkdir()
-    for name in ("mhkd_fused.so", "setup.py", "csrc/new.cpp"):
-        (tmp_path / name).touch()
-    os.utime(tmp_path / "mhkd_fused.so", (1, 1))
+    (folder / "csrc").mkdir()
+    for name in ("_mhkd_fused.so", "setup.py", "csrc/new.cpp"):
+        (folder / name).touch()
+    os.utime(folder / "_mhkd_fused.so", (1, 1))
+    return python
+
+
+def test_a_compiled_loss_that_is_newer_than_its_sources_is_not_built_again(tmp_path):
+    python = with_library(tmp_path)
+    os.utime(tmp_path / "_mhkd_fused.so")
+    for _ in range(3):
+        done = run_all(tmp_path, "setup", PYTHON=str(python), BUILD="1")
+        assert (done.returncode, done.stderr) == (0, "") and "build_ext" not in done.stdout
+
+
+def test_a_failed_build_of_the_loss_does_not_mark_the_old_one_as_new(tmp_path):
+    python = with_library(tmp_path)
     failed = run_all(tmp_path, "setup", PYTHON=str(python), BUILD="1")
-    assert failed.returncode == 0 and "could not be built" in failed.stderr
-    assert (tmp_path / "mhkd_fused.so").stat().st_mtime == 1
+    assert failed.returncode == 0 and "could not be compiled" in failed.stderr
+    assert (tmp_path / "_mhkd_fused.so").stat().st_mtime == 1
     run_all(tmp_path, "setup", PYTHON=str(python), BUILD="0")
-    assert (tmp_path / "mhkd_fused.so").stat().st_mtime > 1
+    assert (tmp_path / "_mhkd_fused.so").stat().st_mtime > 1
     assert "build_ext" not in run_all(tmp_path, "setup", PYTHON=str(python), BUILD="1").stdout
 
 
@@ -290,16 +412,19 @@ def record(
     (folder / "teacher.pt").write_bytes(taught_by)
     content = {
         "name": folder.name, "config": {**config.recorded(), "processes": 1},
-        "differs": json.loads(json.dumps(config.differs())), "data_sha256": data * 64,
-        "teacher_sha256": mhkd.sha256_of(folder / "teacher.pt") if config.teacher else None,
+        "differs": json.loads(json.dumps(config.differs)), "data_sha256": data * 64,
+        "teacher_sha256": mhkd_runs.sha256_of(folder / "teacher.pt") if config.teacher else None,
         "teacher_accuracy": 75.0 if config.teacher else None, "accuracy": accuracy,
-        "class_accuracy": dict.fromkeys(classes, accuracy), "best_accuracy": accuracy + 1,
-        "best_epoch": 2, "epochs": config.epochs, "seconds": 60.0,
-        "environments": [{"data": "some/photos"}],
-        "student_sha256": mhkd.sha256_of(folder / "student.pt"), **dict(more),
+        "class_accuracy": dict.fromkeys(classes, accuracy), "best_test_accuracy": 99.87,
+        "best_test_epoch": 2, "epochs": config.epochs, "seconds": 60.0,
+        "environments": [{"data": "some/photos", "teacher_weights": config.teacher_weights}],
+        "student_sha256": mhkd_runs.sha256_of(folder / "student.pt"), **dict(more),
     }  # fmt: skip
-    mhkd.write_json(folder / "result.json", content)
-    log = [{"epoch": i, "test_accuracy": accuracy + (i == 2)} for i in range(1, config.epochs + 1)]
+    mhkd_runs.write_json(folder / "result.json", content)
+    log = [
+        {"epoch": i, "test_accuracy": accuracy + (i == 2), "train_accuracy": accuracy / 2 + i}
+        for i in range(1, config.epochs + 1)
+    ]
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in log))
     return folder
 
@@ -318,8 +443,8 @@ def report(tmp_path, monkeypatch):
 
 def rows_of(part):
     """The cells of a table by the first of each row."""
-    lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line[:1] == "|"]
-    return {first: cells for first, *cells in lines}
+    lines = [line[1:-1].split("|") for line in part.splitlines() if line[:1] == "|"]
+    return {first.strip(): [cell.strip() for cell in cells] for first, *cells in lines}
 
 
 def test_differences_are_paired_over_common_seeds_with_errors_and_intervals(tmp_path, report):
@@ -330,32 +455,73 @@ def test_differences_are_paired_over_common_seeds_with_errors_and_intervals(tmp_
     record(tmp_path, 39.0, **PAIR, method="mhkd", seed=3)
     rows = rows_of(report()["cifar100: wrn_40_2 → wrn_16_2"])
     assert rows["teacher wrn_40_2"][0] == "75.00"
-    assert rows["student alone"][:2] == ["35.84 (0.26)", "3"]
+    # Of the last of 240 epochs; see record().
+    assert rows["student alone"][:3] == ["35.84 (0.26)", "257.92 (0.13)", "3"]
     # Differences 2.47, 2.41, 3.56: mean 2.8133, deviation 0.6473, by sqrt(3) 0.3737, t 4.3027.
-    assert rows["kd"][1:3] == ["4", "+2.81 ± 0.37 [+1.21, +4.42], n=3"]
-    assert rows["student alone"][3] == "-2.81 ± 0.37 [-4.42, -1.21], n=3"
-    # Differences -0.17, 0.45: mean 0.14, error 0.31, t 12.7062.
-    assert rows["cc"][3] == "+0.14 ± 0.31 [-3.80, +4.08], n=2"
+    assert rows["kd"][2:4] == ["4", "+2.81 ± 0.37 [+1.21, +4.42], n=3"]
+    # Differences 2.30, 2.86: mean 2.58, error 0.28, t 12.7062.
+    assert rows["cc"][3] == "+2.58 ± 0.28 [-0.98, +6.14], n=2"
     # One seed in common with kd, and so no interval; none with the student alone.
-    assert [cell.strip() for cell in rows["mhkd"]] == ["39.00", "1", "", "-11.00, n=1"]
+    assert rows["mhkd"] == ["39.00", "259.50", "1", "", "-11.00, n=1"]
+    assert rows["cc"][4] == rows["kd"][4] == rows["student alone"][4] == ""
     assert (tmp_path / "report.md").read_text().startswith("# What has run")
 
 
-def test_intervals_are_those_of_students_t_or_up_to_half_a_percent_wider():
-    stats = pytest.importorskip("scipy.stats")
-    for n in [*range(2, 40), 100, 10_000]:
-        values = [0.0, 1.0] + [0.5] * (n - 2)
-        exact = stats.t.ppf(0.975, n - 1) * stats.sem(values)
-        _, half, _ = tables.difference(values)
-        assert exact * (1 - 1e-5) <= half <= exact * 1.005
+def test_intervals_are_those_of_students_t():
+    assert round(tables.students_t(0.975, 9), 4) == 2.2622
+    assert round(tables.students_t(0.99375, 9), 4) == 3.1109
+    assert round(tables.students_t(0.975, 1), 3) == 12.706
+    for freedom in [*range(1, 40), 99, 10_000]:
+        for p in (0.975, 0.99375):
+            stats = pytest.importorskip("scipy.stats")
+            exact = stats.t.ppf(p, freedom)
+            assert tables.students_t(p, freedom) == pytest.approx(exact, rel=1e-6)
+    mean, error, half = tables.interval([0.0, 1.0, 0.5], 0.9875)
+    exact = stats.t.interval(0.9875, 2, 0.5, stats.sem([0, 1, 0.5]))
+    assert (mean - half, mean + half) == pytest.approx(exact)
 
 
-def test_rows_say_in_which_options_they_differ_and_the_recipe_what_is_common(tmp_path, report):
+def test_differences_to_kd_are_those_to_the_kd_row_of_the_same_final_weights(tmp_path, report):
+    equal = {"gamma": 1, "kd_weight": 1}
+    accuracies = {
+        ("kd", "{}"): 10.0, ("kd", json.dumps(equal)): 20.0, ("mhkd", "{}"): 10.5,
+        ("mhkd", json.dumps(equal)): 21.0, ("mhkd", '{"gamma": 0.1, "kd_weight": 0.9}'): 10.7,
+        ("mhkd", json.dumps({"tau": 2.0, **equal})): 25.0, ("mhkd", '{"alpha": 0.5}'): 25.0,
+        ("crd+mhkd", "{}"): 11.0, ("crd+mhkd", json.dumps(equal)): 21.5, ("lsh", "{}"): 22.0,
+        ("dhkd", "{}"): 22.5, ("fitnet", "{}"): 23.0, ("cc", '{"kd_weight": 0.5}'): 23.5,
+        ("fitnet", '{"gamma": 0.1, "kd_weight": 0.9}'): 24.0, ("ce", "{}"): 5.0,
+    }  # fmt: skip
+    for (method, options), accuracy in accuracies.items():
+        record(tmp_path, accuracy, **PAIR, method=method, options=json.loads(options))
+    part = report()["cifar100: wrn_40_2 → wrn_16_2"]
+    assert "| minus student alone | minus kd of the same weights |" in part
+    found = {name: cells[4] for name, cells in rows_of(part).items() if name != "---"}
+    weights = ", gamma 1, kd_weight 1"
+    assert {name: text for name, text in found.items() if text.startswith(("+", "-"))} == {
+        "mhkd": "+0.50, n=1", f"mhkd{weights}": "+1.00, n=1", "crd+mhkd": "+1.00, n=1",
+        "mhkd, gamma 0.1, kd_weight 0.9": "+0.70, n=1", f"crd+mhkd{weights}": "+1.50, n=1",
+        "fitnet": "+3.00, n=1", "fitnet, gamma 0.1, kd_weight 0.9": "+14.00, n=1",
+    }  # fmt: skip
+    assert {"kd", f"kd{weights}", "lsh", "dhkd", "cc, kd_weight 0.5"} <= found.keys()
+
+
+def test_the_run_of_a_teachers_heads_is_no_row(tmp_path, report):
+    record(tmp_path, 70.0, **PAIR, options={"teacher_heads": "pretrained"})
+    heads = {"teacher": "wrn_40_2", "student": "wrn_40_2", "method": "heads", "epochs": 80}
+    record(tmp_path, 75.0, **heads)
+    parts = report()
+    assert [part for part in parts if part.startswith("cifar100")] == [
+        "cifar100: wrn_40_2 → wrn_16_2"
+    ]
+    assert [*rows_of(parts["All runs"])][2:] == ["000", "001"]
+
+
+def test_rows_name_the_options_that_vary_and_the_recipe_those_in_common(tmp_path, report):
     for options in ({}, {"head_stride": 2}, {"units": (1,)}, {"units": (1, 2)}):
         record(tmp_path, 70.0, **PAIR, options={"head_width": 64, **options}, image_size=16)
     record(tmp_path, 70.0, student="wrn_16_2", method="ce", image_size=16)
     part = report()["cifar100: wrn_40_2 → wrn_16_2"]
-    assert "Apart from the recipe: image_size 16, head_width 64; data dddddddd, 100" in part
+    assert "Different from the recipe: image_size 16, head_width 64; data dddddddd, 100" in part
     rows = ["student alone", "mhkd", "mhkd, head_stride 2", "mhkd, units 1", "mhkd, units 1,2"]
     assert [*rows_of(part)][3:] == rows  # below the header and the teacher
 
@@ -367,10 +533,11 @@ def test_what_is_of_other_data_another_teacher_or_recipe_is_not_compared(tmp_pat
     for settings in ({}, *others):
         record(tmp_path, 71.0, **PAIR, method="kd", **settings)
     groups = tables.group_runs(tables.read_runs(tmp_path)[0])
-    assert [len(group.rows["kd"]) for group in groups] == [1] * 5
-    # The network alone is beside those whose student it is: of its data and recipe.
-    without = [g for g in groups if "student alone" not in g.rows]
-    assert [(g.one["data_sha256"][0], g.apart) for g in without] == [("e", {}), ("d", {"lr": 0.01})]
+    assert [[len(r.runs) for r in g.rows if r.method == "kd"] for g in groups] == [[1]] * 5
+    # The network alone is in the groups of its data and recipe.
+    without = [g for g in groups if not g.alone()]
+    found = [(g.one["data_sha256"][0], g.common) for g in without]
+    assert found == [("e", {}), ("d", {"lr": 0.01})]
 
 
 def test_runs_of_other_normalisation_are_not_compared_and_older_ones_had_the_data_sets(tmp_path):
@@ -381,7 +548,7 @@ def test_runs_of_other_normalisation_are_not_compared_and_older_ones_had_the_dat
         more = {**more, "differs": {"teacher_weights": "e3b98a4d"}}
         record(tmp_path, 72.0, **PAIR, method="kd", seed=seed, more=more)
     groups = tables.group_runs(tables.read_runs(tmp_path)[0])
-    rows = [{row: [*seeds] for row, seeds in group.rows.items()} for group in groups]
+    rows = [{row.name: [*row.runs] for row in group.rows} for group in groups]
     assert rows == [{"student alone": [0, 1], "kd": [0, 1]}, {"kd": [2]}]
 
 
@@ -393,8 +560,8 @@ def test_a_teachers_run_makes_no_group_and_a_network_alone_does(tmp_path, report
     parts = report()
     groups = ["cifar100: wrn_40_2 → wrn_16_2", "cifar100: vgg8 alone"]
     assert [part for part in parts if part.startswith("cifar100")] == groups
-    assert rows_of(parts[groups[1]])["student alone"][:2] == ["60.00", "1"]
-    assert "'003' is not compared: its seed is there twice" in parts["Not used"]
+    assert rows_of(parts[groups[1]])["student alone"] == ["60.00", "270.00", "1"]
+    assert "'003' is not compared: another run has its row and seed" in parts["Not used"]
 
 
 def test_the_papers_tables_have_our_figures_beside_its_own(tmp_path, report):
@@ -443,17 +610,15 @@ def test_what_is_damaged_or_not_of_its_record_is_named_and_stops_nothing(tmp_pat
             path = record(tmp_path, 70.0, **PAIR, method="kd", seed=seed) / name
             path.write_bytes(content)
             named.append(path)
-    changed = record(tmp_path, 99.0, **PAIR, method="kd") / "result.json"
-    changed.write_text(changed.read_text().replace("99.0", "99.9"))  # not by write_json
     old = record(tmp_path, 98.0, **PAIR, method="kd") / "result.json"
     content = json.loads(old.read_text())
     del content["config"]["options"]
-    mhkd.write_json(old, content)  # whole, of another version
+    mhkd_runs.write_json(old, content)  # intact, of another version
     (record(tmp_path, 70.0, **PAIR, method="kd", seed=8) / "student.pt").unlink()
     parts = report()
-    assert [str(p) for p in (*named[:8], changed, old) if str(p) not in parts["Not used"]] == []
-    assert "student.pt of its record is not beside 008, 011." in parts["All runs"]
-    assert len(rows_of(parts["All runs"])) == 2 + 4 + 2 and "99.9" not in parts["All runs"]
+    assert [str(p) for p in (*named[:8], old) if str(p) not in parts["Not used"]] == []
+    assert "student.pt of its record is not beside 008, 010." in parts["All runs"]
+    assert len(rows_of(parts["All runs"])) == 2 + 4 + 2
 
 
 def test_a_report_of_nothing_or_into_a_folder_that_cannot_be_written_is_a_sentence(
@@ -473,11 +638,120 @@ def test_each_group_has_a_picture_of_its_own_at_200_dpi(tmp_path):
     for method, seed in itertools.product(("ce", "kd", "mhkd"), (0, 1)):
         record(tmp_path, 70.0 + seed, **PAIR, method=method, seed=seed)
         record(tmp_path, 50.0 + seed, **PAIR, method=method, seed=seed, epochs=1, subset=64)
-    damaged = record(tmp_path, 40.0, student="vgg8", method="ce")
+    damaged = record(tmp_path, 40.0, **PAIR, method="cc", epochs=1, subset=64)
     (damaged / "log.jsonl").write_text("{")
+    record(tmp_path, 40.0, student="vgg8", method="ce")  # nothing to compare
     text = tables.report(tmp_path)
     names = sorted(path.name for path in tmp_path.glob("*.png"))
     pair = "cifar100-wrn_40_2-wrn_16_2"
-    assert names == ["cifar100-vgg8-1.png", f"{pair}-1.png", f"{pair}-2.png"]
+    assert names == [f"{pair}-1.png", f"{pair}-2.png"]
     assert all(f"({name})" in text for name in names)
     assert {image.imread(tmp_path / name).shape[1] for name in names} == {1400}
+
+
+def test_the_report_of_one_main_job_names_the_two_commands_that_complete_it(tmp_path):
+    settings = {"image_size": 16, "subset": 64, "flip": False, "lr_steps": (100, 200), "seed": 3}
+    options = {"gamma": 0.5, "tau": 2.0, "head_width": 8}
+    weights = {"teacher_weights": "a folder/teacher.pt"}
+    used = {"normalisation": {"mean": [0.25, 0.5, 0.75], "std": [0.5, 0.5, 0.5]}}
+    record(tmp_path, 70.0, **PAIR, **settings, **weights, options=options, more=used)
+    text = tables.report(tmp_path)
+    commands = re.findall(r"^    python mhkd\.py (.*)$", text, re.MULTILINE)
+    alone, kd = map(configured, commands)
+    student = {**settings, "student": "wrn_16_2", "data": "some/photos", "out": str(tmp_path)}
+    normalisation = {"mean": (0.25, 0.5, 0.75), "std": (0.5, 0.5, 0.5)}  # the teacher's
+    assert alone == mhkd.Config(**student, **normalisation, method="ce")
+    taught = {**student, **weights, "teacher": "wrn_40_2", "method": "kd"}
+    assert kd == mhkd.Config(**taught, options={"gamma": 0.5, "tau": 2.0})
+    part = text.partition("## cifar100: wrn_40_2 → wrn_16_2")[2].partition("These commands")[0]
+    rows = rows_of(part)  # no column is empty, and there is no picture
+    assert rows[""] == ["test accuracy, %", "train accuracy, %", "n"]
+    assert rows["mhkd, gamma 0.5"] == ["70.00", "275.00", "1"]
+    assert "png" not in text and not list(tmp_path.glob("*.png"))
+    for config in (alone, kd):
+        arguments = {k: v for k, v in config.arguments().items() if k not in ("out", "data")}
+        record(tmp_path, 69.0, **arguments, more=used)
+    complete = tables.report(tmp_path)
+    assert "python mhkd.py" not in complete
+    assert rows_of(complete)["mhkd, gamma 0.5"][3:] == ["+1.00, n=1", "+1.00, n=1"]
+
+
+def test_the_best_test_accuracy_is_not_shown(tmp_path, report):
+    record(tmp_path, 70.0, **PAIR, method="kd", epochs=3)
+    record(tmp_path, 70.0, **PAIR, method="mhkd", epochs=3)
+    text = str(report())
+    assert "99.87" not in text and "71.0" not in text
+
+
+def study(out, accuracies, pair=tables.PAIR_A, **changes):
+    """Records of the study: accuracies by seed of each row."""
+    for row, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            config = tables.config_of(pair, row, seed, {**tables.STUDY_STUDENT, **changes})
+            record(out, accuracy, **config.arguments())
+
+
+def test_the_claims_of_the_study_are_decided_by_the_intervals_of_its_protocol(tmp_path, report):
+    stats = pytest.importorskip("scipy.stats")
+    equal, pretrained = tables.EQUAL, tables.PRETRAINED
+    kd = [33.0, 32.5, 33.5, 33.2, 32.8, 33.1, 32.9, 33.3, 33.0, 32.7]
+    gain = [1.0, 1.4, 0.7, 1.2, 0.9, 1.1, 1.3, 0.8, 1.0, 1.2]
+    noise = [0.5, -0.4, 0.3, -0.5, 0.4, -0.3, 0.2, -0.2, 0.6, 0.1]
+    best = [a + b for a, b in zip(kd, gain)]
+    study(tmp_path, {
+        "ce": [24.0, 24.4, 24.1], "kd": kd, "kd" + equal: kd,
+        "mhkd" + pretrained: [a - b for a, b in zip(kd, gain)], "mhkd" + pretrained + equal: best,
+        "mhkd" + equal: [a + b for a, b in zip(kd, noise)],
+        "mhkd:units=2" + tables.BEST: [value - 1 for value in best[:5]], "lsh": [35.0],
+    })  # fmt: skip
+    study(tmp_path, {"ce": [20.0, 21.0], "kd": [30.0, 31.5]}, tables.PAIR_B)
+    study(tmp_path, {"kd": [1.0, 2.0], "ce": [9.0, 9.0]}, epochs=30)  # is not of the study
+    rows = rows_of(report()["Claims of the second study"])
+    primary = {name: cells for name, cells in rows.items() if name.startswith("primary: ")}
+    verdicts = {name.removeprefix("primary: "): cells[2] for name, cells in primary.items()}
+    assert verdicts == {
+        "MHKD (pretrained) above KD, both 1/1": "supported",
+        "MHKD (pretrained) above KD, both 0.1/0.9": "contradicted",
+        "MHKD (scratch) above KD, both 1/1": "undecided",
+        "MHKD pretrained above scratch, both 1/1": "supported",
+    }
+    n, text, _ = primary["primary: MHKD (pretrained) above KD, both 1/1"]
+    low, high = stats.t.interval(1 - 0.05 / 4, 9, sum(gain) / 10, stats.sem(gain))
+    assert n == "10" and text.endswith(f" [{low:+.2f}, {high:+.2f}]")
+    secondary = {name: cells for name, cells in rows.items() if name.startswith(("res", "shuf"))}
+    weights = "gamma 1, kd_weight 1"
+    low, high = stats.t.interval(0.95, 1, 10.25, stats.sem([10.0, 10.5]))
+    assert secondary["shufflenetv2: kd above student alone"] == [
+        "2", f"+10.25 ± 0.25 [{low:+.2f}, {high:+.2f}]", "supported"
+    ]  # fmt: skip
+    assert secondary["resnet8: lsh above student alone"] == ["1", "+11.00", "undecided"]
+    three = f"mhkd, {weights}, teacher_heads pretrained"
+    single = [name for name in secondary if name.startswith(f"resnet8: {three} above mhkd, ")]
+    assert len(single) == 1 and "units 2" in single[0] and secondary[single[0]][0] == "5"
+    # The primary claims are not repeated, and lsh has no row of the same weights.
+    assert not any(f"{three} above kd" in name or "lsh above kd" in name for name in secondary)
+    low, high = stats.t.interval(0.95, 9, sum(gain) / 10, stats.sem(gain))
+    best = secondary[f"resnet8: best mhkd ({three}) above best kd (kd, {weights})"]
+    assert best[0] == "10" and best[1].endswith(f" [{low:+.2f}, {high:+.2f}]")
+
+
+def test_claims_need_runs_of_the_study_and_count_the_seeds_so_far(tmp_path, report):
+    study(tmp_path, {"ce": [24.0, 24.1]})
+    assert "Claims of the second study" not in report()
+    study(tmp_path, {"kd": [33.0, 33.5], "mhkd" + tables.PRETRAINED: [34.0]})
+    rows = rows_of(report()["Claims of the second study"])
+    assert rows["primary: MHKD (pretrained) above KD, both 0.1/0.9"] == ["1", "+1.00", "undecided"]
+    assert rows["primary: MHKD (scratch) above KD, both 1/1"] == ["0", "–", "undecided"]
+
+
+def test_the_records_of_the_first_study_can_be_read(tmp_path):
+    kept = ROOT / "results/first-study"
+    if not kept.is_dir():
+        pytest.skip("only in the repository")
+    runs, unusable = tables.read_runs(kept)
+    assert not unusable and len(runs) >= 82
+    group = next(group for group in tables.group_runs(runs) if len(group.rows) > 5)
+    differences = group.differences(group.kd_of)
+    assert tables.estimate(differences["mhkd"]) == "-0.09 ± 0.12 [-0.36, +0.18]"
+    assert {"fitnet", "crd", "lsh", "student alone"}.isdisjoint(differences)
+    assert "crd+mhkd" in differences and tables.claims(runs) == ""

@@ -40,7 +40,7 @@ import mhkd
 pytest.importorskip("sklearn")
 FILES = {"config.json", "log.jsonl", "student.pt", "result.json"}
 DIGITS = {"dataset": "digits", "subset": 200, "epochs": 1, "batch_size": 40}
-RECORDED = [f.name for f in dataclasses.fields(mhkd.Config) if f.metadata.get("group") != "machine"]
+RECORDED = [f.name for f in dataclasses.fields(mhkd.Config) if f.metadata.get("group") != "runtime"]
 EPOCHS = 4
 DISTIL = [*MHKD, "--epochs", EPOCHS]
 KD = [*PAIR, "--epochs", EPOCHS, "--method", "kd"]
@@ -147,8 +147,8 @@ def test_the_result_is_the_last_epoch_and_the_best_one_is_labelled(finished):
         result, log = read(folder / "result.json"), log_of(folder)
         best = max(log, key=lambda entry: entry["test_accuracy"])
         assert result["accuracy"] == log[-1]["test_accuracy"]
-        assert (result["best_epoch"], result["best_is_by"]) == (best["epoch"], "test_accuracy")
-        assert result["best_accuracy"] == best["test_accuracy"]
+        assert result["best_test_epoch"] == best["epoch"]
+        assert result["best_test_accuracy"] == best["test_accuracy"]
 
 
 def test_the_saved_student_in_the_plain_network_gives_the_reported_accuracies(finished):
@@ -158,7 +158,7 @@ def test_the_saved_student_in_the_plain_network_gives_the_reported_accuracies(fi
     student.load_state_dict(weights_of(folder))  # strictly: no heads are left
     labels, result = data.labels[data.test], read(folder / "result.json")
     with torch.no_grad():
-        order = student(data.middle(data.test)).argsort(dim=1, descending=True)
+        order = student(data.center_crop(data.test)).argsort(dim=1, descending=True)
     correct = order[:, 0] == labels
     of_class = {name: 100 * correct[labels == i].double().mean().item() for i, name in
                 enumerate(data.classes)}  # fmt: skip
@@ -175,7 +175,7 @@ def test_a_finished_run_is_not_repeated_and_its_files_stay_untouched(finished, c
     assert listing(finished[0]) == before
     said = capsys.readouterr().out
     assert " epoch " not in said and "trained" not in said
-    assert said.count("finished before") == 2
+    assert said.count("already finished") == 2
 
 
 def test_the_best_epoch_is_chosen_on_held_out_images_where_there_are_some(tmp_path, monkeypatch):
@@ -189,8 +189,8 @@ def test_the_best_epoch_is_chosen_on_held_out_images_where_there_are_some(tmp_pa
     assert run(tmp_path, *ALONE, "--epochs", "3", "--val-fraction", "0.2") == 0
     result = read(folder_of(tmp_path) / "result.json")
     assert [entry["val_accuracy"] for entry in log_of(folder_of(tmp_path))] == [10.0, 20.0, 10.0]
-    assert (result["best_epoch"], result["best_accuracy"]) == (2, 30.0)
-    assert result["best_is_by"] == "val_accuracy"
+    assert (result["best_val_epoch"], result["best_val_accuracy"]) == (2, 20.0)
+    assert result["test_accuracy_at_best_val_epoch"] == 30.0 and result["best_test_epoch"] == 1
 
 
 def test_on_a_terminal_a_bar_shows_rate_and_time_left(tmp_path, monkeypatch, capsys):
@@ -221,7 +221,7 @@ def test_in_bfloat16_the_record_says_so_and_the_student_is_saved_in_float32(tmp_
 
 def test_pytorchs_switch_for_tf32_is_set_in_a_run_and_put_back(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    with mhkd.surroundings(mhkd.Config(student="vgg8", method="ce", precision="float32")):
+    with mhkd.runtime(mhkd.Config(student="vgg8", method="ce", precision="float32")):
         assert torch.backends.cudnn.allow_tf32 is False
     assert torch.backends.cudnn.allow_tf32 is True
 
@@ -265,7 +265,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_the_run_goes_on_from_it(
     assert said.count("\n") == 1 and "checkpoint.pt" in said
     assert {path.name for path in folder.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pt"}
     assert run(tmp_path, *ALONE) == 0
-    assert "goes on after epoch 1" in capsys.readouterr().out
+    assert "continues after epoch 1" in capsys.readouterr().out
     assert run(tmp_path / "undisturbed", *ALONE) == 0
     assert outcome(folder) == outcome(folder_of(tmp_path / "undisturbed"))
 
@@ -337,12 +337,13 @@ def brief_teacher(tmp_path_factory):
 
 @pytest.mark.parametrize("options, teachers", [
     *(["--method kd " + other, 2] for other in (
-        "--epochs 2", "--lr 0.01", "--lr-steps 0", "--subset 90", "--batch-size 20",
+        "--epochs 2", "--teacher-lr 0.01", "--teacher-epochs 2", "--lr-steps 0", "--subset 90",
+        "--batch-size 20",
         "--image-size 20", "--teacher-seed 1", "--weight-decay 0", "--momentum 0.5",
         "--crop-padding 1", "--lr-decay 0.5", "--val-fraction 0.2", "--precision float32",
     )),
     *([other, 1] for other in (
-        "--method kd", "--seed 3", "--student wrn_16_1", "--tau 2 --beta 1 --units 2",
+        "--method kd", "--lr 0.01", "--seed 3", "--student wrn_16_1", "--tau 2 --beta 1 --units 2",
     )),
 ])  # fmt: skip
 def test_a_finished_teacher_is_used_again_by_students_of_the_same_data_and_recipe_alone(
@@ -552,9 +553,10 @@ def name_of(sha256="0" * 64, **values):
 def test_every_value_that_differs_gives_another_run_name():
     names = [name_of(), name_of(student_units=UNITS), name_of(method="crd+mhkd")]
     config = mhkd.Config("resnet32x4", "vgg8")
-    fields = [name for name in RECORDED if name != "options"]
+    fields = [name for name in RECORDED if name not in ("options", "mean", "std")]
+    names += [name_of(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))]
     names += [name_of(**values) for values in changed(config, fields)]
-    for method in ("mhkd", *mhkd.BASELINES):
+    for method in ("mhkd", "fitnet", "cc", "rkd", "crd", "lsh", "dhkd"):
         usual = config.replace(method=method)
         names += [name_of(method=method)] if method != "mhkd" else []
         others = {*usual.options} - {"teacher_heads_epochs"}

@@ -1,0 +1,537 @@
+"""Run folders of mhkd.py: what a run is, checkpoints, records, locks and safe files.
+
+A run folder holds config.json, log.jsonl, checkpoint.pt, checkpoint-before.pt, student.pt and
+result.json. Each file is replaced atomically, so that a process that is killed at any moment leaves
+the old or the new file. One process at a time works in a folder. This module imports only PyTorch
+and the standard library and knows nothing about distillation methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import textwrap
+import types
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # the latest and the one before
+
+
+class RunError(ValueError):
+    """A file or folder cannot be used. The message is one sentence that says what to do."""
+
+    user_error = True  # mhkd.command_line() prints the message without a traceback
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints: the first one under torchrun."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def log(text: str) -> None:
+    """Print a line in the main process, above the progress bar if tqdm shows one."""
+    if is_main():
+        tqdm = sys.modules.get("tqdm")
+        (tqdm.tqdm.write if tqdm else print)(text)
+        sys.stdout.flush()
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        hint = "free disk space or fix the cause, then run the same command again"
+        raise RunError(f"'{path}' could not be written ({first_line(error)}): {hint}") from error
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any], keep: Path | None = None) -> None:
+    """Call write(file) on a temporary file, flush it to the disk, then rename it to `path`.
+
+    keep: where to move the previous file.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with writing(path):
+            with open(part, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
+    """The object in a JSON file, which must have these keys; None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not content.keys() >= {*keys}:
+            raise ValueError(f"it must have {', '.join(keys)}")
+    except (ValueError, RecursionError) as error:
+        reason = first_line(error)
+        raise RunError(f"'{path}' is damaged ({reason}): move its folder away") from error
+    return content
+
+
+def sha256_of(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def sha256_of_state(model: nn.Module) -> str:
+    """The hash of all parameters and buffers of a network, of any dtype."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and not value.is_quantized:
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            # A copy: NumPy would mark the storage as one that cannot be resized.
+            value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{name} {value}".encode())
+    return digest.hexdigest()
+
+
+def code_sha256(roots: Iterable[Any], more: str = "") -> str:
+    """The hash of what classes and functions compute, or of Python files.
+
+    Includes the functions, classes and constants of their own module that they use. Comments,
+    docstrings, annotations, errors and strings with spaces (messages) do not count.
+    """
+    todo, found = list(roots), {"": more}
+    modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)} | {"mhkd"}
+    while todo:
+        thing = todo.pop()
+        name = thing.name if isinstance(thing, Path) else thing.__qualname__
+        if name in found:
+            continue
+        tree = ast.parse(thing.read_text()) if isinstance(thing, Path) else definition_of(thing)
+        tree = Computation().visit(copy.deepcopy(tree))
+        found[name] = ast.unparse(tree)
+        known = {} if isinstance(thing, Path) else vars(sys.modules[thing.__module__])
+        for node in ast.walk(tree):
+            value = None
+            if isinstance(node, ast.Name):
+                value = known.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = known.get(node.value.id)
+                if isinstance(owner, types.ModuleType) and owner.__name__ in modules:
+                    value = getattr(owner, node.attr, None)
+            if isinstance(value, (type, types.FunctionType)) and value.__module__ in modules:
+                todo.append(value)
+            elif isinstance(node, ast.Name) and isinstance(value, (int, float, str)):
+                found[node.id] = repr(value)
+        if isinstance(thing, type):
+            todo += [base for base in thing.__bases__ if base.__module__ in modules]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def definition_of(thing: Any) -> ast.AST:
+    """The syntax tree of a class or function."""
+    try:
+        if thing.__qualname__ in (known := definitions_of(thing.__module__)):
+            return known[thing.__qualname__]
+        return ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    except (OSError, TypeError):  # typed into an interpreter
+        return ast.parse("pass")
+
+
+@functools.cache
+def definitions_of(module: str) -> dict[str, ast.AST]:
+    """The classes and functions at the top level of a module."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if hasattr(node, "name")}
+
+
+class Computation(ast.NodeTransformer):
+    """Removes from code what does not change its results."""
+
+    def visit_Raise(self, node: ast.Raise) -> Any:
+        return ast.Pass()
+
+    def visit_arg(self, node: ast.arg) -> Any:
+        return ast.arg(node.arg)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        self.generic_visit(node)
+        return ast.Assign([node.target], node.value, lineno=0) if node.value else ast.Pass()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        self.generic_visit(node)
+        node.returns = None
+        return node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> Any:
+        return ast.Constant("")
+
+    def visit_Constant(self, node: ast.Constant) -> Any:
+        message = isinstance(node.value, str) and " " in node.value
+        return ast.Constant("") if message else node
+
+
+@contextlib.contextmanager
+def locked(folder: Path, reason: str) -> Iterator[None]:
+    """Hold a folder, which is created if missing; under torchrun only the main process does.
+
+    While another process holds it, print `reason` and wait. The operating system releases the lock
+    however the process ends, and leaves no file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_main() or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"{reason}: waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+# --------------------------------------------------------------------------------------------------
+
+
+def load_file(path: Path) -> Any:
+    """Load a file of torch.save that holds only tensors and plain values; check its CRC sums."""
+    if not path.is_file():
+        raise RunError(f"there is no checkpoint '{path}'")
+    try:
+        if zipfile.is_zipfile(path):  # PyTorch itself does not compare the checksums
+            with zipfile.ZipFile(path) as file:
+                if bad := file.testzip():
+                    raise ValueError(f"the checksum of its part {bad} is wrong")
+        safe = [argparse.Namespace, *numpy_scalars()]  # the CRD benchmark stores its options
+        with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors, which could run code: save network.state_dict()"
+        raise RunError(f"'{path}' is damaged or no checkpoint ({reason})") from error
+
+
+def numpy_scalars() -> list[Any]:
+    """What a NumPy number in a checkpoint needs to be loaded."""
+    try:
+        import numpy as np
+    except ImportError:
+        return []
+    core = getattr(np, "_core", None) or np.core
+    kinds = [type(np.dtype(c)) for c in "?bhilqBHILQefd"]
+    return [core.multiarray.scalar, np.dtype, *kinds]
+
+
+def read_state(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """A state dict from a file, alone or as its entry "model", "state_dict" or similar.
+
+    names: entries of the network, to recognise the prefixes of DataParallel, torch.compile and
+    Lightning.
+    """
+    content = load_file(Path(path))
+    if isinstance(content, dict):
+        if "distiller" in content:
+            raise RunError(f"'{path}' is a checkpoint of a run: use the student.pt beside it")
+        keys = ("model", "state_dict", "model_state_dict", "net", "network")
+        content = next(
+            (content[key] for key in keys if isinstance(content.get(key), dict)), content
+        )
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str)
+        and isinstance(t, Tensor)
+        and t.layout == torch.strided
+        and not (t.is_complex() or t.is_meta)
+        for name, t in content.items()
+    ):
+        raise RunError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
+    if {*content}.isdisjoint(names):
+        for prefix in ("module.", "_orig_mod.", "model.", "net."):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return content
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load a checkpoint, {"model": state_dict} or a state dict alone, strictly into a network.
+
+    Raises:
+        RunError: the file is missing or damaged, or has another network or number of classes.
+    """
+    state = read_state(path, model.state_dict())
+    load_state(model, state, f"'{path}' is of another network or number of classes")
+    return model
+
+
+def load_state(
+    model: nn.Module, state: Mapping[str, Tensor], what: str, new_classes: int = 0
+) -> None:
+    """Load a state dict strictly; `what` begins the error message if an entry does not fit.
+
+    new_classes: number of classes; if given, a classifier of another number is left as it is.
+    """
+    theirs, ours = (
+        {key: tuple(t.shape) for key, t in s.items()} for s in (state, model.state_dict())
+    )
+    for key in {**ours, **theirs}:
+        a, b = theirs.get(key, "missing"), ours.get(key, "missing")
+        new_classifier = b == "missing" or (a != "missing" and (new_classes, *a[1:]) == b)
+        if a != b and not (new_classes and new_classifier):
+            raise RunError(f"{what}: '{key}' is {a} in the file, {b} in the network")
+    fitting = {key: tensor for key, tensor in state.items() if theirs[key] == ours.get(key)}
+    model.load_state_dict(fitting, strict=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder and what it has computed so far.
+
+    Args:
+        folder: the folder, which must exist and be locked.
+        record: what defines the run: "config" and entries ending in "_sha256" are compared with
+            those in the folder; everything is written to config.json and result.json.
+
+    Attributes:
+        result: the content of result.json if the run has finished and its student.pt is intact.
+        log: a dict for each epoch.
+
+    Raises:
+        RunError: the folder holds another run or a damaged record.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any], overwrite: bool = False):
+        self.folder, self.record, self.log = folder, record, []
+        self.writer: Any = None  # for TensorBoard
+        self.result: dict[str, Any] | None = None
+        try:
+            for name in ("config.json", "result.json"):
+                if before := read_json(folder / name, "config"):
+                    self._refuse_another(before)
+        except RunError:
+            if not overwrite:
+                raise
+            before = None
+            self._move_aside()
+        student = folder / "student.pt"
+        if before and student.is_file() and sha256_of(student) == before.get("student_sha256"):
+            self.result = before
+
+    def _move_aside(self) -> None:
+        """Move the files of the folder, which stays and stays locked, to OUT/replaced."""
+        parent = self.folder.parent / "replaced"
+        aside = next(
+            path
+            for i in itertools.count(1)
+            if not (path := parent / f"{self.folder.name}-{i}").exists()
+        )
+        aside.mkdir(parents=True)
+        for path in self.folder.iterdir():
+            os.replace(path, aside / path.name)
+        log(f"note: the previous content of '{self.folder}' was moved to '{aside}'")
+
+    def _refuse_another(self, before: Mapping[str, Any]) -> None:
+        def identity(record: Mapping[str, Any]) -> dict[str, Any]:
+            config = {**record["config"], **record["config"].get("options", {}), "options": None}
+            hashes = {k: record.get(k) for k in self.record if k.endswith("_sha256")}
+            return config | hashes
+
+        old, new = identity(before), identity(self.record)
+        pairs = {k: (old.get(k), new.get(k)) for k in {**old, **new}}  # missing is None
+        differ = [f"{k} was {a}, is {b}" for k, (a, b) in pairs.items() if a != b]
+        changed = [text.partition(" ")[0] for text in differ if "_sha256 " in text]
+        if differ and len(changed) == len(differ):
+            parts = " and ".join(k.removesuffix("_sha256").replace("_", " ") for k in changed)
+            raise RunError(
+                f"'{self.folder}' holds a run with another {parts}: run again with --overwrite to "
+                "replace it, or choose another --out"
+            )
+        if differ:
+            what = f"'{self.folder}' holds a run with another configuration ({'; '.join(differ)})"
+            raise RunError(f"{what}: move it away, or choose another --out")
+
+    def restore(self, parts: Mapping[str, Any], here: dict[str, Any]) -> None:
+        """Load the latest checkpoint, if any, into objects with load_state_dict.
+
+        here: the environment, see environment(). config.json lists each one the run has used.
+        """
+        paths = [self.folder / name for name in CHECKPOINTS if (self.folder / name).is_file()]
+        if paths:
+            hint = "remove it" + (", and the one before is used" if paths[1:] else "")
+            try:
+                state = load_file(paths[0])
+                before, self.log = json.loads(state["record"]), json.loads(state["log"])
+                self._refuse_another(before)
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+            except Exception as error:
+                if isinstance(error, RunError) and "holds a run with another" in str(error):
+                    raise
+                reason = first_line(error)
+                raise RunError(f"'{paths[0]}' cannot be used ({reason}): {hint}") from error
+        past = (read_json(self.folder / "config.json") or {}).get("environments") or [here]
+        changes = [f"{k} {past[-1].get(k)} -> {v}" for k, v in here.items() if past[-1].get(k) != v]
+        if changes:
+            changed = ", ".join(changes)
+            log(f"note: the environment has changed since the last checkpoint: {changed}")
+        self.record["environments"] = [*past, here] if changes else past
+        if is_main():
+            write_json(self.folder / "config.json", self.record)
+            if self.log:
+                self._write_log()
+
+    def save(self, parts: Mapping[str, Any]) -> None:
+        """Write the state after an epoch, whose entry is already in `log`."""
+        if is_main():
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"epoch": len(self.log), "log": json.dumps(self.log)}
+            state["record"] = json.dumps(self.record)
+            latest, before = (self.folder / name for name in CHECKPOINTS)
+            write_atomically(latest, lambda file: torch.save(state, file), keep=before)
+            self._write_log()
+
+        if self.writer:
+            self._show(self.log[-1:])
+
+    def show_in_tensorboard(self) -> None:
+        """Write the log for TensorBoard, too, from its beginning."""
+        if is_main():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                hint = "pip install tensorboard"
+                raise RunError(f"--tensorboard needs tensorboard ({error}): {hint}") from error
+            self.writer = SummaryWriter(self.folder, purge_step=1)
+            self._show(self.log)
+
+    def _show(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        for entry in entries:
+            for name, value in entry.items():
+                self.writer.add_scalar(name, value, entry["epoch"])
+        self.writer.flush()
+
+    def _write_log(self) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+        write_atomically(self.folder / "log.jsonl", lambda file: file.write(lines.encode()))
+
+    def save_student(self, content: dict[str, Any]) -> Path:
+        path = self.folder / "student.pt"
+        write_atomically(path, lambda file: torch.save(content, file))
+        return path
+
+    def finish(self, result: Mapping[str, Any], keep_checkpoint: bool) -> None:
+        """Write result.json, then delete the checkpoints."""
+        student = {"student_sha256": sha256_of(self.folder / "student.pt")}
+        self.result = json.loads(json.dumps({**self.record, **result, **student}))
+        write_json(self.folder / "result.json", self.result)
+        for name in () if keep_checkpoint else CHECKPOINTS:
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def folder_name(who: Iterable[Any], differs: Mapping[str, Any]) -> str:
+    """A name for a run's folder from what it is and what differs from the recipe."""
+    parts = [in_file_name(part) for part in who]
+    parts += [f"{key}={in_file_name(value)}" for key, value in differs.items()]
+    name = "-".join(parts)
+    if len(name) > 200:  # file systems allow 255
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+def in_file_name(value: Any) -> str:
+    """A value as a part of a file name."""
+    text = "+".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    return "".join(c if c.isalnum() or c in "._+" else "_" for c in text)
+
+
+def environment(device: torch.device, script: str) -> dict[str, Any]:
+    """What a result may depend on besides the configuration: hardware, versions, commit."""
+    from importlib import metadata
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchvision", "timm", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    hardware = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    elif (processors := Path("/proc/cpuinfo")).is_file():
+        _, _, name = processors.read_text().partition("model name\t: ")
+        hardware = name.partition("\n")[0].strip() or hardware
+    return {
+        "device": str(device),
+        "hardware": hardware,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        **versions,
+        "commit": commit_of(Path(script).resolve()),
+    }
+
+
+def commit_of(script: Path) -> str | None:
+    """The commit of a script, marked if the code has changed since; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(script.parent), *arguments]
+        options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, **options).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", script.name)
+        changes = git("status", "--porcelain", "--", "mhkd*.py", "csrc")
+        return git("rev-parse", "HEAD") + (" with changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

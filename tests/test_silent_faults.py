@@ -1,0 +1,389 @@
+"""What used to give a wrong result without a message: gradients, identity of runs, teachers."""
+
+import copy
+import shutil
+import warnings
+
+import pytest
+import torch
+from conftest import ALONE, MHKD, PAIR, ROOT, folder_of, python, read, run, user_errors, weights_of
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mhkd
+import mhkd_runs
+
+pytest.importorskip("sklearn")
+
+NETWORK = """
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+class Net(nn.Module):
+    def __init__(self, K):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.c, self.fc = nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, K)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = torch.relu(CALL)
+        x = torch.relu(self.c(x))
+        return self.fc(x.mean(dim=(2, 3)))
+
+def build(num_classes):
+    return Net(num_classes)
+"""
+
+
+def network_file(tmp_path, call="self.b(x)", name="net.py"):
+    (tmp_path / name).write_text(NETWORK.replace("CALL", call))
+    return f"{tmp_path / name}:build"
+
+
+def student(file, *options):
+    student = [
+        "--student",
+        file,
+        "--student-units",
+        "a,b,c",
+        "--teacher-units",
+        "layer1,layer2,layer3",
+    ]
+    return [*MHKD, *student, *options]
+
+
+# 1. Features without a gradient
+
+
+@pytest.mark.parametrize("call", [
+    "checkpoint(self.b, x, use_reentrant=True)", "torch.no_grad()(self.b)(x)",
+    "checkpoint(lambda z: self.b(z), x, use_reentrant=True)",
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["mhkd", "fitnet"])
+def test_a_feature_without_gradient_is_an_error_that_names_the_submodule(
+    call, method, tmp_path, failing
+):
+    options = student(network_file(tmp_path, call), "--method", method)
+    if method == "fitnet":
+        options = [o for o in options if o not in ("--head-width", "8")]
+    said = failing(tmp_path / "out", *options)
+    assert "'b'" in said and "has no gradient" in said and "use_reentrant=False" in said
+
+
+def test_checkpointing_that_is_not_reentrant_trains_the_same_network(tmp_path):
+    torch.manual_seed(0)
+    results = []
+    plain = mhkd.build_model("resnet8", 5)
+    for wrap in (False, True):
+        network = copy.deepcopy(plain)
+        if wrap:
+            unit = network.layer2
+            forward = unit.forward
+            unit.forward = lambda x, f=forward: checkpoint(f, x, use_reentrant=False)
+        multihead = mhkd.MultiHead(network, ["layer1", "layer2"], 5, width=4).train()
+        torch.manual_seed(1)
+        logits = multihead(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)))
+        logits[0].sum().backward()
+        results.append([p.grad for p in network.parameters() if p.grad is not None])
+    torch.testing.assert_close(*results)
+
+
+def test_a_detached_penultimate_feature_is_an_error_where_a_method_uses_it():
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean(dim=(2, 3)).detach())
+
+    network = mhkd.MultiHead(Detached(), [], 5).train()
+    network(torch.randn(2, 3, 8, 8))  # only the classifier is trained: allowed
+    with pytest.raises(mhkd.UsageError, match="input of 'fc' has no gradient"):
+        network(torch.randn(2, 3, 8, 8), penultimate=True)
+    network.eval()(torch.randn(2, 3, 8, 8), penultimate=True)
+
+
+# 2. Results of other code or weights
+
+
+def test_a_run_whose_network_file_has_changed_is_refused_and_overwrite_keeps_the_old_one(
+    tmp_path, failing
+):
+    file, out = network_file(tmp_path), tmp_path / "out"
+    options = student(file)
+    assert run(out, *options) == 0
+    (folder,) = out.glob("*-mhkd-*")
+    before = weights_of(folder)
+    source = (tmp_path / "net.py").read_text()
+    (tmp_path / "net.py").write_text("# a comment\n" + source)
+    assert run(out, *options) == 0  # a comment changes nothing
+    (tmp_path / "net.py").write_text(
+        source.replace("torch.relu(self.a(x))", "torch.tanh(self.a(x))")
+    )
+    said = failing(out, *options)
+    assert "another student code" in said and "--overwrite" in said
+    assert run(out, *options, "--overwrite") == 0
+    assert any(not torch.equal(t, before[n]) for n, t in weights_of(folder).items())
+    (aside,) = (out / "replaced").iterdir()
+    old = weights_of(aside)
+    assert all(torch.equal(t, before[n]) for n, t in old.items())
+
+
+def test_replaced_initial_weights_and_an_edited_teacher_are_other_runs(tmp_path, failing):
+    weights, out = tmp_path / "w.pth", tmp_path / "out"
+    torch.save(mhkd.build_model("resnet8", 10).state_dict(), weights)
+    options = [*ALONE, "--student-init", f"file:{weights}"]
+    assert run(out, *options) == 0
+    torch.save(mhkd.build_model("resnet8", 10).state_dict(), weights)
+    assert "another student init" in failing(out, *options)
+    file = network_file(tmp_path)
+    taught = [*PAIR, "--method", "kd", "--teacher", file]
+    assert run(out, *taught) == 0
+    path = tmp_path / "net.py"
+    path.write_text(path.read_text().replace("torch.relu(self.c(x))", "torch.tanh(self.c(x))"))
+    assert "code" in failing(out, *taught)
+
+
+@pytest.mark.parametrize("edit, runs_again", [
+    (("kl = kl / counted.sum() * tau**2", "kl = 7 * kl / counted.sum() * tau**2"), False),
+    (("# Equation 1 for each head", "# another comment"), True),
+    (('"the loss is not finite', '"it is not finite'), True),
+])  # fmt: skip
+def test_an_edited_loss_is_noticed_and_an_edited_comment_or_message_is_not(
+    edit, runs_again, tmp_path
+):
+    for path in ROOT.glob("mhkd*.py"):
+        shutil.copy(path, tmp_path)
+    script, options = tmp_path / "mhkd.py", [*MHKD, "--epochs", "1", "--backend", "reference"]
+    assert python(script, *options, "--out", tmp_path / "runs").returncode == 0
+    text = script.read_text()
+    assert edit[0].strip('"') in text
+    script.write_text(text.replace(edit[0].strip('"'), edit[1].strip('"')))
+    done = python(script, *options, "--out", tmp_path / "runs")
+    assert (done.returncode == 0) == runs_again
+    assert runs_again or "another method code" in done.stderr
+
+
+def test_the_hash_of_a_method_is_the_same_in_every_process_and_differs_between_methods():
+    code = "import mhkd; print(mhkd.code_hashes(mhkd.Config('vgg8', 'vgg8'))['method_code_sha256'])"
+    one, other = (python("-c", code, cwd=ROOT).stdout.strip() for _ in range(2))
+    hashes = {
+        m: mhkd.code_hashes(mhkd.Config("vgg8", "vgg8", method=m))["method_code_sha256"]
+        for m in ("kd", "mhkd", "crd", "crd+mhkd")
+    }
+    assert one == other == hashes["mhkd"] and len({*hashes.values()}) == 4
+
+
+# 3. Metadata of the teacher
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher")
+    assert run(out, *PAIR, "--student", "resnet14", "--method", "ce") == 0
+    return folder_of(out, "resnet14", "ce") / "student.pt"
+
+
+@pytest.mark.parametrize("change, parts", [
+    ({"classes": [*"1234567890"]}, "another class order"),
+    ({"classes": [*"abcdefghij"]}, "other classes (0, 1, 2"),
+    ({"image_size": 32}, "32 pixels: use --image-size 32"),
+])  # fmt: skip
+def test_a_teacher_of_other_classes_or_another_size_is_refused(
+    change, parts, teacher, tmp_path, failing
+):
+    content = torch.load(teacher, weights_only=True) | change
+    torch.save(content, tmp_path / "teacher.pt")
+    said = failing(tmp_path / "out", *MHKD, "--teacher-weights", tmp_path / "teacher.pt")
+    assert parts in said
+
+
+def test_a_teacher_near_chance_or_below_the_student_alone_gives_a_note(teacher, tmp_path, capsys):
+    content = torch.load(teacher, weights_only=True)
+    for tensor in content["model"].values():
+        tensor.zero_()
+    torch.save(content, tmp_path / "zero.pt")
+    options = [*PAIR, "--method", "kd", "--teacher-weights", tmp_path / "zero.pt"]
+    assert run(tmp_path, *options) == 0
+    assert "near chance" in capsys.readouterr().out
+    assert run(tmp_path, *ALONE) == 0
+    path = folder_of(tmp_path, "resnet8", "ce") / "result.json"
+    mhkd_runs.write_json(path, mhkd_runs.read_json(path) | {"accuracy": 97.5})
+    assert run(tmp_path, *options, "--seed", "1") == 0
+    assert "student alone reached" not in capsys.readouterr().out  # of another seed
+    assert run(tmp_path, *options) == 0
+    assert "student alone reached 97.50 %" in capsys.readouterr().out
+
+
+# 4, 6. Data
+
+
+def test_mean_and_std_are_those_of_both_networks_and_an_assumed_one_is_logged(
+    teacher, tmp_path, capsys
+):
+    content = torch.load(teacher, weights_only=True)
+    torch.save(content["model"], tmp_path / "bare.pt")
+    options = [*PAIR, "--method", "kd", "--epochs", "1", "--teacher-weights", tmp_path / "bare.pt"]
+    assert run(tmp_path, *options) == 0
+    assert "has no normalisation" in capsys.readouterr().out
+    given = ["--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.6"]
+    assert run(tmp_path, *options, *given) == 0
+    assert "has no normalisation" not in capsys.readouterr().out
+    folder = next(tmp_path.glob("*-kd-*mean=0.1*"))
+    saved = torch.load(folder / "student.pt", weights_only=True)
+    assert (saved["mean"], saved["std"]) == ([0.1, 0.2, 0.3], [0.5, 0.5, 0.6])
+    assert saved["resize"] == 16
+    assert read(folder / "result.json")["normalisation"]["mean"] == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--mean 0.5,0.5,0.5", "together"), ("--mean 0.5 --std 0.5", "--mean must be three numbers"),
+    ("--mean 0.5,0.5,0.5 --std 0.5,0.5,0", "--std must be three numbers above 0"),
+    ("--teacher-weights t.pt --teacher-lr 0.1", "not for --teacher-weights"),
+    ("--optimizer adam", "no option --optimizer\n"), ("--options a", "no option --options\n"),
+])  # fmt: skip
+def test_options_that_contradict_each_other_or_do_not_exist_are_refused(
+    options, message, tmp_path, failing
+):
+    said = failing(tmp_path, *MHKD, *options.split())
+    assert message in said and "image-size" not in said
+
+
+def test_the_teachers_schedule_has_options_of_its_own():
+    base = {"teacher": "resnet32x4", "student": "shufflenetv2", "lr": 0.3, "epochs": 24}
+    teacher = mhkd.Config(**base).of_teacher()
+    assert (teacher.lr, teacher.epochs, teacher.lr_steps) == (0.05, 24, (15, 18, 21))
+    teacher = mhkd.Config(**base, teacher_epochs=12, teacher_lr=0.2, lr_steps=(12, 20)).of_teacher()
+    assert (teacher.lr, teacher.epochs, teacher.lr_steps) == (0.2, 12, (6, 10))
+
+
+# 7. Inspection
+
+
+class ActNorm(nn.Module):
+    """Sets its scale from the first batch, in any mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.ready = nn.Parameter(torch.ones(1)), False
+
+    def forward(self, x):
+        if not self.ready:
+            self.scale.data, self.ready = 1 / (x.std() + 1e-9).detach()[None], True
+        return x * self.scale
+
+
+def test_a_network_is_not_changed_by_its_inspection():
+    network = nn.Sequential(
+        nn.LazyConv2d(4, 3), ActNorm(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+    multihead = mhkd.MultiHead(network, ["1"], 5, width=4, example_input=torch.randn(2, 3, 8, 8))
+    assert isinstance(network[0], nn.LazyConv2d) and not network[1].ready
+    assert multihead(torch.randn(2, 3, 8, 8))[0].abs().max() < 100
+    assert network[0].in_channels == 3
+
+
+def test_a_network_that_cannot_be_copied_is_inspected_and_restored():
+    network = mhkd.build_model("resnet8", 5).train()
+    network.note = torch.ones(1, requires_grad=True) * 2  # deepcopy refuses what is no leaf
+    before = copy.deepcopy(network.state_dict())
+    mhkd.MultiHead(network, ["layer1"], 5, width=4)
+    assert all(torch.equal(t, before[n]) for n, t in network.state_dict().items())
+    assert network.training and network.layer1.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.bool])
+def test_weights_of_any_dtype_are_hashed_and_stay_resizable(dtype):
+    network = nn.Module()
+    network.register_buffer("t", torch.ones(3, 2).to(dtype))
+    network.get_extra_state = lambda: {"a": 1}
+    one = mhkd_runs.sha256_of_state(network)
+    network.t.resize_(1)
+    assert mhkd_runs.sha256_of_state(network) != one
+
+
+# 8. Failures after the last epoch
+
+
+def test_a_network_that_stores_tensors_of_its_graph_is_saved(tmp_path):
+    file = network_file(tmp_path, "self.b(x)")
+    path = tmp_path / "net.py"
+    stored = "self.aux_loss = self.fc(x.mean(dim=(2, 3)))\n        return self.aux_loss"
+    path.write_text(path.read_text().replace("return self.fc(x.mean(dim=(2, 3)))", stored))
+    assert run(tmp_path / "out", *student(file)) == 0
+    (folder,) = (tmp_path / "out").glob("*-mhkd-*")
+    assert read(folder / "result.json")["epochs"] == 2
+
+
+@pytest.mark.parametrize("method", ["crd", "rkd", "cc", "lsh", "dhkd"])
+def test_a_network_without_a_linear_classifier_is_refused_by_methods_that_need_one(method):
+    pytest.importorskip("torchvision")
+    name = "torchvision:squeezenet1_1"
+    config = mhkd.Config("resnet14", name, method=method, dataset="digits", image_size=32)
+    with pytest.raises(mhkd.UsageError, match=f"--method {method} needs the input of a linear"):
+        data = mhkd.load_data(config)
+        mhkd.Distiller(config, data, mhkd.build_model("resnet14", 10))
+
+
+# 11. Messages
+
+
+def test_a_term_that_is_not_finite_is_named(tmp_path, failing):
+    options = [*PAIR, "--method", "cc", "--cc-weight", "1e38"]
+    assert "(cc)" in failing(tmp_path, *options)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"net": s}, lambda s: {"model_state_dict": s, "epoch": 3},
+    lambda s: {"state_dict": {f"model.{k}": t for k, t in s.items()}},
+    lambda s: {"model": s, "best": __import__("numpy").float64(0.5)},
+], ids=["net", "model_state_dict", "lightning", "numpy scalar"])  # fmt: skip
+def test_checkpoints_of_common_layouts_load(wrap, tmp_path):
+    network, other = (mhkd.build_model("resnet8", 10) for _ in range(2))
+    torch.save(wrap(network.state_dict()), tmp_path / "a.pt")
+    mhkd_runs.load_weights(other, tmp_path / "a.pt")
+    assert all(torch.equal(t, network.state_dict()[n]) for n, t in other.state_dict().items())
+    with pytest.raises(user_errors()):
+        mhkd_runs.load_weights(mhkd.build_model("resnet14", 10), tmp_path / "a.pt")
+
+
+# 12, 13. Calls
+
+
+def test_further_inputs_and_keywords_reach_the_network():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x, shift=0, *, scale=1):
+            return self.fc(self.conv(x).mean(dim=(2, 3))) * scale + shift
+
+    network, x = mhkd.MultiHead(Two(), ["conv"], 5, width=4).eval(), torch.randn(2, 3, 8, 8)
+    plain = network.model(x)
+    torch.testing.assert_close(network(x, 2)[0], plain + 2)
+    torch.testing.assert_close(network(x, 1, scale=3)[0], plain * 3 + 1)
+    logits, feature = network(x, 1, penultimate=True)
+    assert feature.shape == (2, 4)
+    torch.testing.assert_close(logits[0], plain + 1)
+
+
+def test_kd_loss_of_maps_asks_for_the_dimension_of_the_classes():
+    z_s, z_t = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    with pytest.raises(ValueError, match=r"give dim.*\[2, 5, 3, 4\]"):
+        mhkd.kd_loss(z_s, z_t)
+    rows = [z.movedim(1, -1).reshape(-1, 5) for z in (z_s, z_t)]
+    torch.testing.assert_close(mhkd.kd_loss(z_s, z_t, dim=1), mhkd.kd_loss(*rows))
+
+
+def test_a_teacher_outside_no_grad_is_warned_of_if_its_final_logits_require_a_gradient():
+    z, y = [torch.randn(2, 5, requires_grad=True)] * 2, torch.tensor([1, 2])
+    with pytest.warns(UserWarning, match="teacher's final logits require a gradient"):
+        mhkd.mhkd_loss(z, z, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mhkd.mhkd_loss(z, [z[0].detach(), z[1]], y)  # heads learn from their cross-entropy
+        mhkd.mhkd_loss(z, z, y, teacher_ce=[False, True])

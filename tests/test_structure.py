@@ -1,0 +1,91 @@
+"""What depends on what: sections 1 to 3 alone, mhkd.py alone, the modules' imports."""
+
+import ast
+import re
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, python
+
+import mhkd
+
+MODULES = sorted(ROOT.glob("mhkd*.py"))
+
+
+def imported(path, whole=False):
+    """Names of the modules that a file imports, at its top level or anywhere."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree)) if whole else tree.body
+    names = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_sections_1_to_3_work_without_what_follows_them_and_train(monkeypatch):
+    text = SCRIPT.read_text()
+    end = re.search(r"^# -+\n# 4\. ", text, re.MULTILINE).start()
+    module = types.ModuleType("sections")
+    monkeypatch.setitem(sys.modules, "sections", module)  # dataclasses look there
+    names = vars(module)
+    exec(compile(text[:end], "sections", "exec"), names)
+    torch.manual_seed(0)
+    units = ["layer1", "layer2", "layer3"]
+    teacher = names["ResNet"](10, 14)
+    teacher = names["MultiHead"](teacher, units, 10, frozen=True, width=8).train()
+    student = names["MultiHead"](names["ResNet"](10, 8), units, 10, width=8).train()
+    trained = [*student.parameters(), *teacher.heads.parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    before = [p.detach().clone() for p in trained]
+    for _ in range(2):
+        images, labels = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
+        loss = names["mhkd_loss"](student(images), teacher(images), labels, backend="reference")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.isfinite() and all(
+        not torch.equal(p, b) for p, b in zip(trained, before) if p.dim() > 1
+    )
+
+
+def test_copied_alone_it_has_networks_heads_and_loss_and_names_the_file_that_training_needs(
+    tmp_path,
+):
+    shutil.copy(SCRIPT, tmp_path)
+    code = (
+        "import mhkd, torch\n"
+        "net = mhkd.MultiHead(mhkd.build_model('resnet8', 10), ['layer1', 'layer2'], 10)\n"
+        "z, y = net(torch.rand(2, 3, 16, 16)), torch.tensor([1, 2])\n"
+        "mhkd.mhkd_loss(z, [t.detach() for t in z], y).backward()\n"
+        "print(mhkd.loss_backend(), mhkd.kd_loss(z[0], z[1]).item() >= 0)\n"
+        "mhkd.train(mhkd.Config(student='resnet8', method='ce', dataset='digits'))\n"
+    )
+    done = python("-P", "-c", "import sys; sys.path.insert(0, '.')\n" + code, cwd=tmp_path)
+    assert done.stdout == "reference (mhkd_fused.py not found) True\n"
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("mhkd.UsageError: mhkd_runs.py is needed") and "copy it" in last
+    done = python("-P", "mhkd.py", "--student", "resnet8", "--method", "ce", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "mhkd_runs.py" in done.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_modules_import_each_other_as_the_design_says(path):
+    mine = {p.stem for p in MODULES}
+    allowed = {
+        "mhkd": set(), "mhkd_runs": set(), "mhkd_fused": set(), "mhkd_store": set(),
+        "mhkd_custom": {"mhkd", "mhkd_runs"}, "mhkd_baselines": {"mhkd"},
+        "mhkd_tables": {"mhkd", "mhkd_runs"},
+    }[path.stem]  # fmt: skip
+    assert imported(path, whole=True) & mine <= allowed
+    if path.stem in ("mhkd", "mhkd_runs", "mhkd_fused", "mhkd_store"):
+        assert imported(path) <= {*sys.stdlib_module_names, "torch"}
+
+
+def test_data_of_another_data_set_are_not_trained_on_under_a_wrong_name():
+    pytest.importorskip("sklearn")
+    settings = {"student": "resnet8", "method": "ce", "device": "cpu"}
+    data = mhkd.load_data(mhkd.Config(dataset="digits", **settings))
+    with pytest.raises(mhkd.UsageError, match="'digits'.*cifar100"):
+        mhkd.train(mhkd.Config(**settings), data)
