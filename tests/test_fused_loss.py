@@ -28,6 +28,7 @@ import mhkd_fused
 Kernel = namedtuple("Kernel", ["name", "device", "loss"])
 CSRC = ROOT / "csrc"
 INF, NAN = math.inf, math.nan
+OF_TEACHER = "mhkd_loss: the teacher's final logits"  # all logits here require gradients
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -564,6 +565,7 @@ def test_auto_takes_the_kernel_once_it_has_agreed_with_plain_pytorch(to_be_check
     state = torch.get_rng_state()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", OF_TEACHER)
         found = mhkd.mhkd_loss(*heads)
     assert torch.equal(found, with_operator(to_be_checked)(*heads))
     assert list(mhkd_fused._problems.values()) == [""]
@@ -599,9 +601,10 @@ def test_a_kernel_that_is_wrong_is_found_out_and_plain_pytorch_is_used(
             found = mhkd.mhkd_loss(*heads)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", OF_TEACHER)
             mhkd.mhkd_loss(*heads)
         assert torch.equal(found, reference(*heads))
-        assert said in mhkd.loss_backend()
+        assert said in "".join(mhkd_fused._problems.values())
 
 
 def test_a_cuda_error_in_the_check_names_the_reference_backend(to_be_checked):
