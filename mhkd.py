@@ -1236,6 +1236,9 @@ class Distiller(nn.Module):
             student, teacher = teacher, None
         else:
             student = build_model(config.student, K, config.student_init, config.image_size)
+            if any(isinstance(p, nn.UninitializedParameter) for p in student.parameters()):
+                with torch.no_grad():  # lazy layers take their size from the first images
+                    student.eval()(x)
         self.initial_sha256 = sibling("mhkd_runs").sha256_of_state(student)
         networks = {"student": student} | ({"teacher": teacher} if teacher else {})
         for network in networks.values():
@@ -1305,6 +1308,16 @@ class Distiller(nn.Module):
         special = [m for m in self.methods if type(m).backward is not Method.backward]
         (special or self.methods)[0].backward(terms, student, others)
 
+    def check_shapes(self, shapes: Mapping[str, Any]) -> None:
+        """Refuse a student whose state would not fit into a new network, given its first shapes."""
+        for name, shape in shapes_of(self.student.model).items():
+            if shapes.get(name) != shape:
+                raise UsageError(
+                    f"the student's entry '{name}' changes its shape in training from "
+                    f"{shapes.get(name)} to {shape}, so student.pt could not be loaded: make it "
+                    "persistent=False or give it its final shape"
+                )
+
     def plain_state(self) -> dict[str, Any]:
         """The state dict of the plain student, on the CPU."""
         state = dict(self.student.model.state_dict())
@@ -1312,6 +1325,11 @@ class Distiller(nn.Module):
             state = method.plain(self.student.model, state)
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
         return state | {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def shapes_of(model: nn.Module) -> dict[str, Any]:
+    """The shapes of all tensors in a state dict."""
+    return {name: shape_of(value) for name, value in model.state_dict().items()}
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, Any]:
@@ -1380,6 +1398,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 distiller.train()
+                shapes = shapes_of(distiller.student.model)
                 steps = []  # metrics stay on the device: the host waits once per epoch
                 for images, labels, indices in epoch_batches(data, config, epoch):
                     terms, metrics = distiller(images, labels, indices)
@@ -1388,6 +1407,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     average_gradients(parameters)
                     optimizer.step()
                     steps.append(torch.stack(list(metrics.values())))
+                    if epoch == len(steps) == 1:
+                        distiller.check_shapes(shapes)
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break
                     bar.update(len(labels) * world_size())

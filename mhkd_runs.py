@@ -319,9 +319,12 @@ def load_state(
 
     new_classes: number of classes; if given, a classifier of another number is left as it is.
     """
-    theirs, ours = (
-        {key: tuple(t.shape) for key, t in s.items()} for s in (state, model.state_dict())
-    )
+    theirs = {key: tuple(t.shape) for key, t in state.items()}
+    lazy = nn.UninitializedParameter, nn.UninitializedBuffer  # of any shape
+    ours = {
+        key: theirs.get(key, ()) if isinstance(t, lazy) else tuple(t.shape)
+        for key, t in model.state_dict(keep_vars=True).items()
+    }
     for key in {**ours, **theirs}:
         a, b = theirs.get(key, "missing"), ours.get(key, "missing")
         new_classifier = b == "missing" or (a != "missing" and (new_classes, *a[1:]) == b)

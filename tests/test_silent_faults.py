@@ -318,6 +318,32 @@ def test_a_network_that_stores_tensors_of_its_graph_is_saved(tmp_path):
     assert read(folder / "result.json")["epochs"] == 2
 
 
+def test_a_buffer_that_takes_its_size_in_training_is_an_error_in_the_first_step(tmp_path, failing):
+    file = network_file(tmp_path)
+    path = tmp_path / "net.py"
+    text = path.read_text().replace(
+        "return self.fc(", "self.memory = x.detach()\n        return self.fc("
+    )
+    text = text.replace(
+        "nn.Linear(8, K)", 'nn.Linear(8, K)\n        self.register_buffer("memory", torch.zeros(0))'
+    )
+    path.write_text(text)
+    said = failing(tmp_path / "out", *student(file))
+    assert "'memory' changes its shape" in said and "persistent=False" in said
+    assert not [*(tmp_path / "out").glob("*-mhkd-*/checkpoint.pt")]
+
+
+def test_a_lazy_network_gets_its_size_from_real_images_and_is_trained(tmp_path):
+    file = network_file(tmp_path)
+    path = tmp_path / "net.py"
+    path.write_text(
+        path.read_text().replace("nn.Conv2d(3, 8, 3, 2, 1)", "nn.LazyConv2d(8, 3, 2, 1)")
+    )
+    assert run(tmp_path / "out", *student(file)) == 0
+    (folder,) = (tmp_path / "out").glob("*-mhkd-*")
+    assert weights_of(folder)["a.weight"].shape == (8, 3, 3, 3)
+
+
 @pytest.mark.parametrize("method", ["crd", "rkd", "cc", "lsh", "dhkd"])
 def test_a_network_without_a_linear_classifier_is_refused_by_methods_that_need_one(method):
     pytest.importorskip("torchvision")
