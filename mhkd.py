@@ -1366,6 +1366,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         with runs.locked(folder, f"another process is training in '{folder}'"):
             wait_for_all()
             run = runs.Run(folder, record, config.overwrite)
+            wait_for_all()  # until the main process has moved a replaced run away
             if run.result:
                 log(f"already finished: '{folder}'")
                 return run.result

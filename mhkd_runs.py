@@ -346,6 +346,7 @@ class Run:
         folder: the folder, which must exist and be locked.
         record: what defines the run: "config" and entries ending in "_sha256" are compared with
             those in the folder; everything is written to config.json and result.json.
+        overwrite: move the files of another run away instead of raising an error.
 
     Attributes:
         result: the content of result.json if the run has finished and its student.pt is intact.
@@ -367,7 +368,8 @@ class Run:
             if not overwrite:
                 raise
             before = None
-            self._move_aside()
+            if is_main():
+                self._move_aside()
         student = folder / "student.pt"
         if before and student.is_file() and sha256_of(student) == before.get("student_sha256"):
             self.result = before
