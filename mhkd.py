@@ -1243,6 +1243,12 @@ class Distiller(nn.Module):
         networks = {"student": student} | ({"teacher": teacher} if teacher else {})
         for network in networks.values():
             network.to(memory_format=memory_format(data.device))
+            dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
+            if dtypes - {torch.float32}:
+                raise UsageError(
+                    f"{getattr(config, 'student' if network is student else 'teacher')} has weights "
+                    "that are not float32: build it in float32, and use --precision bfloat16"
+                )
         for method in methods.values():
             method.adapt(student, teacher, K, x)
         self.units, extractors = {}, {}
@@ -1308,15 +1314,12 @@ class Distiller(nn.Module):
         special = [m for m in self.methods if type(m).backward is not Method.backward]
         (special or self.methods)[0].backward(terms, student, others)
 
-    def check_shapes(self, shapes: Mapping[str, Any]) -> None:
-        """Refuse a student whose state would not fit into a new network, given its first shapes."""
-        for name, shape in shapes_of(self.student.model).items():
-            if shapes.get(name) != shape:
-                raise UsageError(
-                    f"the student's entry '{name}' changes its shape in training from "
-                    f"{shapes.get(name)} to {shape}, so student.pt could not be loaded: make it "
-                    "persistent=False or give it its final shape"
-                )
+    def check_saved(self) -> None:
+        """Raise an error in the first step if student.pt could not be loaded after the last one."""
+        c, what = self.config, "a new student could not load what this one is after a step"
+        with torch.random.fork_rng(devices=[]):
+            fresh = build_model(c.student, self.student.num_classes, "random", c.image_size)
+        sibling("mhkd_runs").load_state(fresh, self.plain_state(), what)
 
     def plain_state(self) -> dict[str, Any]:
         """The state dict of the plain student, on the CPU."""
@@ -1325,11 +1328,6 @@ class Distiller(nn.Module):
             state = method.plain(self.student.model, state)
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
         return state | {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, Any]:
-    """The shapes of all tensors in a state dict."""
-    return {name: shape_of(value) for name, value in model.state_dict().items()}
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, Any]:
@@ -1399,7 +1397,6 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 distiller.train()
-                shapes = shapes_of(distiller.student.model)
                 steps = []  # metrics stay on the device: the host waits once per epoch
                 for images, labels, indices in epoch_batches(data, config, epoch):
                     terms, metrics = distiller(images, labels, indices)
@@ -1409,7 +1406,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     optimizer.step()
                     steps.append(torch.stack(list(metrics.values())))
                     if epoch == len(steps) == 1:
-                        distiller.check_shapes(shapes)
+                        distiller.check_saved()
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break
                     bar.update(len(labels) * world_size())

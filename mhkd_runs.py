@@ -319,18 +319,22 @@ def load_state(
 
     new_classes: number of classes; if given, a classifier of another number is left as it is.
     """
-    theirs = {key: tuple(t.shape) for key, t in state.items()}
+    with contextlib.suppress(RuntimeError):  # some modules accept other shapes, as observers do
+        model.load_state_dict(state)
+        return
+    theirs = {key: tuple(t.shape) for key, t in state.items() if isinstance(t, Tensor)}
     lazy = nn.UninitializedParameter, nn.UninitializedBuffer  # of any shape
     ours = {
         key: theirs.get(key, ()) if isinstance(t, lazy) else tuple(t.shape)
         for key, t in model.state_dict(keep_vars=True).items()
+        if isinstance(t, Tensor)
     }
     for key in {**ours, **theirs}:
         a, b = theirs.get(key, "missing"), ours.get(key, "missing")
         new_classifier = b == "missing" or (a != "missing" and (new_classes, *a[1:]) == b)
         if a != b and not (new_classes and new_classifier):
             raise RunError(f"{what}: '{key}' is {a} in the file, {b} in the network")
-    fitting = {key: tensor for key, tensor in state.items() if theirs[key] == ours.get(key)}
+    fitting = {key: tensor for key, tensor in state.items() if theirs.get(key) == ours.get(key)}
     model.load_state_dict(fitting, strict=False)
 
 
