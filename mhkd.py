@@ -1245,9 +1245,10 @@ class Distiller(nn.Module):
             network.to(memory_format=memory_format(data.device))
             dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
             if dtypes - {torch.float32}:
+                role = "student" if network is student else "teacher"
                 raise UsageError(
-                    f"{getattr(config, 'student' if network is student else 'teacher')} has weights "
-                    "that are not float32: build it in float32, and use --precision bfloat16"
+                    f"{role} {getattr(config, role)}: its weights are not float32: build it in "
+                    "float32, and use --precision bfloat16"
                 )
         for method in methods.values():
             method.adapt(student, teacher, K, x)

@@ -344,6 +344,14 @@ def test_a_lazy_network_gets_its_size_from_real_images_and_is_trained(tmp_path):
     assert weights_of(folder)["a.weight"].shape == (8, 3, 3, 3)
 
 
+def test_a_student_with_weights_of_another_precision_is_refused_with_the_option(tmp_path, failing):
+    file = network_file(tmp_path)
+    path = tmp_path / "net.py"
+    path.write_text(path.read_text().replace("Net(num_classes)", "Net(num_classes).bfloat16()"))
+    said = failing(tmp_path / "out", *student(file))
+    assert "not float32" in said and "--precision bfloat16" in said
+
+
 @pytest.mark.parametrize("method", ["crd", "rkd", "cc", "lsh", "dhkd"])
 def test_a_network_without_a_linear_classifier_is_refused_by_methods_that_need_one(method):
     pytest.importorskip("torchvision")
