@@ -1843,11 +1843,11 @@ TORCHVISION = {  # class, and the files that belong into --data
     "cifar100": ("CIFAR100", "cifar-100-python.tar.gz, or the folder cifar-100-python from it,"),
     "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
 }
-SIZES = {
-    "cifar10": (10, 60_000),
-    "cifar100": (100, 60_000),
-    "svhn": (10, 99_289),
-}  # classes, images
+SIZES = {  # number of classes, number of images, one of the class names
+    "cifar10": (10, 60_000, "airplane"),
+    "cifar100": (100, 60_000, "aquarium_fish"),
+    "svhn": (10, 99_289, "7"),
+}
 
 
 def from_torchvision(config: Config) -> Source:
@@ -1859,10 +1859,12 @@ def from_torchvision(config: Config) -> Source:
     if (root / "train").is_dir():
         found = sibling("mhkd_custom").from_folder(config, side=32)
         decoded, labels, count, classes, *facts = found
-        size = len(classes), len(labels)
-        if size != SIZES[config.dataset]:
+        *size, known = SIZES[config.dataset]
+        if size != [len(classes), len(labels)] or known not in classes:
+            names = ", ".join(classes[:3])
             raise UsageError(
-                f"'{root}' has {size[0]} classes and {size[1]} images, so it is not "
+                f"'{root}' has {len(classes)} classes ({names}, ...) and {len(labels)} images, not "
+                f"{size[0]} ({known}, ...) and {size[1]}, so it is not "
                 f"{config.dataset}: use --dataset folder"
             )
         images = decoded(list(range(len(labels))))

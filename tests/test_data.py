@@ -105,7 +105,7 @@ def test_a_data_set_is_read_from_its_files_ordered_by_labels_and_pixels(
 def test_cifar100_as_folders_of_images_gives_the_same_bits(
     settings, archive, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(mhkd.SIZES, "cifar100", (100, 300))
+    monkeypatch.setitem(mhkd.SIZES, "cifar100", (100, 300, "class07"))
     for part, (images, labels) in archive("cifar100").items():
         for i, (image, label) in enumerate(zip(images, labels)):
             place = tmp_path / "folders" / part / f"class{label:02}"
@@ -122,8 +122,19 @@ def test_folders_of_other_images_are_not_taken_for_cifar(tmp_path):
         name = f"photos/{('train', 'test')[i % 2]}/{'ab'[i // 4]}/{i}.png"
         save_image(tmp_path / name, pixels(40, 30, 3, seed=i))
     for dataset in ("cifar10", "cifar100", "svhn"):
-        with pytest.raises(mhkd.UsageError, match="2 classes and 8 images.*--dataset folder"):
+        with pytest.raises(
+            mhkd.UsageError, match="2 classes .a, b, .* and 8 images.*--dataset folder"
+        ):
             load(tmp_path / "photos", dataset, batch_size=2)
+
+
+def test_folders_with_as_many_other_classes_are_not_taken_for_cifar(tmp_path, monkeypatch):
+    monkeypatch.setitem(mhkd.SIZES, "cifar10", (2, 4, "airplane"))
+    for i in range(4):
+        name = f"photos/{('train', 'test')[i % 2]}/{'ab'[i // 2]}/{i}.png"
+        save_image(tmp_path / name, pixels(40, 30, 3, seed=i))
+    with pytest.raises(mhkd.UsageError, match="so it is not cifar10: use --dataset folder"):
+        load(tmp_path / "photos", "cifar10", batch_size=2)
 
 
 @pytest.fixture
