@@ -2040,7 +2040,6 @@ SEED = (lambda v: 0 <= v < 2**62, "between 0 and 2^62")
 NAMES = (lambda v: len(v) > 0, "at least one name")
 SIZE = (lambda v: 16 <= v <= 4096, "between 16 and 4096")
 PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
-ONE = COUNT
 TWO = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
 BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
@@ -2090,7 +2089,7 @@ class Config:
     image_size: int | None = field(
         "data", None, "side of the images in pixels (default: 32; digits 16)", int, SIZE)
     subset: int | None = field("data", None, "number of training images (default: all)", int, TWO)
-    test_subset: int | None = field("data", None, "number of test images (default: all)", int, ONE)
+    test_subset: int | None = field("data", None, "test images to use (default: all)", int, COUNT)
     val_fraction: float = field(
         "data", 0.0, "fraction of the training images held out for validation", float, BELOW_1)
     crop_padding: int | None = field(

@@ -6,7 +6,7 @@
 #                         students on 100 of them, alone, with KD and with MHKD; print a table:
 #                         minutes on a laptop, no download of data
 #   ./run_all.sh small    the study of docs/measurements.md on small images of CIFAR-100: about
-#                         18 core-hours; METHODS="ce kd mhkd" SEEDS="0 1 2" takes about one
+#                         18 core-hours (estimated); METHODS="ce kd mhkd" SEEDS="0 1 2": 16 runs
 #   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report
 #   ./run_all.sh records  copy the records of finished runs to results/
 #   ./run_all.sh test     set up the environment and run the tests
