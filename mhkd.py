@@ -390,6 +390,7 @@ class Outputs:
     logits: Tensor  # [B, K]
     features: dict[int, Tensor]  # by unit, counted from 1: [B, C, H, W] each
     penultimate: Tensor | None  # [B, C], the input of the last linear layer
+    heads: list[Tensor] = dataclasses.field(default_factory=list)  # of frozen heads: [B, K] each
 
     def float(self) -> Outputs:
         """The same in float32."""
@@ -990,6 +991,11 @@ class Method(nn.Module):
         return ()
 
     @classmethod
+    def needs_maps(cls, config: Config) -> bool:
+        """Whether a step needs the teacher's feature maps, which --teacher-store does not hold."""
+        return bool(cls.units(config, "teacher"))
+
+    @classmethod
     def adapt(cls, student: nn.Module, teacher: Any, num_classes: int, example: Tensor) -> None:
         """Change the plain student for its training; `plain` reverses this."""
 
@@ -1000,6 +1006,10 @@ class Method(nn.Module):
 
     def prepare(self, teacher: FeatureExtractor | None, batches: Callable[[], Iterator]) -> None:
         """Called once before the first step. batches() yields images, labels, indices."""
+
+    def frozen_heads(self, teacher: Outputs) -> list[Tensor]:
+        """Logits [B, K] of heads on the teacher that do not change: batch.teacher.heads."""
+        return []
 
     def final_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Loss terms on the final outputs. Default: the cross-entropy."""
@@ -1107,19 +1117,28 @@ class MultiHeadDistillation(Distillation):
         no_heads = network == "teacher" and config.options["teacher_heads"] == "logits"
         return () if no_heads else config.options["units"]
 
+    @classmethod
+    def needs_maps(cls, config: Config) -> bool:
+        return config.options["teacher_heads"] == "scratch"
+
     def train(self, mode: bool = True) -> MultiHeadDistillation:
         super().train(mode)
         if self.options.teacher_heads == "pretrained":
             self.teacher_heads.eval()
         return self
 
+    def frozen_heads(self, teacher: Outputs) -> list[Tensor]:
+        pretrained = self.options.teacher_heads == "pretrained"
+        return self.teacher_heads(teacher)[1:] if pretrained else []
+
     def final_terms(self, batch: Batch) -> dict[str, Tensor]:
         o, D = self.options, len(self.student_heads)
         with autocast(self.config, batch.labels.device):
             student = self.student_heads(batch.student)
+            teacher = [batch.teacher.logits, *batch.teacher.heads]
             if o.teacher_heads == "logits":
-                teacher = [batch.teacher.logits] * (1 + D)
-            else:
+                teacher *= 1 + D
+            elif o.teacher_heads == "scratch":
                 teacher = self.teacher_heads(batch.teacher)
         kl, ce = self.final_weights()
         head_ce = 1 - o.alpha if o.head_ce is None else o.head_ce
@@ -1282,6 +1301,7 @@ class Distiller(nn.Module):
         if heads:
             self.methods[-1].teacher_heads.load_state_dict(heads)
         self.to(data.device, memory_format=memory_format(data.device))
+        self.store: Any = None  # of the teacher's outputs
 
     @property
     def teacher(self) -> FeatureExtractor | None:
@@ -1293,7 +1313,7 @@ class Distiller(nn.Module):
         Returns the loss's named terms, and metrics for the log.
         """
         student = self.observe(self.student, images)
-        teacher = self.observe(self.teacher, images) if self.teacher else None
+        teacher = self.targets(images, indices) if self.teacher else None
         batch = Batch(student, teacher, labels, indices)
         terms = self.methods[-1].final_terms(batch)
         for method in self.methods:
@@ -1302,6 +1322,21 @@ class Distiller(nn.Module):
         metrics = {"loss": sum(terms.values()), **terms, **batch.metrics}
         metrics["train_accuracy"] = 100 * hits.float().mean()
         return terms, {name: metric.detach() for name, metric in metrics.items()}
+
+    def targets(self, images: Tensor, indices: Tensor) -> Outputs:
+        """The teacher's outputs, read from the store if it has them."""
+
+        def compute() -> Outputs:
+            outputs = self.observe(self.teacher, images)
+            with autocast(self.config, images.device):
+                outputs.heads = [z for m in self.methods for z in m.frozen_heads(outputs)]
+            return outputs
+
+        if not self.store:
+            return compute()
+        found = self.store.outputs(indices, lambda: named_outputs(compute()))
+        heads = [z for name, z in found.items() if name.startswith("head_")]
+        return Outputs(found["logits"], {}, found.get("penultimate"), heads)
 
     def observe(self, network: FeatureExtractor, images: Tensor) -> Outputs:
         """A network's outputs, computed in the precision of the run, for losses in float32."""
@@ -1386,6 +1421,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 for method in distiller.methods:
                     torch.manual_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
+            if config.teacher_store:
+                distiller.store = open_store(config, data, distiller, record)
             if config.tensorboard:
                 run.show_in_tensorboard()
             N = len(data.train)
@@ -1398,6 +1435,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 distiller.train()
+                if distiller.store:
+                    distiller.store.open((epoch - 1) % config.views)
                 steps = []  # metrics stay on the device: the host waits once per epoch
                 for images, labels, indices in epoch_batches(data, config, epoch):
                     terms, metrics = distiller(images, labels, indices)
@@ -1419,6 +1458,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     entry[f"{name}_accuracy"] = accuracy["accuracy"]
                 entry["seconds"] = round(time.perf_counter() - started, 3)
                 run.log.append(entry)
+                if distiller.store:
+                    distiller.store.save()
+                    wait_for_all()  # the next epoch may read the rows of other processes
                 run.save(state)
                 log(line_of(config, entry))
             return finish(run, config, data, distiller)
@@ -1576,6 +1618,42 @@ def find_heads(config: Config, data: Data, teacher: Any) -> tuple[dict | None, s
     path = student_of(config.of_heads(teacher), data)
     runs = sibling("mhkd_runs")
     return runs.load_file(path)["heads"], runs.sha256_of(path)
+
+
+def named_outputs(outputs: Outputs) -> dict[str, Tensor]:
+    """The outputs that a store can hold, [B, size] each."""
+    heads = {f"head_{i}": z for i, z in enumerate(outputs.heads, 1)}
+    named = {"logits": outputs.logits, "penultimate": outputs.penultimate, **heads}
+    return {name: z for name, z in named.items() if z is not None}
+
+
+def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping) -> Any:
+    """The store of the teacher's outputs. Its folder is named after all that they depend on."""
+    runs, K = sibling("mhkd_runs"), len(data.classes)
+    sizes = {"logits": K}
+    if distiller.teacher.uses_penultimate:
+        sizes["penultimate"] = distiller.teacher.width
+    if config.options.get("teacher_heads") == "pretrained":
+        sizes |= {f"head_{i}": K for i in range(1, 1 + len(config.options["units"]))}
+    names = ["image_size", "crop_padding", "crop_scale", "flip", "precision"]
+    names += ["val_fraction", "teacher_units", "view_seed", "teacher_store"]
+    key = {name: getattr(config, name) for name in names}
+    hashes = ("data", "teacher", "teacher_code", "teacher_heads")
+    key |= {name: record.get(f"{name}_sha256") for name in hashes} | {"name": config.teacher}
+    key |= {"normalisation": record["normalisation"], "device": data.device.type, "sizes": sizes}
+    key["code"] = runs.code_sha256([FeatureExtractor, AuxHeads, Data, epoch_batches])
+    if ":" in config.teacher:
+        here = environment(config, data.device)
+        key["libraries"] = here.get("timm"), here.get("torchvision")
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    dtype = getattr(torch, config.teacher_store)
+    folder, N = Path(config.out) / "cache" / f"teacher-{digest[:16]}", len(data.train)
+    store = sibling("mhkd_store").Store(folder, sizes, N, config.views, dtype, data.device, log)
+    log(
+        f"'{folder}': {store.nbytes / 1e9:.2f} GB for the teacher's outputs for {config.views} "
+        f"views of {N} images, of which {store.stored} views are stored already"
+    )
+    return store
 
 
 def student_of(config: Config, data: Data) -> Path:
@@ -1785,12 +1863,16 @@ def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, Tensor, T
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     order = torch.randperm(size, generator=generator)
+    if config.view_seed is not None:
+        generator.manual_seed(seed_of("view", config.view_seed, (epoch - 1) % config.views))
     if config.image_size < RESIZED_CROP_FROM:
         crops = torch.randint(2 * config.crop_padding + 1, (size, 2), generator=generator)
     else:
         crops = sibling("mhkd_custom").draw_boxes(size, config.crop_scale, generator)
-    flipped = torch.rand(size, generator=generator) < 0.5
-    return order, crops, flipped & config.flip
+    flipped = (torch.rand(size, generator=generator) < 0.5) & config.flip
+    if config.view_seed is not None:  # drawn for each image, whatever the order
+        crops, flipped = crops[order], flipped[order]
+    return order, crops, flipped
 
 
 def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tensor, ...]]:
@@ -2113,6 +2195,14 @@ class Config:
     momentum: float = field("training", 0.9, "momentum of SGD", float, BELOW_1)
     weight_decay: float = field("training", 5e-4, "weight decay of SGD", float, NOT_NEGATIVE)
     seed: int = field("training", 0, "seed of weights, batch order and augmentation", int, SEED)
+    view_seed: int | None = field("training", None, "seed of the augmentation of each image and "
+        "epoch (default: drawn with the batch order from --seed; 0 with --teacher-store)",
+        int, SEED)
+    teacher_store: str | None = field("training", None, "store the teacher's outputs in OUT/cache "
+        "and read them in later epochs and runs: float32 (exact) or float16 (half the size)",
+        str, one_of("float32", "float16"))
+    teacher_views: int | None = field("training", None,
+        "different augmentations of each image, used in turn (default: one per epoch)", int, COUNT)
     teacher_seed: int = field("training", 0, "seed of a teacher that is trained here", int, SEED)
     teacher_epochs: int | None = field("training", None,
         "epochs of a teacher that is trained here (default: --epochs)", int, COUNT)
@@ -2149,7 +2239,9 @@ class Config:
                     setattr(self, name, fields[name]["option"].default)
         elif not self.teacher:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
-        elif self.teacher_weights is not None:
+        if self.view_seed is None and (self.teacher_store or self.teacher_views):
+            self.view_seed = 0
+        if self.teacher and self.teacher_weights is not None:
             self.teacher_seed, self.teacher_init = 0, "random"  # the teacher is not trained
             if self.teacher_epochs or self.teacher_lr:
                 raise UsageError("--teacher-epochs and --teacher-lr are not for --teacher-weights")
@@ -2187,6 +2279,23 @@ class Config:
             and not (name in fields and fields[name]["group"] == "runtime")
         }  # fmt: skip
 
+        if (self.teacher_views or 0) >= self.epochs:
+            if self.teacher_views > self.epochs:
+                log(f"note: --teacher-views is limited to the {self.epochs} epochs")
+            self.teacher_views = None
+            self.differs.pop("teacher_views")
+        for name, method in methods.items() if self.teacher_store else ():
+            if method.needs_maps(self):
+                raise UsageError(
+                    f"--teacher-store holds no feature maps, and --method {name} trains on those "
+                    "of the teacher: use --teacher-heads pretrained with mhkd, else leave it out"
+                )
+
+    @property
+    def views(self) -> int:
+        """Number of views of each image."""
+        return self.teacher_views or self.epochs
+
     def _recipe(self) -> dict[str, Any]:
         """The values that the data set, the student and the number of epochs imply."""
         recipe = CIFAR | dict(DATASETS[self.dataset].recipe)
@@ -2222,6 +2331,7 @@ class Config:
         epochs = self.teacher_epochs or self.epochs
         own = {"student_units": None, "options": {}, "method": "ce", "seed": self.teacher_seed}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
+        own |= {"view_seed": None}
         own |= {"epochs": epochs, "lr": self.teacher_lr, "lr_steps": self._scaled_steps(epochs)}
         return self.replace(**own)
 
@@ -2236,6 +2346,7 @@ class Config:
         own |= {"seed": self.teacher_seed, "epochs": epochs, "lr": self.teacher_lr}
         own["lr_steps"] = self._scaled_steps(epochs)
         own |= {"teacher_epochs": None, "teacher_lr": None}
+        own |= {"view_seed": None, "teacher_store": None, "teacher_views": None}
         return self.replace(**own, options={name: o[name] for name in HEAD_OPTIONS})
 
     def _scaled_steps(self, epochs: int) -> tuple[int, ...] | None:
@@ -2288,7 +2399,10 @@ def add_option(group: Any, name: str, option: Option) -> None:
         help = f"{help} (default: {default})"
     kinds = {str: "NAME", words: "NAME,NAME", integers: "INT,INT", numbers: "FLOAT,FLOAT"}
     metavar = kinds.get(option.parse, option.parse.__name__.upper())
-    group.add_argument(flag, type=option.parse, default=None, help=help, metavar=metavar)
+    optional = {"nargs": "?", "const": "float32"} if name == "teacher_store" else {}
+    group.add_argument(
+        flag, type=option.parse, default=None, help=help, metavar=metavar, **optional
+    )
 
 
 def parse_config(
