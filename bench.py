@@ -1,8 +1,9 @@
 """Benchmarks of the loss and of training steps: a table, and a JSON file with --json.
 
     python bench.py loss                     # the fused loss, plain PyTorch, torch.compile
-    python bench.py step                     # our training step and a conventional one
+    python bench.py step                     # training steps and what they consist of
     python bench.py step --pairs resnet32x4:shufflenetv2 --threads 1 --precision bfloat16
+    python bench.py step --teacher-store     # steps that store the teacher's outputs or read them
 
 Implementations run alternately in one process on the same inputs. A time is the median. A ratio of
 steps is the median of the ratios of adjacent steps, which other load on the machine slows equally.
@@ -14,6 +15,7 @@ import itertools
 import json
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +23,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler that counts memor
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import mhkd
 
@@ -170,21 +171,31 @@ def random_data(config: mhkd.Config, images: int, device: torch.device) -> mhkd.
     return mhkd.Data(*parts, side, (0.5,) * 3, (0.25,) * 3, "").to(device)
 
 
-class Ours:
+class Step:
     """The inner loop of train()."""
 
     def __init__(self, config: mhkd.Config, data: mhkd.Data):
         torch.manual_seed(1)
-        teacher = mhkd.build_model(config.teacher, len(data.classes)).to(data.device).eval()
+        teacher = None
+        if config.teacher:
+            teacher = mhkd.build_model(config.teacher, len(data.classes)).to(data.device).eval()
         self.config, self.data, self.device = config, data, data.device
         self.distiller = mhkd.Distiller(config, data, teacher).train()
+        if config.teacher_store:
+            statistics = {"normalisation": [data.mean, data.std]}
+            self.distiller.store = mhkd.open_store(config, data, self.distiller, statistics)
         parameters = [p for p in self.distiller.parameters() if p.requires_grad]
         settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
         self.optimizer = torch.optim.SGD(parameters, 1e-3, **settings)  # low, for random labels
 
     def batches(self):
+        store = self.distiller.store
         for epoch in itertools.count(1):
+            if store:
+                store.open((epoch - 1) % self.config.views)
             yield from mhkd.epoch_batches(self.data, self.config, epoch)
+            if store:
+                store.save()
 
     def step(self, images, labels, indices) -> torch.Tensor:
         terms, metrics = self.distiller(images, labels, indices)
@@ -227,70 +238,36 @@ class Ours:
         return {part: median / sum(medians.values()) for part, median in medians.items()}
 
 
-class PilImages:
-    """Images and labels as torchvision's data sets return them."""
-
-    def __init__(self, config: mhkd.Config, data: mhkd.Data):
-        from torchvision import transforms as T
-
-        self.images, self.labels = data.images.cpu().numpy(), data.labels.tolist()
-        crop, flip = T.RandomCrop(data.size, config.crop_padding), T.RandomHorizontalFlip()
-        steps = T.ToPILImage(), crop, flip, T.ToTensor(), T.Normalize(data.mean, data.std)
-        self.transform = T.Compose(steps)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return self.transform(self.images[index]), self.labels[index]
-
-
-class Usual(Ours):
-    """A conventional implementation: images from PIL, a loss for each term, .item()."""
-
-    def __init__(self, config: mhkd.Config, data: mhkd.Data, workers: int = 0):
-        super().__init__(config, data)
-        self.distiller.to(memory_format=torch.contiguous_format)
-        how = {"shuffle": True, "num_workers": workers, "pin_memory": self.device.type == "cuda"}
-        self.loader = DataLoader(PilImages(config, data), config.batch_size, **how)
-
-    def batches(self):
-        for _ in itertools.count():
-            yield from self.loader
-
-    def step(self, images, labels) -> tuple[float, float]:
-        x, y = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
-        o, method = self.config.options, self.distiller.methods[-1]
-        student, teacher = self.distiller.student(x), self.distiller.teacher(x)
-        z_s, z_t = [student.logits], [teacher.logits]
-        if student.features:
-            z_s, z_t = method.student_heads(student), method.teacher_heads(teacher)
-        loss = 0
-        for head in range(len(z_s)):
-            p_t = F.softmax(z_t[head].detach() / o["tau"], dim=1)
-            log_p_s = F.log_softmax(z_s[head] / o["tau"], dim=1)
-            kl = F.kl_div(log_p_s, p_t, reduction="batchmean") * o["tau"] ** 2
-            term = o["alpha"] * kl + (1 - o["alpha"]) * F.cross_entropy(z_s[head], y)
-            loss = loss + (o["beta"] * term + F.cross_entropy(z_t[head], y) if head else term)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item(), (z_s[0].argmax(dim=1) == y).float().mean().item()
+def with_store(config: mhkd.Config, data: mhkd.Data, out: str) -> dict[str, Step]:
+    """Steps that store the teacher's outputs, that read them, and of the student alone."""
+    storing, stored = (config.replace(teacher_store="float32", out=f"{out}/{n}") for n in "ab")
+    reads = Step(stored.replace(teacher_views=1), data)
+    for batch in itertools.islice(reads.batches(), -(-len(data.train) // config.batch_size) + 1):
+        reads.step(*batch)  # an epoch and a step, before which the epoch's rows are written
+    alone = {"method": "ce", "teacher": None, "options": {}}
+    return {
+        "storing": Step(storing, data),
+        "stored": reads,
+        "ce": Step(config.replace(**alone), data),
+    }
 
 
 def bench_step(args, device: torch.device) -> dict:
-    """Each pair and method: both implementations alternately, and the parts of ours."""
-    mhkd.keep_freed_memory()  # for the whole process, so for both
-    print("conventional: in float32; both keep freed memory in the allocator\n")
+    """Each pair and method: the step and its parts, or steps with and without the store."""
+    mhkd.keep_freed_memory()
     print(f"{'pair, method':42} {'step':14} {'images/s':>9} {'ratio':>6} {'peak':>11}")
     rows = []
     for pair, method in itertools.product(mhkd.words(args.pairs), mhkd.words(args.methods)):
         settings = {"precision": args.precision, "batch_size": args.batch_size, "method": method}
+        if method == "mhkd":
+            options = {"head_width": args.head_width, "head_stride": args.head_stride}
+            settings["options"] = {n: v for n, v in options.items() if v}
+            settings["options"] |= {"teacher_heads": "pretrained"} if args.teacher_store else {}
         config = mhkd.Config(*pair.split(":"), **settings)
         data = random_data(config, 20 * config.batch_size, device)
-        ways = {"ours": Ours(config, data)}
-        if method in ("kd", "mhkd"):
-            ways["conventional"] = Usual(config, data, args.workers)
+        ways = {"step": Step(config, data)}
+        if args.teacher_store:
+            ways |= with_store(config, data, args.scratch)
         batches = {name: way.batches() for name, way in ways.items()}
         steps = {name: lambda w=w, b=batches[name]: w.step(*next(b)) for name, w in ways.items()}
         taken = in_turn(steps, [()], device, args.rounds)
@@ -298,19 +275,21 @@ def bench_step(args, device: torch.device) -> dict:
         title = f"{pair}, {method}"
         for name, way in ways.items():
             rate = config.batch_size / statistics.median(taken[name])
-            ratio = statistics.median(t / o for t, o in zip(taken[name], taken["ours"]))
+            ratio = statistics.median(t / o for t, o in zip(taken[name], taken["step"]))
             peak = peak_memory(functools.partial(way.step, *next(batches[name])), device)
             row["ways"][name] = {"images_per_second": rate, "ratio": ratio, "peak_bytes": peak}
             print(f"{title:42} {name:14} {rate:9.1f} {ratio:6.2f} {peak >> 20:7} MiB", flush=True)
-        if len(ways) > 1:
-            row["fractions"] = ways["ours"].parts(args.rounds)
-            print("  ours:", ", ".join(f"{part} {s:.1%}" for part, s in row["fractions"].items()))
+        if args.teacher_store:
+            pairs = zip(taken["stored"], taken["ce"])
+            row["stored_by_ce"] = statistics.median(s / c for s, c in pairs)
+            print(f"  a step with stored outputs takes {row['stored_by_ce']:.3f} of one of ce")
+        elif method in ("kd", "mhkd"):
+            row["fractions"] = ways["step"].parts(args.rounds)
+            print("  parts:", ", ".join(f"{part} {s:.1%}" for part, s in row["fractions"].items()))
         rows.append(row)
-    print(
-        f"\nn = {args.rounds} steps of each. ratio: time divided by ours. peak: memory of a step's"
-    )
-    print("tensors with gradients, without weights, momentum and data.")
-    return {"rows": rows, "rounds": args.rounds, "workers": args.workers}
+    print(f"\nn = {args.rounds} steps of each. ratio: time divided by that of the first line.")
+    print("peak: memory of tensors and gradients, without weights, momentum and data.")
+    return {"rows": rows, "rounds": args.rounds}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -320,7 +299,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     loss = commands.add_parser("loss", help="the fused loss, plain PyTorch and torch.compile")
     loss.add_argument("--no-compile", action="store_true", help="without torch.compile")
     loss.set_defaults(run=bench_loss)
-    step = commands.add_parser("step", help="our training step and a conventional one")
+    step = commands.add_parser("step", help="training steps")
     step.add_argument(
         "--pairs",
         default="wrn_40_2:wrn_16_2",
@@ -332,11 +311,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     step.add_argument(
         "--precision", default="auto", help="precision of ours, as for mhkd.py (default: auto)"
     )
+    step.add_argument(
+        "--teacher-store",
+        action="store_true",
+        help="time steps that store the teacher's outputs (with the pretrained heads of mhkd), "
+        "steps that read them, and steps of the student alone",
+    )
+    step.add_argument("--head-width", type=int, help="of mhkd (default: 256)")
+    step.add_argument("--head-stride", type=int, help="of mhkd (default: 1)")
     step.add_argument("--batch-size", type=int, default=64, help="images (default: 64)")
     step.add_argument("--rounds", type=int, default=20, help="steps of each (default: 20)")
-    step.add_argument(
-        "--workers", type=int, default=0, help="workers of the conventional loader (default: 0)"
-    )
     step.set_defaults(run=bench_step)
     for command in (loss, step):
         command.add_argument("--device", help="cpu or cuda (default: cuda if available)")
@@ -353,7 +337,8 @@ def main(arguments: list[str] | None = None) -> None:
     with mhkd.runtime(config) as device:
         here = mhkd.environment(config, device)
         print(", ".join(f"{n} {here[n]}" for n in ("hardware", "threads", "torch", "loss")))
-        result = {"environment": here, **args.run(args, device)}
+        with tempfile.TemporaryDirectory() as args.scratch:
+            result = {"environment": here, **args.run(args, device)}
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 
-import pytest
 import torch
 
 import bench
@@ -18,35 +17,36 @@ def run(tmp_path, *arguments):
     return json.loads((tmp_path / "figures.json").read_text())
 
 
-def test_bench_step_times_both_ways_and_the_parts_of_ours(tmp_path, capsys):
-    pytest.importorskip("torchvision")
+def test_bench_step_times_steps_and_their_parts(tmp_path):
     figures = run(tmp_path, "step", *SMALL, "--methods", "kd,mhkd,rkd", "--precision", "bfloat16")
     ways = [row["ways"] for row in figures["rows"]]
-    assert [list(way) for way in ways] == [["ours", "conventional"]] * 2 + [["ours"]]
+    assert [list(way) for way in ways] == 3 * [["step"]]
     for found in (found for way in ways for found in way.values()):
         assert found["images_per_second"] > 0 and found["peak_bytes"] > 0
     parts = [set(row["fractions"]) for row in figures["rows"][:2]]
     assert parts[0] == {"data", "teacher", "student", "loss", "optimizer"}
     assert parts[1] == parts[0] | {"heads"}
     assert figures["environment"]["threads"] == 1
-    assert "keep freed memory" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["kd", "mhkd"])
-def test_both_ways_of_bench_step_do_the_same_work(method):
-    pytest.importorskip("torchvision")
-    networks = {"teacher": "resnet14", "student": "resnet8", "method": method}
-    config = mhkd.Config(**networks, batch_size=8, crop_padding=0, precision="float32")
+def test_bench_step_times_steps_that_store_that_read_and_of_the_student_alone(tmp_path):
+    options = ["--teacher-store", "--head-width", "8", "--head-stride", "2"]
+    figures = run(tmp_path, "step", *SMALL, *options)
+    for row in figures["rows"]:
+        assert list(row["ways"]) == ["step", "storing", "stored", "ce"]
+        assert row["stored_by_ce"] > 0
+    assert figures["rows"][1]["config"]["options"]["teacher_heads"] == "pretrained"
+
+
+def test_steps_with_and_without_the_store_do_the_same_work(tmp_path):
+    config = mhkd.Config("resnet14", "resnet8", method="kd", batch_size=8, view_seed=0)
     data = bench.random_data(config, 24, torch.device("cpu"))
-    data.images[:] = data.images[0, 0, 0]  # all of one colour: crops, flips, order mean nothing
-    data.labels[:] = 7
-    ours = bench.Ours(config, data)
-    usual = bench.Usual(config, data)
-    losses = [], []
-    for mine, theirs in itertools.islice(zip(ours.batches(), usual.batches()), 3):
-        losses[0].append(ours.step(*mine)[0].item())
-        losses[1].append(usual.step(*theirs)[0])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+    ways = [bench.Step(config, data), *bench.with_store(config, data, tmp_path).values()][:2]
+    losses = [[], []]
+    for batches in itertools.islice(zip(*(way.batches() for way in ways)), 4):
+        for way, batch, found in zip(ways, batches, losses):
+            found.append(way.step(*batch)[0].item())
+    assert losses[0] == losses[1]
 
 
 def test_bench_loss_compares_time_and_memory(tmp_path, monkeypatch):
