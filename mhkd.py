@@ -56,6 +56,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 __version__ = "0.3.0"
 
@@ -1357,11 +1358,12 @@ class Distiller(nn.Module):
             fresh = build_model(c.student, self.student.num_classes, "random", c.image_size)
         sibling("mhkd_runs").load_state(fresh, self.plain_state(), what)
 
-    def plain_state(self) -> dict[str, Any]:
-        """The state dict of the plain student, on the CPU."""
-        state = dict(self.student.model.state_dict())
+    def plain_state(self, student: nn.Module | None = None) -> dict[str, Any]:
+        """The state dict of the plain student, or of an average of it, on the CPU."""
+        student = student or self.student.model
+        state = dict(student.state_dict())
         for method in self.methods:
-            state = method.plain(self.student.model, state)
+            state = method.plain(student, state)
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
         return state | {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
@@ -1410,10 +1412,16 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 for network in filter(None, (distiller.student, distiller.teacher)):
                     network.compile(dynamic=False)
             parameters = [p for p in distiller.parameters() if p.requires_grad]
-            optimizer = torch.optim.SGD(
-                parameters, config.lr, config.momentum, weight_decay=config.weight_decay
-            )
+            optimizer = make_optimizer(config, parameters)
             state = {"distiller": distiller, "optimizer": optimizer}
+            student = distiller.student.model  # what is tested and saved
+            if config.ema:
+                state["average"] = average = AveragedModel(
+                    student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+                )
+                student = average.module
+            if config.keep == "best":
+                state["best"] = Best()
             run.restore(state, environment(config, device))
             begin = f"continues after epoch {len(run.log)} of" if run.log else "starts:"
             log(f"'{folder}' {begin} {config.epochs} epochs on {device}")
@@ -1430,20 +1438,23 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             for epoch in range(len(run.log) + 1, config.epochs + 1):
                 started = time.perf_counter()
                 torch.manual_seed(seed_of(config.seed, epoch, rank()))  # for dropout, CRD
-                # A milestone s is the last epoch with the old rate; s + 1 has the lower one.
-                lr = config.lr * config.lr_decay ** sum(epoch > step for step in config.lr_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
                 distiller.train()
                 if distiller.store:
                     distiller.store.open((epoch - 1) % config.views)
                 steps = []  # metrics stay on the device: the host waits once per epoch
                 for images, labels, indices in epoch_batches(data, config, epoch):
+                    lr = learning_rate(config, epoch - 1 + len(steps) * config.batch_size / N, N)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
                     terms, metrics = distiller(images, labels, indices)
                     optimizer.zero_grad()
                     distiller.backward(terms)
                     average_gradients(parameters)
+                    if config.clip_grad:
+                        nn.utils.clip_grad_norm_(parameters, config.clip_grad)
                     optimizer.step()
+                    if config.ema:
+                        average.update_parameters(distiller.student.model)
                     steps.append(torch.stack(list(metrics.values())))
                     if epoch == len(steps) == 1:
                         distiller.check_saved()
@@ -1454,16 +1465,58 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 seconds = time.perf_counter() - started  # without the tests
                 entry["images_per_second"] = round(len(data.train) / seconds, 1)
                 for name in ("test", "val") if len(data.val) else ("test",):
-                    accuracy = evaluate(distiller.student.model, data, getattr(data, name))
+                    accuracy = evaluate(student, data, getattr(data, name))
                     entry[f"{name}_accuracy"] = accuracy["accuracy"]
                 entry["seconds"] = round(time.perf_counter() - started, 3)
                 run.log.append(entry)
+                if config.keep == "best":
+                    state["best"].update(entry, distiller.plain_state(student))
                 if distiller.store:
                     distiller.store.save()
                     wait_for_all()  # the next epoch may read the rows of other processes
                 run.save(state)
                 log(line_of(config, entry))
-            return finish(run, config, data, distiller)
+            if config.keep == "best":
+                kept, content = state["best"].epoch, state["best"].student
+            else:
+                kept, content = config.epochs, distiller.plain_state(student)
+            return finish(run, config, data, distiller, content, kept)
+
+
+def make_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+    return torch.optim.SGD(parameters, config.lr, **settings)
+
+
+def learning_rate(config: Config, at: float, images: int) -> float:
+    """The learning rate of a step that begins `at` this time, in epochs of `images` images."""
+    if config.schedule == "cosine":
+        factor = (1 + math.cos(math.pi * at / config.epochs)) / 2
+    else:  # a milestone s is the last epoch with the old rate; s + 1 has the lower one
+        factor = config.lr_decay ** sum(at >= step for step in config.lr_steps)
+    if at < config.warmup:
+        factor *= min(1, (at + config.batch_size / images) / config.warmup)
+    return config.lr * factor
+
+
+class Best:
+    """The student of the epoch with the highest validation accuracy, the first of equal ones."""
+
+    def __init__(self) -> None:
+        self.accuracy, self.epoch, self.student = -1.0, 0, {}
+
+    def update(self, entry: Mapping[str, Any], student: dict[str, Any]) -> None:
+        if entry["val_accuracy"] > self.accuracy:
+            student = {n: t.clone() if isinstance(t, Tensor) else t for n, t in student.items()}
+            self.accuracy, self.epoch, self.student = entry["val_accuracy"], entry["epoch"], student
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -1734,13 +1787,18 @@ def line_of(config: Config, entry: dict[str, Any]) -> str:
     )
 
 
-def finish(run: Any, config: Config, data: Data, distiller: Distiller) -> dict[str, Any]:
-    """Save the plain student, load it again, and record the accuracy of the loaded one."""
+KEPT = {"last": "the last one", "best": "that of the highest validation accuracy"}
+
+
+def finish(
+    run: Any, config: Config, data: Data, distiller: Distiller, student: dict[str, Any], epoch: int
+) -> dict[str, Any]:
+    """Save the plain student of an epoch, load it again, and record the loaded one's accuracy."""
     if is_main():
         name = config.student
         if ":" in name:
             name = sibling("mhkd_custom").absolute_name(name)
-        content = {"model": distiller.plain_state(), "name": name, "classes": data.classes}
+        content = {"model": student, "name": name, "classes": data.classes}
         content |= {"image_size": config.image_size, "mean": [*data.mean], "std": [*data.std]}
         content["resize"] = data.images.shape[1]
         for method in distiller.methods:
@@ -1751,7 +1809,9 @@ def finish(run: Any, config: Config, data: Data, distiller: Distiller) -> dict[s
         best = max(run.log, key=lambda entry: entry["test_accuracy"])
         result = {
             **evaluate(deployed, data),
-            "accuracy_is": "of the last epoch's student, saved and loaded into the plain network",
+            "accuracy_is": f"of the student of epoch {epoch}, saved and loaded into the plain "
+            f"network; the epoch is {KEPT[config.keep]}",
+            "kept_epoch": epoch,
             "best_test_accuracy": best["test_accuracy"],  # chosen by the test images
             "best_test_epoch": best["epoch"],
             "parameters": sum(p.numel() for p in deployed.parameters()),
@@ -1764,7 +1824,7 @@ def finish(run: Any, config: Config, data: Data, distiller: Distiller) -> dict[s
             result["test_accuracy_at_best_val_epoch"] = best["test_accuracy"]
         run.finish(result, config.keep_checkpoint)
         accuracy = run.result["accuracy"]
-        log(f"'{path}': {accuracy:.2f} % on the test images after the last epoch")
+        log(f"'{path}': {accuracy:.2f} % on the test images after epoch {epoch}")
     wait_for_all()
     return sibling("mhkd_runs").read_json(run.folder / "result.json")
 
@@ -2123,6 +2183,7 @@ NAMES = (lambda v: len(v) > 0, "at least one name")
 SIZE = (lambda v: 16 <= v <= 4096, "between 16 and 4096")
 PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
 TWO = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
+INSIDE = (lambda v: 0 < v < 1, "above 0 and below 1")
 BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
@@ -2188,12 +2249,25 @@ class Config:
     batch_size: int | None = field(
         "training", None, "images per step, at least 2 (default: 64; svhn 200)", int, TWO)
     lr: float | None = field("training", None, "learning rate "
-        "(default: 0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001)", float, POSITIVE)
+        "(default: 0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001; adamw 0.001)", float, POSITIVE)
     lr_steps: Sequence[int] | None = field("training", None, "epochs after which the rate falls "
         "(default: 150,180,210 of 240; svhn 80,110,135; digits 19,23,26)", integers, ASCENDING)
     lr_decay: float = field("training", 0.1, "factor for the rate at --lr-steps", float, FACTOR)
-    momentum: float = field("training", 0.9, "momentum of SGD", float, BELOW_1)
-    weight_decay: float = field("training", 5e-4, "weight decay of SGD", float, NOT_NEGATIVE)
+    optimizer: str = field("training", "sgd", "sgd or adamw", str, one_of("sgd", "adamw"))
+    schedule: str = field("training", "steps", "learning rate over the run: steps (--lr-steps) or "
+        "cosine (to 0)", str, one_of("steps", "cosine"))
+    warmup: float = field("training", 0.0, "epochs, also fractions, of a linear rise of the "
+        "learning rate from 0", float, NOT_NEGATIVE)
+    clip_grad: float | None = field("training", None, "largest norm of the gradient of all trained "
+        "parameters (default: no limit)", float, POSITIVE)
+    momentum: float | None = field(
+        "training", None, "momentum of SGD (default: 0.9)", float, BELOW_1)
+    weight_decay: float | None = field(
+        "training", None, "weight decay (default: 0.0005; adamw 0.05)", float, NOT_NEGATIVE)
+    ema: float | None = field("training", None, "decay of an exponential moving average of the "
+        "student's weights, which is tested and saved, e.g. 0.999 (default: none)", float, INSIDE)
+    keep: str = field("training", "last", "epoch of the saved student: last, or best, that of the "
+        "highest validation accuracy", str, one_of("last", "best"))
     seed: int = field("training", 0, "seed of weights, batch order and augmentation", int, SEED)
     view_seed: int | None = field("training", None, "seed of the augmentation of each image and "
         "epoch (default: drawn with the batch order from --seed; 0 with --teacher-store)",
@@ -2247,6 +2321,12 @@ class Config:
                 raise UsageError("--teacher-epochs and --teacher-lr are not for --teacher-weights")
         if (self.mean is None) != (self.std is None):
             raise UsageError("--mean and --std must be given together")
+        if self.keep == "best" and not self.val_fraction:
+            raise UsageError("--keep best needs validation images: give --val-fraction, e.g. 0.1")
+        if self.optimizer == "adamw" and self.momentum is not None:
+            raise UsageError("--momentum is an option of --optimizer sgd, not of adamw")
+        if self.schedule == "cosine" and (self.lr_steps or self.lr_decay != Config.lr_decay):
+            raise UsageError("--lr-steps and --lr-decay are options of --schedule steps")
         if any(m.on_teacher for m in methods.values()) and self.student != self.teacher:
             raise UsageError("--method heads has no student: give the teacher as --student, too")
         for name in filter(None, (self.student, self.teacher)):
@@ -2270,6 +2350,8 @@ class Config:
         self.options = {name: values.pop(name) for name in declared}
         for name, value in values.items():
             setattr(self, name, value)
+        if self.warmup > self.epochs:
+            raise UsageError(f"--warmup {self.warmup:g} is longer than the {self.epochs} epochs")
         # The usual number of epochs is that of the full schedule, to which the milestones scale.
         usual["epochs"] = (CIFAR | dict(DATASETS[self.dataset].recipe))["epochs"]
         self.differs = {
@@ -2301,9 +2383,14 @@ class Config:
         recipe = CIFAR | dict(DATASETS[self.dataset].recipe)
         if self.student in LOW_LR_MODELS and self.dataset != "svhn":
             recipe["lr"] = LOW_LR
+        recipe |= {"momentum": 0.9, "weight_decay": 5e-4}
+        if self.optimizer == "adamw":
+            recipe |= {"momentum": None, "weight_decay": 0.05, "lr": 0.001}
         full, epochs = recipe["epochs"], self.epochs or recipe["epochs"]
         recipe["epochs"] = epochs
-        recipe["lr_steps"] = tuple(round(step * epochs / full) for step in recipe["lr_steps"])
+        recipe["lr_steps"] = scaled(recipe["lr_steps"], epochs / full)
+        if self.schedule == "cosine":
+            recipe["lr_steps"] = ()
         sides = [names for names in (self.student_units, self.teacher_units) if names]
         if len({len(names) for names in sides}) > 1:
             raise UsageError("--teacher-units and --student-units must have the same length")
@@ -2331,7 +2418,7 @@ class Config:
         epochs = self.teacher_epochs or self.epochs
         own = {"student_units": None, "options": {}, "method": "ce", "seed": self.teacher_seed}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
-        own |= {"view_seed": None}
+        own |= {"view_seed": None, "warmup": self.warmup * epochs / self.epochs}
         own |= {"epochs": epochs, "lr": self.teacher_lr, "lr_steps": self._scaled_steps(epochs)}
         return self.replace(**own)
 
@@ -2347,18 +2434,27 @@ class Config:
         own["lr_steps"] = self._scaled_steps(epochs)
         own |= {"teacher_epochs": None, "teacher_lr": None}
         own |= {"view_seed": None, "teacher_store": None, "teacher_views": None}
+        own |= {"warmup": self.warmup * epochs / self.epochs, "ema": None, "keep": "last"}
         return self.replace(**own, options={name: o[name] for name in HEAD_OPTIONS})
 
     def _scaled_steps(self, epochs: int) -> tuple[int, ...] | None:
         """The milestones for another number of epochs; None if they are those of the recipe."""
         if "lr_steps" in self.differs:
-            return tuple(round(step * epochs / self.epochs) for step in self.lr_steps)
+            return scaled(self.lr_steps, epochs / self.epochs)
         return None
 
     def recorded(self) -> dict[str, Any]:
         """The values that distinguish runs, as JSON returns them."""
         fields = [f for f in dataclasses.fields(self) if f.metadata.get("group") != "runtime"]
         return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields}))
+
+
+def scaled(steps: Sequence[int], factor: float) -> tuple[int, ...]:
+    """Milestones for another number of epochs. Those that would coincide are an epoch apart."""
+    found: list[int] = []
+    for step in steps:
+        found.append(max(round(step * factor), found[-1] + 1 if found else 0))
+    return tuple(found)
 
 
 def foreign_option(name: str, method: str) -> str:
