@@ -18,7 +18,6 @@ from pathlib import Path
 import setuptools
 from setuptools import setup
 
-MODULES = ("mhkd", "mhkd_baselines", "mhkd_custom", "mhkd_fused", "mhkd_runs", "mhkd_tables")
 OLDEST_ARCHITECTURE = 75  # Turing; older ones only where TORCH_CUDA_ARCH_LIST asks for them
 
 
@@ -162,7 +161,7 @@ setup(
         "all": ["torchvision", "tqdm", "scikit-learn", "scipy", "matplotlib"],
         "test": ["pytest", "hypothesis", "ruff"],
     },
-    py_modules=[name for name in MODULES if (here / f"{name}.py").is_file()],
+    py_modules=sorted(path.stem for path in here.glob("mhkd*.py")),
     entry_points={"console_scripts": ["mhkd = mhkd:main", "mhkd-tables = mhkd_tables:main"]},
     ext_modules=[extension] if extension else [],
     cmdclass={"build_ext": build} if build else {},

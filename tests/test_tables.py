@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 import mhkd
+import mhkd_report
 import mhkd_runs
 import mhkd_tables as tables
 
@@ -435,7 +436,7 @@ def report(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     def parts():
-        text = tables.report(tmp_path)
+        text = mhkd_report.report(tmp_path)
         return dict(part.partition("\n")[::2] for part in re.split(r"^#+ ", text, flags=re.M)[1:])
 
     return parts
@@ -468,15 +469,15 @@ def test_differences_are_paired_over_common_seeds_with_errors_and_intervals(tmp_
 
 
 def test_intervals_are_those_of_students_t():
-    assert round(tables.students_t(0.975, 9), 4) == 2.2622
-    assert round(tables.students_t(0.99375, 9), 4) == 3.1109
-    assert round(tables.students_t(0.975, 1), 3) == 12.706
+    assert round(mhkd_report.students_t(0.975, 9), 4) == 2.2622
+    assert round(mhkd_report.students_t(0.99375, 9), 4) == 3.1109
+    assert round(mhkd_report.students_t(0.975, 1), 3) == 12.706
     for freedom in [*range(1, 40), 99, 10_000]:
         for p in (0.975, 0.99375):
             stats = pytest.importorskip("scipy.stats")
             exact = stats.t.ppf(p, freedom)
-            assert tables.students_t(p, freedom) == pytest.approx(exact, rel=1e-6)
-    mean, error, half = tables.interval([0.0, 1.0, 0.5], 0.9875)
+            assert mhkd_report.students_t(p, freedom) == pytest.approx(exact, rel=1e-6)
+    mean, error, half = mhkd_report.interval([0.0, 1.0, 0.5], 0.9875)
     exact = stats.t.interval(0.9875, 2, 0.5, stats.sem([0, 1, 0.5]))
     assert (mean - half, mean + half) == pytest.approx(exact)
 
@@ -532,7 +533,7 @@ def test_what_is_of_other_data_another_teacher_or_recipe_is_not_compared(tmp_pat
     others = ({"data": "e"}, other_teacher, {"lr": 0.01}, {"student_units": list("abc")})
     for settings in ({}, *others):
         record(tmp_path, 71.0, **PAIR, method="kd", **settings)
-    groups = tables.group_runs(tables.read_runs(tmp_path)[0])
+    groups = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
     assert [[len(r.runs) for r in g.rows if r.method == "kd"] for g in groups] == [[1]] * 5
     # The network alone is in the groups of its data and recipe.
     without = [g for g in groups if not g.alone()]
@@ -547,7 +548,7 @@ def test_runs_of_other_normalisation_are_not_compared_and_older_ones_had_the_dat
     for seed, more in enumerate(({}, usual, other)):
         more = {**more, "differs": {"teacher_weights": "e3b98a4d"}}
         record(tmp_path, 72.0, **PAIR, method="kd", seed=seed, more=more)
-    groups = tables.group_runs(tables.read_runs(tmp_path)[0])
+    groups = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
     rows = [{row.name: [*row.runs] for row in group.rows} for group in groups]
     assert rows == [{"student alone": [0, 1], "kd": [0, 1]}, {"kd": [2]}]
 
@@ -641,7 +642,7 @@ def test_each_group_has_a_picture_of_its_own_at_200_dpi(tmp_path):
     damaged = record(tmp_path, 40.0, **PAIR, method="cc", epochs=1, subset=64)
     (damaged / "log.jsonl").write_text("{")
     record(tmp_path, 40.0, student="vgg8", method="ce")  # nothing to compare
-    text = tables.report(tmp_path)
+    text = mhkd_report.report(tmp_path)
     names = sorted(path.name for path in tmp_path.glob("*.png"))
     pair = "cifar100-wrn_40_2-wrn_16_2"
     assert names == [f"{pair}-1.png", f"{pair}-2.png"]
@@ -655,7 +656,7 @@ def test_the_report_of_one_main_job_names_the_two_commands_that_complete_it(tmp_
     weights = {"teacher_weights": "a folder/teacher.pt"}
     used = {"normalisation": {"mean": [0.25, 0.5, 0.75], "std": [0.5, 0.5, 0.5]}}
     record(tmp_path, 70.0, **PAIR, **settings, **weights, options=options, more=used)
-    text = tables.report(tmp_path)
+    text = mhkd_report.report(tmp_path)
     commands = re.findall(r"^    python mhkd\.py (.*)$", text, re.MULTILINE)
     alone, kd = map(configured, commands)
     student = {**settings, "student": "wrn_16_2", "data": "some/photos", "out": str(tmp_path)}
@@ -671,7 +672,7 @@ def test_the_report_of_one_main_job_names_the_two_commands_that_complete_it(tmp_
     for config in (alone, kd):
         arguments = {k: v for k, v in config.arguments().items() if k not in ("out", "data")}
         record(tmp_path, 69.0, **arguments, more=used)
-    complete = tables.report(tmp_path)
+    complete = mhkd_report.report(tmp_path)
     assert "python mhkd.py" not in complete
     assert rows_of(complete)["mhkd, gamma 0.5"][3:] == ["+1.00, n=1", "+1.00, n=1"]
 
@@ -748,10 +749,10 @@ def test_the_records_of_the_first_study_can_be_read(tmp_path):
     kept = ROOT / "results/first-study"
     if not kept.is_dir():
         pytest.skip("only in the repository")
-    runs, unusable = tables.read_runs(kept)
+    runs, unusable = mhkd_report.read_runs(kept)
     assert not unusable and len(runs) >= 82
-    group = next(group for group in tables.group_runs(runs) if len(group.rows) > 5)
+    group = next(group for group in mhkd_report.group_runs(runs) if len(group.rows) > 5)
     differences = group.differences(group.kd_of)
-    assert tables.estimate(differences["mhkd"]) == "-0.09 ± 0.12 [-0.36, +0.18]"
+    assert mhkd_report.estimate(differences["mhkd"]) == "-0.09 ± 0.12 [-0.36, +0.18]"
     assert {"fitnet", "crd", "lsh", "student alone"}.isdisjoint(differences)
-    assert "crd+mhkd" in differences and tables.claims(runs) == ""
+    assert "crd+mhkd" in differences and mhkd_report.claims(runs) == ""

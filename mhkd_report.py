@@ -1,0 +1,476 @@
+"""The report of finished runs: what they show, as Markdown tables and pictures.
+
+    python mhkd_tables.py report runs
+
+writes report.md to the folder of the runs and, if matplotlib is installed, a picture of each group
+of runs that can be compared: those of the same data set, teacher, student and recipe. The paper's
+tables contain runs of its full recipe only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mhkd
+import mhkd_runs
+import mhkd_tables as tables
+from mhkd import Config, UsageError
+from mhkd_tables import BEST, PAIR_A, PAIR_B, PRIMARY
+
+# --------------------------------------------------------------------------------------------------
+# 1. Records, and which of them can be compared
+# --------------------------------------------------------------------------------------------------
+
+KEYS = """name config differs teacher_sha256 teacher_accuracy data_sha256 student_sha256 accuracy
+    class_accuracy epochs seconds environments""".split()
+
+
+def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records directly below a folder, and a sentence for each file that cannot be used.
+
+    Each also gets its "key", its "curve" (test accuracies by epoch), the "train_accuracy" of the
+    last epoch (None without a log), and whether it still "has_student".
+    """
+    runs, unusable = [], []
+    for path in sorted(Path(folder).glob("*/result.json")):
+        student, log = path.with_name("student.pt"), path.with_name("log.jsonl")
+        try:
+            run = mhkd_runs.read_json(path, *KEYS)
+            if "options" not in run["config"]:
+                raise UsageError(f"'{path}' is of another version")
+            data = run["environments"][-1]["data"]
+            key = tables.key_of(run["config"], data, run["teacher_sha256"])
+            same = student.is_file() and mhkd_runs.sha256_of(student) == run["student_sha256"]
+        except (UsageError, mhkd_runs.RunError, OSError) as error:
+            unusable.append(str(error))
+            continue
+        curve, train = {run["epochs"]: run["accuracy"]}, None
+        try:
+            entries = [json.loads(line) for line in log.read_text().splitlines()]
+            found = {entry["epoch"]: float(entry["test_accuracy"]) for entry in entries}
+            if [*found] != [*range(1, run["epochs"] + 1)]:
+                raise ValueError(f"it does not have the {run['epochs']} epochs of the record")
+            curve, train = found, float(entries[-1]["train_accuracy"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            unusable.append(f"'{log}' is damaged ({error}): its curve is left out")
+        run |= {"key": key, "curve": curve, "train_accuracy": train, "has_student": same}
+        runs.append(run)
+    return runs, unusable
+
+
+def final_weights(options: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """tau and the weights of cross-entropy and KL on the final outputs; None for other terms.
+
+    kd and mhkd have an alpha, from which a weight follows that is None (or missing in old records).
+    """
+    alpha, gamma, kl = (options.get(name) for name in ("alpha", "gamma", "kd_weight"))
+    if alpha is None and gamma is None:
+        return None
+    gamma, kl = 1 - alpha if gamma is None else gamma, alpha if kl is None else kl
+    return options["tau"], round(gamma, 9), round(kl, 9)
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """Runs that differ only in their seed."""
+
+    name: str
+    method: str
+    options: dict[str, Any]  # those that differ from the recipe
+    weights: tuple[float, float, float] | None  # see final_weights()
+    runs: dict[int, dict[str, Any]]  # by seed
+
+    def values(self, name: str = "accuracy") -> list[float]:
+        return [run[name] for run in self.runs.values() if run[name] is not None]
+
+    def minus(self, base: Row | None) -> list[float]:
+        """Differences of the test accuracy over the seeds that both rows have."""
+        seeds = sorted(self.runs.keys() & base.runs.keys()) if base and base is not self else []
+        return [self.runs[seed]["accuracy"] - base.runs[seed]["accuracy"] for seed in seeds]
+
+
+OF_TEACHER = {name for name in Config.__dataclass_fields__ if name.startswith("teacher_")}
+OF_TEACHER |= {"student_units"}
+ORDER = ("ce", "kd", "fitnet", "cc", "rkd", "crd", "lsh", "dhkd", "mhkd", "crd+mhkd")
+OTHERWISE = {"teacher_weights", "mean", "std"}  # shown as hash and normalisation
+IN_NAME = {"units", "gamma", "kd_weight"}  # options that are always part of a row's name
+
+
+class Group:
+    """Runs that can be compared, as rows. `twice`: names of runs whose row has their seed twice."""
+
+    def __init__(self, runs: Sequence[dict[str, Any]]):
+        self.one = runs[-1]  # runs without a teacher come first
+        config, data = self.one["config"], self.one["config"]["dataset"]
+        self.teacher, self.student = config["teacher"], config["student"]
+        if data == "folder":
+            data += f" '{Path(self.one['environments'][-1]['data']).name}'"
+        pair = f"{self.teacher} → {self.student}" if self.teacher else f"{self.student} alone"
+        self.title = f"{data}: {pair}"
+        self.common: dict[str, Any] = {}  # what differs from the recipe and is in no row's name
+        self.twice: list[str] = []
+        values: dict[str, set[str]] = {}
+        for run in runs:
+            for name, value in run["config"]["options"].items():
+                values.setdefault(name, set()).add(str(value))
+        in_name = {name for name, found in values.items() if len(found) > 1} | IN_NAME
+        rows: dict[str, Row] = {}
+        for run in runs:
+            c, differs = run["config"], run["differs"]
+            self.common |= {n: v for n, v in differs.items() if n not in in_name | OTHERWISE}
+            own = {n: v for n, v in differs.items() if n in in_name}
+            name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])
+            options = {n: v for n, v in differs.items() if n in c["options"]}
+            new = Row(name, c["method"], options, final_weights(c["options"]), {})
+            if rows.setdefault(name, new).runs.setdefault(c["seed"], run) is not run:
+                self.twice.append(run["name"])
+        methods = [*ORDER, *sorted({row.method for row in rows.values()} - {*ORDER})]
+        self.rows = sorted(rows.values(), key=lambda row: (methods.index(row.method), row.name))
+
+    def alone(self, row: Row | None = None) -> Row | None:
+        return next((r for r in self.rows if r.method == "ce"), None)
+
+    def kd_of(self, row: Row) -> Row | None:
+        """The row of kd with the same temperature and weights of the final outputs."""
+        return next((r for r in self.rows if r.method == "kd" and r.weights == row.weights), None)
+
+    def differences(self, base_of: Any) -> dict[str, list[float]]:
+        """Each row minus its base, base_of(row), for the rows that have one."""
+        found = {row.name: row.minus(base_of(row)) for row in self.rows}
+        return {name: values for name, values in found.items() if values}
+
+
+def shown(settings: Mapping[str, Any]) -> list[str]:
+    def text(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return ",".join(map(text, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return [f"{name} {text(value)}" for name, value in settings.items()]
+
+
+def recipe_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from the recipe, without method, teacher and normalisation."""
+    others = OF_TEACHER.union(run["config"]["options"], OTHERWISE)
+    return {name: value for name, value in run["differs"].items() if name not in others}
+
+
+def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
+    """What can be compared. Runs without a teacher belong to the groups of all teachers."""
+    # Older records lack the normalisation: it was the data set's, which newer ones may contain.
+    usual, others = {}, {"teacher_weights", "teacher_init", "student_init"}
+    runs = [run for run in runs if run["config"]["method"] != "heads"]
+    for run in runs:
+        if "normalisation" in run and others.isdisjoint(run["differs"]):
+            usual[run["data_sha256"]] = run["normalisation"]
+    alike: dict[str, dict[str | None, list]] = {}
+    for run in runs:
+        c, data = run["config"], run["data_sha256"]
+        used = run.get("normalisation", usual.get(data))
+        network = [c["dataset"], c["student"], recipe_of(run), data, used]
+        teacher = json.dumps([run["teacher_sha256"], c["teacher_units"], c["student_units"]])
+        by_teacher = alike.setdefault(json.dumps(network, sort_keys=True), {})
+        by_teacher.setdefault(teacher if c["teacher"] else None, []).append(run)
+    teachers, groups = {run["teacher_sha256"] for run in runs}, []
+    for by_teacher in alike.values():
+        alone = by_teacher.pop(None, [])
+        groups += [Group(alone + taught) for taught in by_teacher.values()]
+        if not by_teacher and not all(run["student_sha256"] in teachers for run in alone):
+            groups.append(Group(alone))
+    return groups
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Statistics, and the claims of the second protocol
+# --------------------------------------------------------------------------------------------------
+
+
+def mean_and_std(values: Sequence[float]) -> str:
+    std = f" ({statistics.stdev(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{std}" if values else ""
+
+
+@functools.cache
+def students_t(p: float, freedom: int) -> float:
+    """The quantile of Student's t distribution at p, which is above 0.5.
+
+    For t = sqrt(freedom) tan(a) the density is proportional to cos(a)^(freedom - 1).
+    """
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+
+    def integral(a: float, steps: int = 400) -> float:  # from 0, by Simpson's rule
+        y = [math.cos(a * i / steps) ** (freedom - 1) for i in range(steps + 1)]
+        return scale * a / steps / 3 * (y[0] + 4 * sum(y[1::2]) + 2 * sum(y[2:-1:2]) + y[-1])
+
+    low, high = 0.0, min(math.pi / 2, 30 / math.sqrt(freedom))
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if integral(middle) < p - 0.5 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """The mean, its standard error, and half of its interval by Student's t; NaN for one value."""
+    n, mean = len(values), statistics.mean(values)
+    if n == 1:
+        return mean, math.nan, math.nan
+    error = statistics.stdev(values) / math.sqrt(n)
+    return mean, error, error * students_t((1 + level) / 2, n - 1)
+
+
+def estimate(values: Sequence[float], level: float = 0.95) -> str:
+    mean, error, half = interval(values, level)
+    if len(values) == 1:
+        return f"{mean:+.2f}"
+    return f"{mean:+.2f} ± {error:.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def claims(runs: Sequence[dict[str, Any]]) -> str:
+    """The claims of the second protocol as a table; "" if no run with a teacher belongs to it."""
+    lines: list[list[str]] = []
+
+    def add(claim: str, row: Row | None, base: Row | None, level: float) -> None:
+        text, verdict, values = "–", "undecided", row.minus(base) if row else []
+        if values:
+            text, (mean, _, half) = estimate(values, level), interval(values, level)
+            if abs(mean) > half:
+                verdict = "supported" if mean > 0 else "contradicted"
+        lines.append([claim, str(len(values)), text, verdict])
+
+    for group in group_runs([run for run in runs if recipe_of(run) == tables.STUDY_RECIPE]):
+        pair = f"{group.teacher}:{group.student}"
+        if group.one["config"]["dataset"] != "cifar100" or pair not in (PAIR_A, PAIR_B):
+            continue
+        find = functools.partial(find_row, group, pair)
+        primary = [(t, find(row), find(base)) for t, row, base in PRIMARY if pair == PAIR_A]
+        for claim, row, base in primary:
+            add(f"primary: {claim}", row, base, 1 - 0.05 / len(PRIMARY))
+        pairs = [(row, base) for row in group.rows for base in (group.kd_of(row), group.alone())]
+        pairs += [(find("mhkd" + BEST), find(f"mhkd:units={unit}" + BEST)) for unit in (1, 2, 3)]
+        for row, base in pairs:
+            if row and row.minus(base) and (row, base) not in [claim[1:] for claim in primary]:
+                add(f"{group.student}: {row.name} above {base.name}", row, base, 0.95)
+        by_accuracy = sorted(group.rows, key=lambda row: statistics.mean(row.values()))
+        best = {row.method: row for row in by_accuracy}
+        if best.keys() >= {"kd", "mhkd"}:
+            row, base = best["mhkd"], best["kd"]
+            claim = f"{group.student}: best mhkd ({row.name}) above best kd ({base.name})"
+            add(claim, row, base, 0.95)
+    return markdown(["claim", "n", "difference", "verdict"], lines) if lines else ""
+
+
+def find_row(group: Group, pair: str, name: str) -> Row | None:
+    """The row of a group that a name in SMALL_ROWS describes."""
+    config = tables.config_of(pair, name, 0, tables.STUDY_STUDENT)
+    options = {n: v for n, v in config.differs.items() if n in config.options}
+    same = (config.method, json.loads(json.dumps(options)))
+    return next((row for row in group.rows if (row.method, row.options) == same), None)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The report and its pictures
+# --------------------------------------------------------------------------------------------------
+
+EXPLANATION = """\
+Accuracies are those of the last epoch, in percent: mean (standard deviation) of n seeds.
+Differences of test accuracy are paired by seed: mean ± standard error [95 % interval by Student's
+t]. KD of the same weights has the row's weights of cross-entropy and KL on the final outputs."""
+CLAIMS = """\
+Primary claims have intervals at level 98.75 % (0.05 / 4), the others at 95 %. A claim is supported
+or contradicted if its interval excludes 0. n is the number of seeds so far. The best rows are
+chosen by the same test images."""
+
+
+def report(folder: str | Path) -> str:
+    """The text of report.md, which is written, with pictures, to the folder of the runs."""
+    folder = Path(folder)
+    runs, unusable = read_runs(folder)
+    if not runs:
+        raise UsageError("; ".join([f"there is no finished run below '{folder}'", *unusable]))
+    groups = group_runs(runs)
+    parts = ["# What has run", EXPLANATION]
+    for group, picture in zip(groups, draw(folder, groups)):
+        parts += [group_table(group), picture, completion(group, folder)]
+    if text := claims(runs):
+        parts += ["# Claims of the second study", CLAIMS, text]
+    papers = [text for table in tables.TABLES.values() if (text := paper_table(table, runs))]
+    parts += papers and ["# The paper's tables, for runs of its recipe in full", *papers]
+    header = ["run", "test accuracy, %", "epochs", "minutes"]
+    rows = [
+        [run["name"], f"{run['accuracy']:.2f}", run["epochs"], f"{run['seconds'] / 60:.1f}"]
+        for run in runs
+    ]
+    parts += ["# All runs", markdown(header, rows)]
+    if lost := [run["name"] for run in runs if not run["has_student"]]:
+        parts.append(f"The student.pt of its record is not beside {', '.join(lost)}.")
+    twice = sorted({name for group in groups for name in group.twice})
+    unusable += [f"'{name}' is not compared: another run has its row and seed" for name in twice]
+    if unusable:
+        parts += ["# Not used", "\n".join(f"- {sentence}" for sentence in unusable)]
+    text = "\n\n".join(filter(None, parts))
+    path = folder / "report.md"
+    mhkd_runs.write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
+    return text
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]])
+
+
+def group_table(group: Group) -> str:
+    one, rows = group.one, group.rows
+    facts = [f"Different from the recipe: {', '.join(shown(group.common)) or 'nothing'}"]
+    facts += [f"data {one['data_sha256'][:8]}, {len(one['class_accuracy'])} classes"]
+    if "normalisation" in one:
+        facts += [f"normalised by {', '.join(shown(one['normalisation']))}"]
+    columns = {"": [row.name for row in rows]}
+    columns["test accuracy, %"] = [mean_and_std(row.values()) for row in rows]
+    columns["train accuracy, %"] = [mean_and_std(row.values("train_accuracy")) for row in rows]
+    columns["n"] = [str(len(row.runs)) for row in rows]
+    bases = {"minus student alone": group.alone, "minus kd of the same weights": group.kd_of}
+    for title, base_of in bases.items():
+        found = group.differences(base_of)
+        texts = {name: f"{estimate(values)}, n={len(values)}" for name, values in found.items()}
+        columns[title] = [texts.get(row.name, "") for row in rows]
+    columns = {title: column for title, column in columns.items() if any(column)}
+    lines = [*zip(*columns.values())]
+    if group.teacher:
+        facts += [f"teacher {one['teacher_sha256'][:8]}"]
+        accuracy = f"{one['teacher_accuracy']:.2f}"
+        lines.insert(0, (f"teacher {group.teacher}", accuracy, *[""] * (len(columns) - 2)))
+    return f"## {group.title}\n\n{'; '.join(facts)}.\n\n{markdown([*columns], lines)}"
+
+
+def completion(group: Group, folder: Path) -> str:
+    """The commands of the student alone and of KD, if nothing of a group can be compared."""
+    if not group.teacher or group.differences(group.alone) or group.differences(group.kd_of):
+        return ""
+    commands = []
+    for run in group.rows[-1].runs.values():
+        here, c = run["environments"][-1], {**run["config"], "out": str(folder)}
+        c |= {"data": here["data"], "teacher_weights": here.get("teacher_weights")}
+        c = {n: tuple(v) if isinstance(v, list) else v for n, v in c.items()}
+        c = {n: v for n, v in c.items() if n in Config.__dataclass_fields__}
+        own = {n: v for n, v in c["options"].items() if n in tables.options_of("kd")}
+        changes = {"ce": {"options": {}}, "kd": {"options": own}}
+        if c["teacher_weights"]:  # whose normalisation the student used
+            changes["ce"] |= {n: tuple(v) for n, v in run.get("normalisation", {}).items()}
+        for method, given in changes.items():
+            if method != c["method"]:
+                with contextlib.suppress(UsageError):  # a method or data set of a user's program
+                    config = Config(**c | given | {"method": method})
+                    commands.append(f"    {tables.command_of(config)}")
+    return "\n".join(["These commands complete the comparison:\n", *commands]) if commands else ""
+
+
+def row_in_paper(run: Mapping[str, Any]) -> str | None:
+    """The row of a run by the paper's recipe in full on the paper's data; None for others."""
+    number, one = tables.CLASSES.get(run["config"]["dataset"], (0, ""))
+    if len(run["class_accuracy"]) != number or one not in run["class_accuracy"]:
+        return None
+    if {*run["differs"]} - {"units", "teacher_weights", "teacher_seed"}:  # which are no recipe
+        return None
+    return ":".join(map(str, [run["config"]["method"], *run["differs"].get("units", [])]))
+
+
+def paper_table(table: tables.Table, runs: Iterable[Mapping[str, Any]]) -> str:
+    """A table as in the paper, with our accuracies beside the paper's; "" if we have none."""
+    found: dict[tuple, dict[int, float]] = {}
+    for run in runs:
+        c, row = run["config"], row_in_paper(run)
+        if row in table.rows and c["dataset"] == table.dataset:
+            cell = found.setdefault((row, c["teacher"], c["student"]), {})
+            cell.setdefault(c["seed"], run["accuracy"])
+    lines = []
+    for row, accuracies in table.paper.items():
+        lines.append([row])
+        for pair, accuracy in zip(table.pairs, accuracies):
+            teacher, student = pair.split(":")
+            alone = {"ce": student, "teacher": teacher}.get(row)
+            key = ("ce", None, alone) if alone else (row, teacher, student)
+            ours = [*found.get(key, {}).values()]
+            text = f"{mean_and_std(ours)}, n={len(ours)}" if ours else "–"
+            lines[-1].append(f"{text} / {accuracy}")
+    header = ["ours / the paper's", *(pair.replace(":", " → ") for pair in table.pairs)]
+    return f"## {table.title}\n\n{markdown(header, lines)}" if found else ""
+
+
+COLORS = {"ce": "C7", "kd": "C0", "mhkd": "C1"}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 8, "savefig.dpi": 200}
+STYLE |= {"axes.titlesize": 8, "lines.linewidth": 1.2, "legend.frameon": False}
+
+
+def draw(folder: Path, groups: Sequence[Group]) -> Iterator[str]:
+    """Draw a picture of each group with differences: curves, differences. A link to it, or ""."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        mhkd.log("note: no pictures without matplotlib: pip install matplotlib")
+        yield from [""] * len(groups)
+        return
+    stems: list[str] = []
+    for group in groups:
+        base = "kd of the same weights"
+        if not (differences := group.differences(group.kd_of)):
+            base, differences = "student alone", group.differences(group.alone)
+        if not differences:
+            yield ""
+            continue
+        parts = (group.one["config"]["dataset"], group.teacher, group.student)
+        stems.append("-".join(mhkd_runs.in_file_name(part) for part in parts))
+        path = folder / f"{stems[-1]}-{stems.count(stems[-1])}.png"
+        with matplotlib.rc_context(STYLE):
+            size = (7, max(2.8, 1 + 0.3 * len(differences)))
+            figure = Figure(figsize=size, layout="constrained")
+            left, right = figure.subplots(1, 2)
+            draw_curves(left, group)
+            draw_differences(right, group, differences)
+            right.set(xlabel=f"minus {base},\npoints (95 % intervals)")
+            figure.legend(loc="outside lower center", ncols=2)
+            mhkd_runs.write_atomically(path, lambda f, fig=figure: fig.savefig(f, format="png"))
+        yield f"![accuracy]({path.name})"
+
+
+def draw_curves(axis: Any, group: Group) -> None:
+    """Test accuracy over epochs, mean and range over seeds, of the first row of three methods."""
+    first: dict[str, Row] = {}
+    for row in sorted(group.rows, key=lambda row: row.method not in COLORS):
+        first.setdefault(row.method, row)
+    for i, row in enumerate([*first.values()][:3]):
+        curves = row.values("curve")
+        epochs = [epoch for epoch in curves[0] if all(epoch in curve for curve in curves)]
+        values = [[curve[epoch] for curve in curves] for epoch in epochs]
+        means, low, high = ([f(v) for v in values] for f in (statistics.mean, min, max))
+        color = COLORS.get(row.method, f"C{i + 2}")
+        marker = "o" if len(epochs) < 12 else None
+        label = f"{row.name}, n={len(curves)}"
+        axis.plot(epochs, means, color=color, marker=marker, markersize=3, label=label)
+        axis.fill_between(epochs, low, high, color=color, alpha=0.2)
+        axis.vlines(epochs[-1], low[-1], high[-1], color=color)  # the area of one epoch is empty
+    if group.teacher:
+        accuracy = group.one["teacher_accuracy"]
+        axis.axhline(accuracy, color="black", linestyle="--", label=f"teacher, {accuracy:.2f} %")
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.set(xlabel="epoch", ylabel="test accuracy, %", title=group.title)
+
+
+def draw_differences(axis: Any, group: Group, differences: Mapping[str, list[float]]) -> None:
+    rows = [row for row in group.rows if row.name in differences]
+    for i, row in enumerate(rows):
+        mean, _, half = interval(differences[row.name])
+        color = COLORS.get(row.method, "black")
+        axis.errorbar(mean, i, xerr=half, fmt="o", markersize=4, capsize=2, color=color)
+    axis.axvline(0, color="black", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(rows)), [textwrap.fill(row.name, 26) for row in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
