@@ -1830,8 +1830,8 @@ def finish(
 
 
 def load_student(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load a student.pt for use, see mhkd_custom.Deployed. model: the network, if not by name."""
-    return sibling("mhkd_custom").load_student(path, model)
+    """Load a student.pt for use, see mhkd_deploy.Deployed. model: the network, if not by name."""
+    return sibling("mhkd_deploy").load_student(path, model)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1928,7 +1928,7 @@ def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, Tensor, T
     if config.image_size < RESIZED_CROP_FROM:
         crops = torch.randint(2 * config.crop_padding + 1, (size, 2), generator=generator)
     else:
-        crops = sibling("mhkd_custom").draw_boxes(size, config.crop_scale, generator)
+        crops = sibling("mhkd_images").draw_boxes(size, config.crop_scale, generator)
     flipped = (torch.rand(size, generator=generator) < 0.5) & config.flip
     if config.view_seed is not None:  # drawn for each image, whatever the order
         crops, flipped = crops[order], flipped[order]
@@ -1960,7 +1960,7 @@ def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tens
             images = data.normalise(images)
         else:
             images = data.normalise(images)
-            crop = sibling("mhkd_custom").resized_crop
+            crop = sibling("mhkd_images").resized_crop
             images = crop(images, crops[mine], flipped[mine], config.image_size)
             images = images.contiguous(memory_format=memory_format(images.device))
         yield images, data.labels[data.train[order[mine]]], order[mine]
@@ -1999,7 +1999,7 @@ def from_torchvision(config: Config) -> Source:
     """
     root = Path(config.data)
     if (root / "train").is_dir():
-        found = sibling("mhkd_custom").from_folder(config, side=32)
+        found = sibling("mhkd_images").from_folder(config, side=32)
         decoded, labels, count, classes, *facts = found
         *size, known = SIZES[config.dataset]
         if size != [len(classes), len(labels)] or known not in classes:
@@ -2053,7 +2053,7 @@ def from_digits(config: Config) -> Source:
 
 
 def from_folder(config: Config) -> Source:
-    return sibling("mhkd_custom").from_folder(config)
+    return sibling("mhkd_images").from_folder(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2131,7 +2131,7 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     if (B := config.batch_size) > len(train):
         raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
     mean, std = normalisation(config) or measure(images, train)
-    prefetch = sibling("mhkd_custom").prefetch if dataset.mapped else None
+    prefetch = sibling("mhkd_images").prefetch if dataset.mapped else None
     return Data(
         images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(),
         config.dataset, facts[0] if facts else {}, prefetch,

@@ -13,7 +13,7 @@ import torch
 from conftest import FOLDER, end_of, outcome, pixels, run, save_image, start
 
 import mhkd
-import mhkd_custom
+import mhkd_images
 import mhkd_runs
 
 torchvision_datasets = pytest.importorskip("torchvision.datasets")
@@ -221,7 +221,7 @@ def test_all_that_is_left_out_is_counted_and_named(folder, capsys):
     (folder / "val" / "stray.png").write_text("not in a class")
     (folder / "valid").mkdir()
     capsys.readouterr()
-    data, (*_, facts) = of_folder(folder), mhkd_custom.from_folder(config(folder, dataset="folder"))
+    data, (*_, facts) = of_folder(folder), mhkd_images.from_folder(config(folder, dataset="folder"))
     assert data.sha256 == wanted.sha256 and data.classes == ["cat", "dog"]
     left_out = {"hidden": 11, ".heic": 4, "without suffix": 2, ".txt": 2, "linked folders": 1}
     left_out |= {"folders named like images": 1, "outside of class folders": 1}
@@ -236,7 +236,7 @@ def test_all_that_is_left_out_is_counted_and_named(folder, capsys):
 
 
 def test_nothing_is_said_where_nothing_is_left_out(folder, capsys):
-    *_, facts = mhkd_custom.from_folder(config(folder, dataset="folder"))
+    *_, facts = mhkd_images.from_folder(config(folder, dataset="folder"))
     assert facts == {"left_out": {}, "unreadable": []} and capsys.readouterr().out == ""
 
 
@@ -282,7 +282,7 @@ def test_all_images_that_cannot_be_read_are_listed_at_once(folder):
 def test_images_that_cannot_be_read_can_be_left_out(
     chunk, folder, decoded, monkeypatch, capsys, failing
 ):
-    monkeypatch.setattr(mhkd_custom, "CHUNK", chunk)
+    monkeypatch.setattr(mhkd_images, "CHUNK", chunk)
     wanted, names = of_folder(folder), damage(folder)
     with pytest.raises(mhkd.UsageError):
         of_folder(folder)
@@ -293,7 +293,7 @@ def test_images_that_cannot_be_read_can_be_left_out(
     assert torch.equal(data.labels, wanted.labels) and torch.equal(data.train, wanted.train)
     capsys.readouterr()
     settings = config(folder, dataset="folder", out=folder.parent / "out", skip_unreadable=True)
-    *_, facts = mhkd_custom.from_folder(settings)
+    *_, facts = mhkd_images.from_folder(settings)
     assert facts == {"left_out": {}, "unreadable": names}
     listed = ", ".join(f"'{folder / name}'" for name in names)
     assert capsys.readouterr().out.endswith(
@@ -378,9 +378,9 @@ def test_an_epoch_from_a_mapping_has_every_image_once_with_its_label(folder):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths of the images that are decoded from now on."""
-    names, real = [], mhkd_custom.decode_one
+    names, real = [], mhkd_images.decode_one
     monkeypatch.setattr(
-        mhkd_custom, "decode_one", lambda p, f, s: names.append(f.name) or real(p, f, s)
+        mhkd_images, "decode_one", lambda p, f, s: names.append(f.name) or real(p, f, s)
     )
     return names
 
@@ -532,7 +532,7 @@ def test_resized_crop_and_flip_are_scipys_interpolation_between_the_pixels(devic
         places = np.meshgrid(rows, columns, indexing="ij")
         for c, channel in enumerate(images[b].numpy()):
             wanted[b, c] = ndimage.map_coordinates(channel, places, order=1, mode="nearest")
-    found = mhkd_custom.resized_crop(*(t.to(device) for t in (images, boxes, mirrored)), S)
+    found = mhkd_images.resized_crop(*(t.to(device) for t in (images, boxes, mirrored)), S)
     np.testing.assert_allclose(found.cpu().numpy(), wanted, rtol=0, atol=1e-9)
 
 

@@ -1,0 +1,272 @@
+"""Folders of images for mhkd.py: decoded once into a file that is then mapped, cropped, resized.
+
+mhkd.py imports this file for `--dataset folder`, for CIFAR in folders of images, and for random
+crops of images of 64 pixels or more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import math
+import mmap
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mhkd
+import mhkd_runs
+from mhkd import Config, UsageError, explain, import_optional
+
+# --------------------------------------------------------------------------------------------------
+# 1. Folders of classes
+# --------------------------------------------------------------------------------------------------
+
+IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # thumbnails of Synology; in archives made by macOS
+
+
+def resized_side(image_size: int) -> int:
+    """The length to which the shorter side of an image file is resized."""
+    return image_size if image_size < mhkd.RESIZED_CROP_FROM else round(1.15 * image_size)
+
+
+def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
+    """The images in train/<class>/ and test/<class>/ (or val/, valid/), at any depth.
+
+    They are decoded once, into a file below --out. Returns a mhkd.Source and facts for the record:
+    how many files and folders are left out, by reason, and the unreadable images.
+    """
+    root, left_out = Path(config.data), defaultdict(list)
+    others = [root / name for name in ("test", "val", "valid") if (root / name).is_dir()]
+    parts, names = [root / "train", (others or [root / "test"])[0]], []
+    left_out["folders that are not used"] = others[1:]
+    for part in parts:
+        if not part.is_dir():
+            raise UsageError(f"there is no folder '{part}': --data must contain train/ and test/")
+        entries = list(visible(part, left_out))
+        names.append(sorted(entry.name for entry in entries if entry.is_dir()))
+        left_out["outside of class folders"] += [e for e in entries if not e.is_dir()]
+    classes = names[0]
+    if names[1] != classes:
+        differ = ", ".join(sorted({*classes} ^ {*names[1]})[:10])
+        raise UsageError(f"'{parts[0]}' and '{parts[1]}' differ in their classes: {differ}")
+    if len(classes) < 2:
+        raise UsageError(f"'{parts[0]}' has {len(classes)} class folders: a classifier needs two")
+    folders = [part / name for part in parts for name in classes]
+    files = [(f, i) for i, d in enumerate(folders) for f in sorted(images_below(d, left_out))]
+    counts, notes = {}, []
+    for reason, paths in left_out.items():
+        if paths:
+            counts[reason] = len(paths)
+            some = ", ".join(str(path.relative_to(root)) for path in sorted(paths)[:3])
+            notes.append(f"{len(paths)} {reason} ({some}{', ...' if len(paths) > 3 else ''})")
+    if notes:
+        mhkd.log(f"note: in '{root}' these are left out: {'; '.join(notes)}")
+    side, cache = side or resized_side(config.image_size), Path(config.out) / "cache"
+    images, unreadable = None, set()
+    if getattr(config, "skip_unreadable", False):
+        images, unreadable = decode([file for file, _ in files], side, cache, skip_unreadable=True)
+        files = [(file, i) for file, i in files if file not in unreadable]
+    for i in {*range(len(folders))} - {i for _, i in files}:
+        raise UsageError(f"the class folder '{folders[i]}' contains no images that can be used")
+
+    def load(chosen: list[int]) -> Tensor:
+        if images is not None and len(chosen) == len(images):
+            return images
+        return decode([files[i][0] for i in chosen], side, cache)[0]
+
+    facts = {"left_out": counts}
+    facts["unreadable"] = sorted(file.relative_to(root).as_posix() for file in unreadable)
+    labels = torch.tensor([i % len(classes) for _, i in files])
+    return load, labels, sum(i < len(classes) for _, i in files), classes, facts
+
+
+def visible(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[Path]:
+    """The entries of a folder without hidden ones and those of system software. Raises OSError."""
+    for entry in folder.iterdir():
+        if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+            left_out["hidden"].append(entry)
+        else:
+            yield entry
+
+
+def images_below(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[Path]:
+    """The image files at any depth. Links to folders are not followed. Raises OSError."""
+    for entry in visible(folder, left_out):
+        kind = entry.suffix.lower()
+        if not entry.is_dir():
+            if kind in IMAGE_FILES:
+                yield entry
+            else:
+                left_out[kind or "without suffix"].append(entry)
+        elif entry.is_symlink():
+            left_out["linked folders"].append(entry)
+        elif kind in IMAGE_FILES:
+            left_out["folders named like images"].append(entry)
+        else:
+            yield from images_below(entry, left_out)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Decoding
+# --------------------------------------------------------------------------------------------------
+
+CHUNK = 512  # images that are decoded, checked and written at a time
+
+
+def decode(
+    files: list[Path], side: int, cache: Path, skip_unreadable: bool = False
+) -> tuple[Tensor, set[Path]]:
+    """Image files as a mapped uint8 tensor [N, side, side, 3], decoded if that is not done yet.
+
+    The file is named after the paths, sizes, inodes and times of the image files and the version of
+    Pillow. It is decoded again from the first chunk on whose checksum differs from the index.
+
+    Returns the images, and the files that cannot be read, which are not among the images. Without
+    `skip_unreadable` such files are an error.
+    """
+    pil = import_optional("PIL.Image", "pillow", "a folder of images")
+    key = hashlib.sha256(repr((side, pil.__version__)).encode())
+    for file in files:
+        s = file.stat() if file.is_file() else None
+        facts = (str(file), s and (s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns))
+        key.update(repr(facts).encode())
+    folder = cache / key.hexdigest()[:16]
+    images, index, size = folder / "images.u8", folder / "index.json", side * side * 3
+    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
+    done: list[tuple[str, list[int]]] = []  # of each chunk the checksum and the unreadable images
+    reason = ""
+
+    def pixels_or_reason(file: Path) -> bytes | str:
+        try:
+            return decode_one(pil, file, side)
+        except UsageError as error:
+            return mhkd_runs.first_line(error.__cause__)
+
+    with mhkd_runs.locked(folder, "another process decodes images"), mhkd_runs.writing(images):
+        images.touch()
+        existing: list[tuple[str, list[int]]] = []
+        with contextlib.suppress(mhkd_runs.RunError):  # a damaged index is ignored
+            existing = (mhkd_runs.read_json(index, "decoded") or {"decoded": []})["decoded"]
+        with open(images, "r+b") as store, ThreadPoolExecutor() as pool:
+            for chunk, (checksum, bad) in zip(chunks, existing):
+                start = store.tell()
+                content = store.read((len(chunk) - len(bad)) * size)
+                if hashlib.sha256(content).hexdigest() != checksum or (bad and not skip_unreadable):
+                    store.seek(start)
+                    break
+                done.append((checksum, bad))
+            todo = chunks[len(done) :]
+            number = sum(map(len, todo))
+            if todo:
+                mhkd.log(f"decoding {number} images into '{folder}'; older folders may be deleted")
+            bar = mhkd.progress_bar(len(files), "decoding", len(files) - number)
+            for chunk in todo:
+                decoded = dict(enumerate(pool.map(pixels_or_reason, chunk)))
+                bad = [i for i, image in decoded.items() if isinstance(image, str)]
+                for i in bad:
+                    reason = reason or f" ({decoded[i]})"
+                    del decoded[i]
+                content = b"".join(decoded.values())
+                store.write(content)
+                store.flush()
+                os.fsync(store.fileno())
+                done.append((hashlib.sha256(content).hexdigest(), bad))
+                mhkd_runs.write_json(index, {"decoded": done})
+                bar.update(len(chunk))
+    unreadable = [chunk[i] for chunk, (_, bad) in zip(chunks, done) for i in bad]
+    if unreadable:
+        some = ", ".join(f"'{f}'" for f in unreadable[:10]) + ", ..." * (len(unreadable) > 10)
+        what = f"{len(unreadable)} of {len(files)} images cannot be read{reason}: "
+        if not skip_unreadable:
+            it = "it" if len(unreadable) == 1 else "them"
+            hint = f"remove {it}, or leave {it} out with --skip-unreadable: "
+            raise UsageError(what + hint + some)
+        mhkd.log(f"note: {what}left out are {some}")
+    count = len(files) - len(unreadable)
+    mapped = torch.from_file(str(images), shared=False, size=count * size, dtype=torch.uint8)
+    advise(mapped, "RANDOM")
+    return mapped.view(count, side, side, 3), {*unreadable}
+
+
+def decode_one(pil: Any, path: Path, side: int) -> bytes:
+    """The pixels of one image file, uint8 [side, side, 3]: see prepare."""
+    with explain(f"the image '{path}' cannot be read", "remove it"):
+        if not path.is_file():
+            raise ValueError("it is not a file or is a broken link")
+        with pil.open(path) as image:
+            return prepare(image, side).tobytes()
+
+
+def prepare(image: Any, side: int) -> Any:
+    """An image of Pillow as RGB [side, side]: the center of it, its shorter side resized.
+
+    Transparent pixels become black; 16-bit grey levels become 8-bit; EXIF rotations are applied.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
+        image = image.convert("I").point(lambda grey: grey / 256).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"the range of pixels of mode {image.mode} is unknown")
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    image = image.convert("RGB")
+    if image.size != (side, side):
+        image = ImageOps.fit(image, (side, side), method=Image.Resampling.BILINEAR)
+    return image
+
+
+def prefetch(images: Tensor, indices: Tensor) -> None:
+    """Tell the operating system which mapped images are read next."""
+    for i in indices.tolist():
+        advise(images[i], "WILLNEED")
+
+
+def advise(images: Tensor, advice: str) -> None:
+    """Tell the system how a mapping is read. By default it reads megabytes around each image."""
+    start = images.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = images.data_ptr() + images.nbytes - start
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not on Windows
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), getattr(mmap, f"MADV_{advice}"))
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Random crops
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_boxes(size: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Random boxes [size, 4] for resized_crop, of an area between `scale` and 1.
+
+    Area and aspect ratio (3/4 to 4/3) as in Szegedy et al. 2015, "Going deeper with convolutions".
+    """
+    area, ratio, *at = torch.rand(4, size, generator=generator)
+    area = scale + (1 - scale) * area
+    ratio = ((2 * ratio - 1) * math.log(4 / 3)).exp()
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)
+    return torch.cat([sides / 2 + (1 - sides) * torch.stack(at, dim=1), sides], dim=1)
+
+
+def resized_crop(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
+    """Crops of normalised images [B, 3, M, M], resized to [B, 3, size, size] and flipped.
+
+    boxes: [B, 4], centre x and y, width and height, as fractions of the image.
+    """
+    x, y, width, height = boxes.unbind(1)
+    zero = torch.zeros_like(x)
+    width = torch.where(flipped, -width, width)
+    theta = torch.stack((width, zero, 2 * x - 1, zero, height, 2 * y - 1), dim=1).view(-1, 2, 3)
+    grid = nn.functional.affine_grid(theta, (len(images), 3, size, size), align_corners=False)
+    return nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
