@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import copy
 import functools
 import hashlib
 import inspect
@@ -22,7 +21,6 @@ import pickle
 import platform
 import subprocess
 import sys
-import textwrap
 import types
 import warnings
 import zipfile
@@ -145,16 +143,21 @@ def code_sha256(roots: Iterable[Any], more: str = "") -> str:
     modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)} | {"mhkd"}
     while todo:
         thing = todo.pop()
-        name = thing.name if isinstance(thing, Path) else thing.__qualname__
+        is_file = isinstance(thing, Path)
+        name = thing.name if is_file else thing.__qualname__
         if name in found:
             continue
-        tree = ast.parse(thing.read_text()) if isinstance(thing, Path) else definition_of(thing)
-        tree = Computation().visit(copy.deepcopy(tree))
-        found[name] = ast.unparse(tree)
-        known = {} if isinstance(thing, Path) else vars(sys.modules[thing.__module__])
-        for node in ast.walk(tree):
+        if is_file:
+            trees = [ast.parse(thing.read_text())]
+        else:
+            trees = definitions_in(thing.__module__).get(thing.__name__, [])
+        known = {} if is_file else vars(sys.modules[thing.__module__])
+        digest = hashlib.sha256()
+        for place, node in computation_of(trees):
+            part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
+            digest.update(f"{place} {part}\n".encode())
             value = None
-            if isinstance(node, ast.Name):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 value = known.get(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = known.get(node.value.id)
@@ -164,52 +167,34 @@ def code_sha256(roots: Iterable[Any], more: str = "") -> str:
                 todo.append(value)
             elif isinstance(node, ast.Name) and isinstance(value, (int, float, str)):
                 found[node.id] = repr(value)
-        if isinstance(thing, type):
-            todo += [base for base in thing.__bases__ if base.__module__ in modules]
+        found[name] = digest.hexdigest()
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def definition_of(thing: Any) -> ast.AST:
-    """The syntax tree of a class or function."""
-    try:
-        if thing.__qualname__ in (known := definitions_of(thing.__module__)):
-            return known[thing.__qualname__]
-        return ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError):  # typed into an interpreter
-        return ast.parse("pass")
-
-
 @functools.cache
-def definitions_of(module: str) -> dict[str, ast.AST]:
-    """The classes and functions at the top level of a module."""
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    return {node.name: node for node in tree.body if hasattr(node, "name")}
+def definitions_in(module: str) -> dict[str, list[ast.AST]]:
+    """The syntax trees of a module's classes and functions, also of local ones, by name."""
+    found: dict[str, list[ast.AST]] = {}
+    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
+        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found.setdefault(node.name, []).append(node)
+    return found
 
 
-class Computation(ast.NodeTransformer):
-    """Removes from code what does not change its results."""
-
-    def visit_Raise(self, node: ast.Raise) -> Any:
-        return ast.Pass()
-
-    def visit_arg(self, node: ast.arg) -> Any:
-        return ast.arg(node.arg)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
-        self.generic_visit(node)
-        return ast.Assign([node.target], node.value, lineno=0) if node.value else ast.Pass()
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
-        self.generic_visit(node)
-        node.returns = None
-        return node
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> Any:
-        return ast.Constant("")
-
-    def visit_Constant(self, node: ast.Constant) -> Any:
-        message = isinstance(node.value, str) and " " in node.value
-        return ast.Constant("") if message else node
+def computation_of(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Place and value of everything in a syntax tree that changes what the code computes."""
+    message = isinstance(node, str) and " " in node
+    if message or isinstance(node, (ast.Raise, ast.JoinedStr)):
+        return
+    yield place, node
+    if isinstance(node, list):
+        for i, part in enumerate(node):
+            yield from computation_of(part, f"{place}.{i}")
+    elif isinstance(node, ast.AST):
+        for name, part in ast.iter_fields(node):
+            if name not in ("annotation", "returns"):
+                yield from computation_of(part, f"{place}.{name}")
 
 
 @contextlib.contextmanager
