@@ -1688,7 +1688,7 @@ def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping
         sizes["penultimate"] = distiller.teacher.width
     if config.options.get("teacher_heads") == "pretrained":
         sizes |= {f"head_{i}": K for i in range(1, 1 + len(config.options["units"]))}
-    names = ["image_size", "crop_padding", "crop_scale", "flip", "precision"]
+    names = ["image_size", "crop_padding", "crop_scale", "flip", "augment", "precision"]
     names += ["val_fraction", "teacher_units", "view_seed", "teacher_store"]
     key = {name: getattr(config, name) for name in names}
     hashes = ("data", "teacher", "teacher_code", "teacher_heads")
@@ -1878,7 +1878,7 @@ class Data:
         return dataclasses.replace(self, **moved, prefetch=prefetch)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
+        """Images [B, S, S, 3], 0 to 255, to float32 [B, 3, S, S]."""
         images = ((images - self.mean_255) / self.std_255).permute(0, 3, 1, 2)
         return images.contiguous(memory_format=memory_format(images.device))
 
@@ -1916,10 +1916,10 @@ def augment(images: Tensor, corners: Tensor, flipped: Tensor, padding: int) -> T
 RESIZED_CROP_FROM = 64  # pixels; smaller images are cropped from a black border as in the paper
 
 
-def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All random numbers for an epoch's images: order [N], crops [N, 2 or 4], flips [N].
+def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, ...]:
+    """All random numbers for an epoch's images: order [N], crops [N, 2 or 4], flips [N], seeds [N].
 
-    Drawn on the CPU from seed and epoch, so that a seed gives the same on every device.
+    The seeds are for --augment. All are drawn on the CPU: they are the same on every device.
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     order = torch.randperm(size, generator=generator)
@@ -1930,9 +1930,10 @@ def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, Tensor, T
     else:
         crops = sibling("mhkd_images").draw_boxes(size, config.crop_scale, generator)
     flipped = (torch.rand(size, generator=generator) < 0.5) & config.flip
+    seeds = torch.randint(2**62, (size,), generator=generator)
     if config.view_seed is not None:  # drawn for each image, whatever the order
-        crops, flipped = crops[order], flipped[order]
-    return order, crops, flipped
+        crops, flipped, seeds = crops[order], flipped[order], seeds[order]
+    return order, crops, flipped, seeds
 
 
 def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tensor, ...]]:
@@ -1940,9 +1941,8 @@ def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tens
 
     With several processes each gets an equal part of every batch.
     """
-    order, crops, flipped = (
-        draw.to(data.device) for draw in draw_epoch(config, len(data.train), epoch)
-    )
+    draws = draw_epoch(config, len(data.train), epoch)
+    order, crops, flipped, seeds = (draw.to(data.device) for draw in draws)
     starts = list(range(0, len(order), config.batch_size))
     if len(order) - starts[-1] < 2 * world_size():
         starts.pop()  # batch norm cannot train on a single image
@@ -1957,12 +1957,12 @@ def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tens
     for mine, images in one_ahead(pieces()) if data.prefetch else pieces():
         if config.image_size < RESIZED_CROP_FROM:
             images = augment(images, crops[mine], flipped[mine], config.crop_padding)
-            images = data.normalise(images)
         else:
-            images = data.normalise(images)
             crop = sibling("mhkd_images").resized_crop
             images = crop(images, crops[mine], flipped[mine], config.image_size)
-            images = images.contiguous(memory_format=memory_format(images.device))
+        if config.augment != "crop":
+            images = sibling("mhkd_images").augment(images, config.augment, seeds[mine])
+        images = data.normalise(images)
         yield images, data.labels[data.train[order[mine]]], order[mine]
 
 
@@ -2240,6 +2240,9 @@ class Config:
     crop_scale: float = field(
         "data", 0.08, "least area of a crop as a fraction, from 64 pixels", float, FACTOR)
     flip: bool | None = field("data", None, "random mirror images (default: yes; digits no)", bool)
+    augment: str = field("data", "crop", "random crop and mirror image (crop), then one operation "
+        "on colour or shape (trivial: TrivialAugment) or two (rand: RandAugment)", str,
+        one_of("crop", "trivial", "rand"))
     mean: Sequence[float] | None = field("data", None, "mean of the channels on the scale 0 to 1, "
         "for both networks (default: of the teacher's file, else of the data)", numbers, CHANNELS)
     std: Sequence[float] | None = field(

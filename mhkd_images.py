@@ -260,13 +260,31 @@ def draw_boxes(size: int, scale: float, generator: torch.Generator) -> Tensor:
 
 
 def resized_crop(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
-    """Crops of normalised images [B, 3, M, M], resized to [B, 3, size, size] and flipped.
+    """Crops of images [B, M, M, 3], resized to [B, size, size, 3] and flipped.
 
-    boxes: [B, 4], centre x and y, width and height, as fractions of the image.
+    boxes: float [B, 4], centre x and y, width and height, as fractions of the image.
     """
+    images = images.permute(0, 3, 1, 2).to(boxes.dtype)
     x, y, width, height = boxes.unbind(1)
     zero = torch.zeros_like(x)
     width = torch.where(flipped, -width, width)
     theta = torch.stack((width, zero, 2 * x - 1, zero, height, 2 * y - 1), dim=1).view(-1, 2, 3)
     grid = nn.functional.affine_grid(theta, (len(images), 3, size, size), align_corners=False)
-    return nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    images = nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return images.permute(0, 2, 3, 1)
+
+
+def augment(images: Tensor, policy: str, seeds: Tensor) -> Tensor:
+    """TrivialAugment or RandAugment of torchvision on images [B, S, S, 3], 0 to 255.
+
+    Each image is changed with random numbers from its own seed, whatever else is in the batch.
+    """
+    transforms = import_optional("torchvision.transforms.v2", "torchvision", f"--augment {policy}")
+    kinds = {"trivial": transforms.TrivialAugmentWide, "rand": transforms.RandAugment}
+    transform, changed = kinds[policy](), []
+    images = images.permute(0, 3, 1, 2).round().to(torch.uint8)
+    with torch.random.fork_rng(devices=[]):
+        for image, seed in zip(images, seeds.tolist()):
+            torch.default_generator.manual_seed(seed)
+            changed.append(transform(image))
+    return torch.stack(changed).permute(0, 2, 3, 1)

@@ -509,7 +509,7 @@ def test_a_subset_is_always_the_same_part_of_the_data(tmp_path):
 
 def test_crop_and_flip_are_those_of_a_slow_loop_over_the_images(device, tmp_path):
     images = pixels(40, 12, 12, 3)
-    _, corners, mirrored = mhkd.draw_epoch(config(tmp_path, dataset="cifar100"), 40, 1)
+    _, corners, mirrored, _ = mhkd.draw_epoch(config(tmp_path, dataset="cifar100"), 40, 1)
     wanted = []
     for image, (row, column), flip in zip(images, corners.tolist(), mirrored.tolist()):
         crop = np.pad(image, ((4, 4), (4, 4), (0, 0)))[row : row + 12, column : column + 12]
@@ -521,24 +521,24 @@ def test_crop_and_flip_are_those_of_a_slow_loop_over_the_images(device, tmp_path
 def test_resized_crop_and_flip_are_scipys_interpolation_between_the_pixels(device, tmp_path):
     ndimage = pytest.importorskip("scipy.ndimage")
     M, S, span = 20, 14, (np.arange(14) + 0.5) / 14
-    images = torch.rand(6, 3, M, M, dtype=torch.float64)
+    images = torch.rand(6, M, M, 3, dtype=torch.float64)
     draw = config(tmp_path, dataset="folder", image_size=64)
-    _, boxes, mirrored = mhkd.draw_epoch(draw, 6, 1)
+    _, boxes, mirrored, _ = mhkd.draw_epoch(draw, 6, 1)
     assert 0 < mirrored.sum() < 6
-    boxes, wanted = boxes.double(), np.empty((6, 3, S, S))
+    boxes, wanted = boxes.double(), np.empty((6, S, S, 3))
     for b, (x, y, width, height) in enumerate(boxes.tolist()):
         columns = (x - width / 2 + width * (span[::-1] if mirrored[b] else span)) * M - 0.5
         rows = (y - height / 2 + height * span) * M - 0.5
         places = np.meshgrid(rows, columns, indexing="ij")
-        for c, channel in enumerate(images[b].numpy()):
-            wanted[b, c] = ndimage.map_coordinates(channel, places, order=1, mode="nearest")
+        for c, channel in enumerate(images[b].permute(2, 0, 1).numpy()):
+            wanted[b, :, :, c] = ndimage.map_coordinates(channel, places, order=1, mode="nearest")
     found = mhkd_images.resized_crop(*(t.to(device) for t in (images, boxes, mirrored)), S)
     np.testing.assert_allclose(found.cpu().numpy(), wanted, rtol=0, atol=1e-9)
 
 
 def test_boxes_lie_inside_and_have_the_wanted_areas_and_ratios(tmp_path):
     draw = config(tmp_path, dataset="folder", image_size=64, crop_scale=0.2)
-    _, boxes, mirrored = mhkd.draw_epoch(draw, 5000, 1)
+    _, boxes, mirrored, _ = mhkd.draw_epoch(draw, 5000, 1)
     centres, sides = boxes[:, :2], boxes[:, 2:]
     assert (centres - sides / 2 >= -1e-6).all() and (centres + sides / 2 <= 1 + 1e-6).all()
     area, ratio = sides.prod(dim=1), (sides[:, 0] / sides[:, 1]).log()
@@ -547,12 +547,54 @@ def test_boxes_lie_inside_and_have_the_wanted_areas_and_ratios(tmp_path):
     assert 0.47 < mirrored.float().mean() < 0.53
 
 
+@pytest.mark.parametrize(
+    "policy, name", [("trivial", "TrivialAugmentWide"), ("rand", "RandAugment")]
+)
+def test_each_image_is_augmented_by_torchvision_from_its_own_seed(policy, name):
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    images, seeds = torch.from_numpy(pixels(9, 20, 20, 3)), torch.arange(9) + 2**61
+    state = torch.get_rng_state()
+    found = mhkd_images.augment(images, policy, seeds)
+    assert torch.equal(torch.get_rng_state(), state)
+    for image, seed, changed in zip(images, seeds, found):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed.item())
+            wanted = getattr(v2, name)()(image.permute(2, 0, 1)).permute(1, 2, 0)
+        assert torch.equal(changed, wanted)
+    assert sum(map(torch.equal, images, found)) < 4  # some operations change nothing
+    some = torch.tensor([4, 1])
+    assert torch.equal(mhkd_images.augment(images[some], policy, seeds[some]), found[some])
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_augmentation_follows_crop_and_flip_and_is_drawn_with_the_view(tmp_path, monkeypatch, size):
+    pytest.importorskip("torchvision")
+    for i in range(8):
+        for part in ("train", "test"):
+            save_image(tmp_path / part / f"{i % 2}" / f"{i}.png", pixels(80, 80, 3, seed=i))
+    plain = of_folder(tmp_path, image_size=size)
+    settings = {"dataset": "folder", "image_size": size, "view_seed": 0, "batch_size": 8}
+
+    def view(policy, seed=0, epoch=1):
+        made = config(tmp_path, **settings, augment=policy, seed=seed)
+        (images, _, indices) = next(mhkd.epoch_batches(plain, made, epoch))
+        return images[indices.argsort()]
+
+    trivial = view("trivial")
+    assert torch.equal(trivial, view("trivial", seed=1))
+    assert not torch.equal(trivial, view("trivial", epoch=2))
+    assert not torch.equal(trivial, view("crop"))
+    unchanged = lambda images, policy, seeds: images  # noqa: E731
+    monkeypatch.setattr(mhkd_images, "augment", unchanged)
+    assert torch.equal(view("trivial"), view("crop"))
+
+
 def test_a_run_at_64_pixels_from_a_mapping_is_killed_and_resumed_bit_for_bit(tmp_path):
     for i in range(24):
         place = tmp_path / "large" / ("train", "val")[i % 3 == 2] / f"{i % 2}"
         save_image(place / f"{i}.png", pixels(80, 70 + i, 3, seed=i))
     options = [*FOLDER, tmp_path / "large", "--epochs", "3", "--image-size", "64"]
-    options += ["--val-fraction", "0.25"]
+    options += ["--val-fraction", "0.25", "--augment", "trivial"]
     killed = [*options, "--out", tmp_path / "a"]
     assert end_of(start(*killed, die=("replace", 6))) == -signal.SIGKILL
     assert end_of(start(*killed, output=tmp_path / "said")) == 0
@@ -575,8 +617,8 @@ def test_evaluation_sees_the_middle_of_the_stored_images_normalised(folder, devi
 
 def test_draws_reach_every_corner_and_half_of_the_images_are_flipped(tmp_path):
     settings = config(tmp_path, dataset="cifar100")
-    order, corners, mirrored = mhkd.draw_epoch(settings, 5000, 1)
-    assert not any(map(torch.equal, mhkd.draw_epoch(settings, 5000, 2), (order, corners, mirrored)))
+    order, corners, mirrored, _ = draws = mhkd.draw_epoch(settings, 5000, 1)
+    assert not any(map(torch.equal, mhkd.draw_epoch(settings, 5000, 2), draws))
     assert sorted(order.tolist()) == list(range(5000))
     assert len({tuple(corner) for corner in corners.tolist()}) == 81
     assert (corners.min().item(), corners.max().item()) == (0, 8)

@@ -58,11 +58,12 @@ def views(out):
     return sorted(out.glob("cache/teacher-*/view-*.pt"))
 
 
-@pytest.mark.parametrize("method", ["kd", "mhkd", "crd+kd", "rkd", "lsh"])
+@pytest.mark.parametrize("method", ["kd", "mhkd", "crd+kd", "rkd", "lsh", "kd --augment rand"])
 def test_a_float32_store_changes_no_bit_and_the_next_run_does_not_run_the_teacher(
     tmp_path, teacher, batches, method
 ):
-    options = [*(MHKD + HEADS if method == "mhkd" else PAIR), "--method", method, *teacher]
+    method, *more = method.split()
+    options = [*(MHKD + HEADS if method == "mhkd" else PAIR), "--method", method, *more, *teacher]
     options += ["--negatives", "50"] if "crd" in method else []
     assert run(tmp_path / "plain", *options, "--view-seed", "0") == 0
     assert run(tmp_path / "stored", *options, *STORE) == 0
@@ -93,7 +94,7 @@ def test_runs_of_other_seeds_and_students_see_the_same_views_and_read_the_same_r
 def test_views_depend_on_view_seed_and_epoch_and_not_on_seed_and_order():
     def draws(epoch=1, **settings):
         settings = {"dataset": "digits", "subset": 200, "epochs": 4, **settings}
-        order, crops, flips = mhkd.draw_epoch(
+        order, crops, flips, _ = mhkd.draw_epoch(
             mhkd.Config(student="resnet8", method="ce", flip=True, **settings), 200, epoch
         )
         by_image = order.argsort()
