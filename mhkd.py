@@ -681,11 +681,13 @@ def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
 # 3. The loss: equations 1 and 2 of the paper
 # --------------------------------------------------------------------------------------------------
 
+UNLABELLED = -1  # the label of rows that count for the divergence, not for a cross-entropy
+
 
 def mhkd_loss(
     student_logits: Sequence[Tensor],
     teacher_logits: Sequence[Tensor],
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     tau: float = 4.0,
     alpha: float = 0.9,
@@ -707,15 +709,17 @@ def mhkd_loss(
             + sum of CE(y, z_T) over the heads with teacher_ce
 
     p_T and p_S are the softmax of the logits divided by tau. Each term is the mean over the rows
-    whose label is not `ignore_index`, NaN if there are none. Classes with p_T = 0 contribute 0 to
-    the divergence, also if p_S = 0 (masked classes, with logits -inf). A term with coefficient 0 is
-    left out with its gradients, even if it is infinite or NaN.
+    that count for it: for KL those whose label is not `ignore_index`, for a cross-entropy those of
+    them whose label is not UNLABELLED. If all rows are ignored, the terms are NaN; if all others
+    are unlabelled, the cross-entropies are 0 and have no gradient. Classes with p_T = 0 contribute
+    0 to the divergence, also if p_S = 0 (masked classes, with logits -inf). A term with coefficient
+    0 is left out with its gradients, even if it is infinite or NaN.
 
     Args:
         student_logits: a list with a tensor [..., K] for each head, the final output first: [B, K]
             for images, [B, T, K] for a language model. Copied only if view(-1, K) is impossible.
         teacher_logits: as many tensors of the same shape. The divergence gives them no gradient.
-        labels: class indices [...], int64.
+        labels: class indices or UNLABELLED [...], int64. None: all rows are unlabelled.
         tau: temperature, > 0. tau, alpha and the weights are numbers and get no gradient.
         alpha: weight of the divergence, 0 to 1; the student's cross-entropy has 1 - alpha.
         beta: weight of every auxiliary head if `head_weights` is None.
@@ -726,7 +730,7 @@ def mhkd_loss(
         teacher_ce: for each head, whether the teacher's own cross-entropy is added, with weight 1.
             Default: for teacher logits that require a gradient. Call the teacher outside of
             torch.no_grad() if its heads are to learn.
-        ignore_index: rows with this label are not counted in any term.
+        ignore_index: rows with this label are not counted in any term, even if it is UNLABELLED.
         return_terms: also return the terms.
         backend: "reference" is plain PyTorch. "auto" uses the fused loss if it is installed; on
             CUDA only after it has agreed with plain PyTorch in this process. "fused" requires it.
@@ -759,6 +763,9 @@ def mhkd_loss(
     _check_settings(student_logits, teacher_logits, tau, alpha, weights, teacher_ce)
     kl_weights = [w * alpha for w in head_weights] if kl_weights is None else list(kl_weights)
     ce_weights = [w * (1 - alpha) for w in head_weights] if ce_weights is None else list(ce_weights)
+    if labels is None:
+        z, ignore_index = student_logits[0], -100
+        labels = torch.full(z.shape[:-1], UNLABELLED, device=z.device)  # [...]
     fused = _use_fused(backend, labels.device, H)
     # The operator checks shapes faster. If it raises, the check here gives the better message.
     if not fused or labels.dim() != 1 or torch.compiler.is_compiling():
@@ -783,23 +790,29 @@ def _reference_loss(
     """The equations in plain PyTorch, the specification of the fused loss. Logits are [B, K]."""
     dtypes = [z.dtype for z in (*student, *teacher)]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    counted = labels != ignore_index  # [B]
+    counted = labels != ignore_index  # [B], for KL
+    labelled = counted & (labels != UNLABELLED)  # [B], for the cross-entropies
+    targets = torch.where(labelled, labels, ignore_index)
+    # A mean over no labelled row is 0, over no row at all NaN.
+    rows = labelled.sum().clamp(min=1) * counted.any()
+
+    def cross_entropy(z):
+        z = torch.where(labelled[:, None], z, 0)
+        return F.cross_entropy(z, targets, ignore_index=ignore_index, reduction="sum") / rows
+
     loss = torch.zeros((), dtype=dtype, device=labels.device)
     terms = []
     coefficients = zip(kl_weights, ce_weights, map(float, teacher_ce))
     for z_s, z_t, of_head in zip(student, teacher, coefficients):
-        # NaN in a row that is not counted must not reach the loss or the gradients.
-        z_s = torch.where(counted[:, None], z_s.to(dtype), 0)  # [B, K]
-        z_t = torch.where(counted[:, None], z_t.to(dtype), 0)  # [B, K]
-        log_p_s = F.log_softmax(z_s / tau, dim=1)
-        log_p_t = F.log_softmax(z_t.detach() / tau, dim=1)
+        # NaN in a row that does not count for a term must not reach it or its gradients.
+        z_s, z_t = z_s.to(dtype), z_t.to(dtype)
+        log_p_s = F.log_softmax(torch.where(counted[:, None], z_s, 0) / tau, dim=1)  # [B, K]
+        log_p_t = F.log_softmax(torch.where(counted[:, None], z_t.detach(), 0) / tau, dim=1)
         p_t = log_p_t.exp()
         kl = torch.where(p_t == 0, 0, p_t * (log_p_t - log_p_s)).sum()  # F.kl_div has inf - inf
         kl = kl / counted.sum() * tau**2
-        ce = F.cross_entropy(z_s, labels, ignore_index=ignore_index)
-        ce_t = torch.zeros_like(kl)
-        if of_head[2]:
-            ce_t = F.cross_entropy(z_t, labels, ignore_index=ignore_index)
+        ce = cross_entropy(z_s)
+        ce_t = cross_entropy(z_t) if of_head[2] else torch.zeros_like(kl)
         # Equation 1 for each head, equation 2 over the heads.
         for coefficient, term in zip(of_head, (kl, ce, ce_t)):
             if coefficient != 0:
@@ -820,7 +833,7 @@ def kd_loss(
 ) -> Tensor:
     """tau^2 * KL(teacher || student) of logits [..., K], the mean (Hinton et al. 2015, section 2).
 
-    Rows whose label is `ignore_index` are not counted; without `labels` all rows are. The teacher
+    Rows whose label is `ignore_index` are not counted, other labels have no effect. The teacher
     gets no gradient. `dim` is the dimension of the classes, by default the last one; it is required
     for 4 or more dimensions: dim=1 for maps [B, K, H, W]. Precision and errors are those of
     mhkd_loss, of which this is the first term.
@@ -831,9 +844,6 @@ def kd_loss(
     if dim is not None:
         student_logits = student_logits.movedim(dim, -1)
         teacher_logits = teacher_logits.movedim(dim, -1)
-    if labels is None:  # any class: the cross-entropy has weight 0
-        labels = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.int64)
-        ignore_index = -100
     settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False], "ignore_index": ignore_index}
     return mhkd_loss([student_logits], [teacher_logits], labels, backend=backend, **settings)
 

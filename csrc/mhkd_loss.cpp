@@ -48,7 +48,7 @@
 
 namespace MHKD_LIBRARY {
 
-constexpr int64_t kInterface = 3;
+constexpr int64_t kInterface = 4;
 
 // -------------------------------------------------------------------------------------------------
 // Checks and shapes
@@ -141,7 +141,7 @@ Outputs loss(const Call& call, Run* run) {
   Arguments& args = ready.args;
   Tensor loss = empty(call.labels, {}, ready.result);
   Tensor terms = empty(call.labels, {args.head_count, kTerms}, ready.result);
-  Tensor row_stats = empty(call.labels, {args.rows() * kRowStats + 1}, ready.result);
+  Tensor row_stats = empty(call.labels, {args.rows() * kRowStats + kRowCounts}, ready.result);
   args.loss = loss.mutable_data_ptr();
   args.terms = terms.mutable_data_ptr();
   args.row_stats = row_stats.mutable_data_ptr();
@@ -182,7 +182,7 @@ static Outputs loss_meta(const Call& call) {
   check_arguments(call);
   const auto options = call.labels.options().dtype(loss_dtype(call));
   const auto heads = int64_t(call.student.size());
-  const c10::SymInt stats = call.labels.sym_size(0) * (heads * kRowStats) + 1;
+  const c10::SymInt stats = call.labels.sym_size(0) * (heads * kRowStats) + kRowCounts;
   return {at::empty({}, options), at::empty({heads, kTerms}, options),
       at::empty_symint({stats}, options)};
 }

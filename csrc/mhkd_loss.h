@@ -31,6 +31,9 @@ using Flags = c10::List<bool>;
 template <class In>  // of logits of type In
 using Arithmetic = std::conditional_t<std::is_same_v<In, double>, double, float>;
 
+// A row of this label counts for the divergence, not for a cross-entropy. UNLABELLED in mhkd.py.
+constexpr int64_t kUnlabelled = -1;
+
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // What multiplies a logit: with x = (z - max) * scale(tau), exp((z - max) / tau) is 2^x and
@@ -56,6 +59,9 @@ enum Term { kKl, kCe, kCeTeacher, kTerms };
 enum RowStat { kMaxS, kMaxT, kInvTauS, kInvTauT, kInvOneS, kInvOneT, kRowTerms };
 constexpr int kRowStats = int(kRowTerms) + int(kTerms);
 
+// Rows that count for the divergence, for a cross-entropy; behind the statistics: one over each.
+enum RowCount { kCounted, kLabelled, kRowCounts };
+
 struct Head {
   const void *s, *t;           // [B, K] logits
   void *grad_s, *grad_t;       // [B, K] contiguous, or null
@@ -66,12 +72,15 @@ struct Head {
 
   MHKD_HD bool marked() const { return weights[kCeTeacher] != 0; }
 
-  // From the sums over all rows to the terms, means over those that count; their part of the loss.
+  // From the sums over all rows to the terms, means over those that count (0 / 0 is NaN; where only
+  // unlabelled rows count a cross-entropy is 0); their part of the loss.
   template <class A>
-  MHKD_HD double finish(const double* sums, double counted, A* terms) const {
+  MHKD_HD double finish(const double* sums, const double* counts, A* terms) const {
     double loss = 0;
     for (int i = 0; i < kTerms; ++i) {
-      const double mean = i == kCeTeacher && !marked() ? 0 : sums[i] / counted;  // 0 / 0 is NaN
+      const double rows = counts[i == kKl ? kCounted : kLabelled];
+      const bool absent = i == kCeTeacher && !marked();
+      const double mean = absent || (rows == 0 && counts[kCounted] > 0) ? 0 : sums[i] / rows;
       terms[i] = static_cast<A>(mean);
       if (weights[i] != 0) loss += weights[i] * mean;
     }
@@ -89,7 +98,7 @@ struct Arguments {
   double tau;
   void *loss, *terms;     // outputs of the forward
   const void* grad_loss;  // input of the backward
-  void* row_stats;        // [H * B, kRowStats], then the number of rows that count
+  void* row_stats;        // [H * B, kRowStats], [kRowCounts]
   unsigned* finished;     // blocks that have finished, forward on CUDA only
 
   MHKD_HD int64_t rows() const { return head_count * batch; }
@@ -101,7 +110,7 @@ template <class In>
 struct Row {
   const Head& head;
   int64_t b, label;
-  bool counts;
+  bool counts, labelled;
   const In *s, *t;
   Arithmetic<In>* stats;
 
@@ -110,6 +119,7 @@ struct Row {
         b(i % args.batch),
         label(args.labels[b * args.label_stride]),
         counts(label != args.ignore_index),
+        labelled(counts && label != kUnlabelled),
         s(static_cast<const In*>(head.s) + b * head.stride_s),
         t(static_cast<const In*>(head.t) + b * head.stride_t),
         stats(static_cast<Arithmetic<In>*>(args.row_stats) + i * kRowStats) {}
@@ -149,13 +159,14 @@ MHKD_HD void rebase(RowSums<A>& sums, A max_s, A max_t, A tau, A unit) {
   sums.max_t = max_t;
 }
 
-// From the sums of a whole row to what is kept; x_s and x_t are those of its label. With
-// p = 2^x_t / tau_t and q likewise, kl is sum p (log p - log q).
+// From the sums of a whole row to what is kept; x_s and x_t are those of its label, if it has one.
+// With p = 2^x_t / tau_t and q likewise, kl is sum p (log p - log q).
 template <class A, class To>
-MHKD_HD void finish_row(const RowSums<A>& sums, A x_s, A x_t, A tau, bool marked, To* stats) {
+MHKD_HD void finish_row(
+    const RowSums<A>& sums, A x_s, A x_t, A tau, bool labelled, bool marked, To* stats) {
   const A ln2 = A(kLn2);
   const A kl = sums.cross / sums.tau_t * ln2 + std::log(sums.tau_s / sums.tau_t);
-  const A ce = std::log(sums.one_s) - tau * x_s * ln2;
+  const A ce = labelled ? std::log(sums.one_s) - tau * x_s * ln2 : A(0);
   const A ce_teacher = marked ? std::log(sums.one_t) - tau * x_t * ln2 : A(0);
   const A kept[kRowStats] = {sums.max_s, sums.max_t, 1 / sums.tau_s, 1 / sums.tau_t,
       1 / sums.one_s, marked ? 1 / sums.one_t : A(0), kl * tau * tau, ce, ce_teacher};
@@ -192,7 +203,7 @@ MHKD_HD void for_gradients(
     const Arguments& args, const Row<In>& row, const Zero& zero, const Run& run) {
   using A = Arithmetic<In>;
   const Head& head = row.head;
-  const bool kl = head.weights[kKl] != 0, ce = head.weights[kCe] != 0;
+  const bool kl = head.weights[kKl] != 0, ce = row.labelled && head.weights[kCe] != 0;
   In *grad_s = static_cast<In*>(head.grad_s), *grad_t = static_cast<In*>(head.grad_t);
   if (grad_s) grad_s += row.b * args.classes;
   if (grad_t) grad_t += row.b * args.classes;
@@ -200,15 +211,16 @@ MHKD_HD void for_gradients(
     zero(grad_s);
     grad_s = nullptr;
   }
-  if (!row.counts) {
-    if (grad_t) zero(grad_t);
-    return;
+  if (grad_t && !row.labelled) {
+    zero(grad_t);
+    grad_t = nullptr;
   }
   const A* stats = row.stats;
-  const double counted = static_cast<const A*>(args.row_stats)[args.rows() * kRowStats];
-  const double incoming = *static_cast<const A*>(args.grad_loss) / counted;
-  const A of_kl = A(incoming * head.weights[kKl] * args.tau), of_teacher = A(incoming);
-  const A of_ce = ce ? A(incoming * head.weights[kCe]) : A(0);
+  const A* weight = static_cast<const A*>(args.row_stats) + args.rows() * kRowStats;
+  const double incoming = *static_cast<const A*>(args.grad_loss);
+  const A of_kl = A(incoming * weight[kCounted] * head.weights[kKl] * args.tau);
+  const A of_teacher = A(incoming * weight[kLabelled]);
+  const A of_ce = ce ? A(incoming * weight[kLabelled] * head.weights[kCe]) : A(0);
   const GradRow<In> s{row.s, grad_s,
       {stats[kMaxS], of_kl * stats[kInvTauS], of_kl * stats[kInvTauT],
           ce ? of_ce * stats[kInvOneS] : A(0), of_ce}};

@@ -105,12 +105,14 @@ static void for_rows(const Arguments& args, const OfRow& of_row) {
 
 template <class In, class T = Arithmetic<In>>
 static void forward(const Arguments& args) {
-  int64_t counted = 0;
+  double counts[kRowCounts] = {0, 0};
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t y = args.labels[b * args.label_stride];
     if (y == args.ignore_index) continue;
+    ++counts[kCounted];
+    if (y == kUnlabelled) continue;
     TORCH_CHECK_INDEX(y >= 0 && y < args.classes, "Target ", y, " is out of bounds.");
-    ++counted;
+    ++counts[kLabelled];
   }
   const RowKernels<In> kernels = row_kernels<In>(args.tau);
   const double unit = scale(args.tau);
@@ -119,13 +121,13 @@ static void forward(const Arguments& args) {
       std::fill_n(row.stats, kRowStats, T(0));
       return;
     }
-    const bool marked = row.head.marked();
+    const bool marked = row.labelled && row.head.marked();
     RowSums<double> sums = kernels.sums[marked](row.s, row.t, args.classes, args.tau);
     // Not in the kernels: a function of the C library that runs after AVX code may be very slow.
     sums.cross *= unit;
-    const double x_s = (T(row.s[row.label]) - sums.max_s) * unit;
-    const double x_t = (T(row.t[row.label]) - sums.max_t) * unit;
-    finish_row(sums, x_s, x_t, args.tau, marked, row.stats);
+    const int64_t k = row.labelled ? row.label : 0;
+    const double x_s = (T(row.s[k]) - sums.max_s) * unit, x_t = (T(row.t[k]) - sums.max_t) * unit;
+    finish_row(sums, x_s, x_t, args.tau, row.labelled, marked, row.stats);
   });
 
   // One thread adds up the rows, in order and in float64: the bits do not depend on the number of
@@ -138,10 +140,10 @@ static void forward(const Arguments& args) {
       for (int i = 0; i < kTerms; ++i) sums[i] += stats[kRowTerms + i];
     }
     T* terms = static_cast<T*>(args.terms) + h * kTerms;
-    loss += args.heads[h].finish(sums, double(counted), terms);
+    loss += args.heads[h].finish(sums, counts, terms);
   }
   *static_cast<T*>(args.loss) = T(loss);
-  *stats = T(counted);
+  for (int i = 0; i < kRowCounts; ++i) stats[i] = T(1 / counts[i]);
 }
 
 template <class In>

@@ -11,27 +11,8 @@
 //   - No host synchronisation, no state outside the call: streams run side by side, CUDA graphs can
 //     record it.
 //
-// Instructions for a pair of logits (student, teacher) in the loops at tau 4, from the machine code
-// for sm_90 (tests/test_fused_loss.py counts them), and the bytes a second that an H100 or H200
-// could then read and write (132 multiprocessors issue 4 warps a cycle at 1.7 GHz, in practice
-// three quarters of that: 21.5e12 instructions a second):
-//
-//                                bfloat16  float16  float32    bfloat16, bytes a second
-//     forward                        17.0     15.0     13.5     5.1e12
-//     with the teacher's own CE      19.0     17.0     15.5     4.5e12
-//     backward                       16.9     15.0     13.8     7.6e12
-//     with the teacher's gradient    20.6     18.6     17.2     8.3e12
-//
-// Any other tau takes 1 more, or 2 with the teacher's, and an exponential more a logit. Of those
-// there are 3.6e12 a second: 4.8 and 3.6e12 bytes a second forward in bfloat16.
-//
-// More than a copy moves, 3.0e12 on an H100 and 4.3e12 on an H200 (but for that 3.6): the memory
-// should be the limit. This is a prediction, not a measurement: the file has been compiled and
-// emulated, not timed on a GPU.
-//
-// To keep 4.3e12 bytes a second coming for 600 ns, 19.5 KB must be on their way to a multiprocessor
-// (13.6 KB for 3.0e12). A thread has 16 bytes of both sides on their way while it works on the
-// last: 20 KB with the 640 threads, or more, that fit.
+// docs/measurements.md has the instructions of the loops and the speed that they predict: the file
+// has been compiled and emulated, not timed on a GPU.
 //
 // tests/cuda_emulation.h plays the part of CUDA that is used here, so that this file also runs as
 // plain C++.
@@ -74,8 +55,9 @@ constexpr int kGradBlock = 128;  // threads of a block that takes gradients of o
 template <int kGroup>  // threads of a block whose rows take kGroup threads each
 constexpr int kBlockOf = kGroup == kWarp ? kWarpBlock : kGroup;
 
-// Threads that have to fit on a multiprocessor at once, which leaves each 96 registers: the head of
-// this file says what they have on their way. For float64 the compiler may do as it likes.
+// Threads that have to fit on a multiprocessor at once, which leaves each 96 registers. Each has 16
+// bytes of both sides on their way, in total 20 KB: 4.3e12 bytes a second (a copy on an H200) that
+// take 600 ns each are 19.5 KB. For float64 the compiler may do as it likes.
 constexpr int kThreads = 640;
 
 template <class In, int kGroup>
@@ -317,20 +299,24 @@ __device__ RowSums<A> guarded_sums(const In* s, const In* t, int classes, A scal
 }
 
 // The last block: means over the rows that count, and the loss. A warp adds up one term of one
-// head, or the number of rows that count. Other blocks wrote the rows' terms: __ldcg does not take
+// head, or a number of rows. Other blocks wrote the rows' terms: __ldcg does not take
 // them from this multiprocessor's cache.
 template <class A, int kBlock>
 __device__ void reduce_rows(const Arguments& args) {
-  __shared__ double sums[kMaxHeads * kTerms + 1];
+  __shared__ double sums[kMaxHeads * kTerms + kRowCounts];
   A* stats = static_cast<A*>(args.row_stats);
   const int count = args.head_count * kTerms;
-  for (int i = threadIdx.x / kWarp; i <= count; i += kBlock / kWarp) {
+  for (int i = threadIdx.x / kWarp; i < count + kRowCounts; i += kBlock / kWarp) {
     const A* terms = stats + i / kTerms * args.batch * kRowStats + kRowTerms + i % kTerms;
     double sum = 0;
 #pragma unroll 8
     for (int64_t b = threadIdx.x % kWarp; b < args.batch; b += kWarp) {
-      sum += i < count ? double(__ldcg(terms + b * kRowStats))
-                       : double(args.labels[b * args.label_stride] != args.ignore_index);
+      if (i < count) {
+        sum += double(__ldcg(terms + b * kRowStats));
+      } else {
+        const int64_t y = args.labels[b * args.label_stride];
+        sum += double(y != args.ignore_index && (i == count + kCounted || y != kUnlabelled));
+      }
     }
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) sums[i] = sum;
@@ -340,10 +326,12 @@ __device__ void reduce_rows(const Arguments& args) {
   double loss = 0;
   for (int h = 0; h < args.head_count; ++h) {
     A* terms = static_cast<A*>(args.terms) + h * kTerms;
-    loss += args.heads[h].finish(sums + h * kTerms, sums[count], terms);
+    loss += args.heads[h].finish(sums + h * kTerms, sums + count, terms);
   }
   *static_cast<A*>(args.loss) = static_cast<A>(loss);
-  stats[args.rows() * kRowStats] = static_cast<A>(sums[count]);
+  for (int i = 0; i < kRowCounts; ++i) {
+    stats[args.rows() * kRowStats + i] = static_cast<A>(1 / sums[count + i]);
+  }
 }
 
 template <class In, int kSquarings, int kGroup>
@@ -354,9 +342,10 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
   const int64_t i = int64_t(blockIdx.x) * (kBlock / kGroup) + threadIdx.x / kGroup;
   if (i < args.rows()) {  // all threads of a group: their barriers are safe
     const Row<In> row(args, i);
-    const bool marked = row.head.marked();
+    const bool marked = row.labelled && row.head.marked();
     if (row.counts) {
-      MHKD_ASSERT_LABEL(row.label, args.classes);
+      const int64_t label = row.labelled ? row.label : 0;
+      MHKD_ASSERT_LABEL(label, args.classes);
       const A tau = A(args.tau), unit = A(scale(args.tau));
       const auto fast = [&](auto of_teacher) {
         return fast_sums<In, kSquarings, kGroup, of_teacher.value>(
@@ -368,9 +357,9 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
       }
       sums = group_sum<kGroup>(sums, tau);
       if (threadIdx.x % kGroup == 0) {
-        const A x_s = std::fma(A(row.s[row.label]), unit, -sums.max_s);
-        const A x_t = std::fma(A(row.t[row.label]), unit, -sums.max_t);
-        finish_row(sums, x_s, x_t, tau, marked, row.stats);
+        const A x_s = std::fma(A(row.s[label]), unit, -sums.max_s);
+        const A x_t = std::fma(A(row.t[label]), unit, -sums.max_t);
+        finish_row(sums, x_s, x_t, tau, row.labelled, marked, row.stats);
       }
     } else if (threadIdx.x % kGroup == 0) {
       for (int j = 0; j < kRowStats; ++j) row.stats[j] = 0;
@@ -420,7 +409,7 @@ __device__ void grad_row(const GradRow<In>& s, const GradRow<In>& t, int classes
   };
   packs.for_each(on_pack, [&](int i) { one(i, 0, 0); });
   // The label's is written again, by the thread that wrote it: its writes stay in order.
-  if (packs.owns(label)) one(label, s.c.label, t.c.label);
+  if (label >= 0 && packs.owns(label)) one(label, s.c.label, t.c.label);
 }
 
 template <class In, int kSquarings, int kGroup>

@@ -134,13 +134,14 @@ def assert_accurate(
     results = evaluate(loss, student, teacher, labels, layout=layout, **kw)
     exact = evaluate(reference, student, teacher, labels, dtype=torch.float64, **kw)
     counted = labels != -100
+    labelled = counted & (labels != mhkd.UNLABELLED)
     log_k, terms, total = math.log(student[0].shape[1]), [], 0.0
     for z_s, z_t, weight, marked in zip(student, teacher, head_weights, teacher_ce):
         width = torch.maximum(spread(z_s), spread(z_t))[counted]
         sizes = tau**2 * (1 + width / tau + log_k) + (width + log_k)
         terms.append(sizes.mean().item() if len(sizes) else 1.0)
         total += (weight + marked) * terms[-1]
-    N = max(1, int(counted.sum()))
+    N = max(1, int(labelled.sum()))  # the smaller number: larger gradients
     gradients = [w * (alpha * tau + 1 - alpha) / N for w in head_weights]
     gradients += [marked / N for marked in teacher_ce]
     sizes = [torch.tensor(total), torch.tensor(terms)[:, None], *map(torch.tensor, gradients)]
@@ -183,8 +184,9 @@ def calls(draw):
     if draw(st.booleans()):  # far from 0
         for z in (*student, *teacher):
             z.data += 300
-    if draw(st.booleans()):
-        labels[draw(st.integers(0, batch - 1))] = -100
+    for label in (-100, mhkd.UNLABELLED):
+        if draw(st.booleans()):
+            labels[draw(st.integers(0, batch - 1))] = label
     if draw(st.booleans()) and classes > 2:  # classes masked for both
         first = draw(st.integers(0, classes - 1))
         for z in (*student, *teacher):
@@ -351,6 +353,46 @@ def test_ignored_rows_count_nowhere_even_if_they_hold_nan_or_are_all(
     assert not any(gradient[:ignored].any() for gradient in result[2:])
 
 
+@pytest.mark.parametrize("classes", [7, 100, 1100])
+@pytest.mark.parametrize("unlabelled", [1, 4])
+@pytest.mark.parametrize("alpha", [0.0, 0.9, 1.0])
+def test_unlabelled_rows_count_for_the_divergence_alone(kernel, classes, unlabelled, alpha):
+    student, teacher, labels = make_heads(2, 5, classes, device=kernel.device)
+    labels[:unlabelled], labels[4] = mhkd.UNLABELLED, -100
+    for z in (*student, *teacher):
+        z.data[4] = NAN
+    kw = {"alpha": alpha, "teacher_ce": [True, False]}
+    result, expected = (
+        evaluate(loss, student, teacher, labels, **kw) for loss in (kernel.loss, reference)
+    )
+    torch.testing.assert_close(result, expected)
+    terms, of_student, of_teacher = result[1], result[2], result[4]
+    assert terms[:, 0].all() and terms[0, 1:].all() == (unlabelled < 4)
+    assert of_student[:unlabelled].any() == (alpha > 0)
+    assert not of_teacher[:unlabelled].any() and not of_student[4].any()
+    labels[4] = mhkd.UNLABELLED  # ignored next; then all rows are unlabelled
+    for label, ignore in ((labels, mhkd.UNLABELLED), (None, 0)):
+        result, expected = (
+            evaluate(loss, student, teacher, label, ignore_index=ignore, **kw)
+            for loss in (kernel.loss, reference)
+        )
+        torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, -1], [-1, -1, -1], [-100, -1, 2]])
+def test_gradcheck_with_unlabelled_rows(kernel, labels):
+    student, teacher, _ = make_heads(2, 3, 5, device=kernel.device, dtype=torch.float64)
+    labels = torch.tensor(labels, device=kernel.device)
+    teacher = [z.detach() for z in teacher]
+    assert torch.autograd.gradcheck(
+        lambda *z: kernel.loss(z[:2], teacher, labels, tau=3.0, alpha=0.7), student
+    )
+    # The teacher's gradient is that of its cross-entropy: the divergence is detached from it.
+    teacher = [z.requires_grad_() for z in teacher]
+    kw = {"teacher_ce": [True, True], "alpha": 0.0, "head_weights": [0.0, 0.0]}
+    assert torch.autograd.gradcheck(lambda *z: kernel.loss(student, z, labels, **kw), teacher)
+
+
 @pytest.mark.parametrize(
     "alpha, weights", [(0.0, [1.0, 1.0]), (1.0, [1.0, 0.5]), (0.5, [0.0, 1.0]), (0.5, [0.0, 0.0])]
 )
@@ -498,7 +540,7 @@ def test_meta_tensors_give_shapes_and_dtypes(installed):
 # Wrong input
 
 
-@pytest.mark.parametrize("label", [-1, 5, 2**40])
+@pytest.mark.parametrize("label", [-2, 5, 2**40])
 def test_a_label_that_is_no_class_is_an_error(kernel, label):
     if kernel.name == "cuda":  # the assertion ends the use of the GPU: another process
         done = run_python(

@@ -30,6 +30,7 @@ def restated(student, teacher, labels, tau=4.0, alpha=0.9, weights=None, marked=
     weights = weights or [1.0] + [0.5] * (len(student) - 1)
     labels = labels.tolist()
     rows = [b for b, label in enumerate(labels) if label != -100]
+    labelled = [b for b in rows if labels[b] != mhkd.UNLABELLED]
     loss, terms = 0.0, []
     for z_s, z_t, weight, mark in zip(student, teacher, weights, marked or [False] * len(student)):
         z_s, z_t = z_s.tolist(), z_t.tolist()
@@ -37,8 +38,9 @@ def restated(student, teacher, labels, tau=4.0, alpha=0.9, weights=None, marked=
         for b in rows:
             pairs = zip(log_softmax(z_t[b], tau), log_softmax(z_s[b], tau))
             kl += sum(math.exp(t) * (t - s) for t, s in pairs if t > -INF) / len(rows)
-            ce -= log_softmax(z_s[b], 1.0)[labels[b]] / len(rows)
-            ce_t -= log_softmax(z_t[b], 1.0)[labels[b]] / len(rows) if mark else 0.0
+        for b in labelled:
+            ce -= log_softmax(z_s[b], 1.0)[labels[b]] / len(labelled)
+            ce_t -= log_softmax(z_t[b], 1.0)[labels[b]] / len(labelled) if mark else 0.0
         loss += weight * (alpha * tau**2 * kl + (1 - alpha) * ce) + ce_t
         terms.append([tau**2 * kl, ce, ce_t])
     return loss, terms
@@ -75,8 +77,8 @@ def heads(H=2, B=4, K=5, *, grads="", device="cpu", **kw):
 )  # fmt: skip
 def test_loss_and_terms_are_those_of_the_equations(H, B, K, tau, alpha, beta, scale, seed, data):
     student, teacher = logits(H, B, K, seed, scale), logits(H, B, K, seed + 1, scale)
-    labels = data.draw(st.lists(st.sampled_from([-100, *range(K)]), min_size=B, max_size=B))
-    labels = torch.tensor([0, *labels[1:]])
+    labels = data.draw(st.lists(st.sampled_from([-100, -1, *range(K)]), min_size=B, max_size=B))
+    labels = torch.tensor([data.draw(st.sampled_from([-1, 0])), *labels[1:]])
     marked = data.draw(st.lists(st.booleans(), min_size=H, max_size=H))
     kw = {"tau": tau, "alpha": alpha, "beta": beta, "teacher_ce": marked, "return_terms": True}
     loss, terms = reference(student, teacher, labels, **kw)
@@ -108,10 +110,11 @@ def test_kl_weights_and_ce_weights_are_the_coefficients_of_each_heads_two_terms(
     )
 
 
+@pytest.mark.parametrize("others", [[0, 3], [0, -1], [-1, -1]])
 @pytest.mark.parametrize("ignore", [-100, 2])
-def test_gradcheck_on_the_students_logits(ignore):
-    student, teacher, labels = heads(3, grads="s")
-    labels[1] = ignore
+def test_gradcheck_on_the_students_logits(ignore, others):
+    student, teacher, _ = heads(3, grads="s")
+    labels = torch.tensor([others[0], ignore, *others])
     kw = {"tau": 3.0, "alpha": 0.7, "beta": 0.4, "ignore_index": ignore}
     assert torch.autograd.gradcheck(lambda *z: reference(z, teacher, labels, **kw), student)
 
@@ -174,6 +177,57 @@ def test_ignored_rows_count_nowhere_whatever_they_hold(device, ignore, poison):
     loss.backward()
     assert loss.item() == approx(wanted)
     assert all(z.grad.isfinite().all() and not z.grad[~keep].any() for z in (*student, *teacher))
+
+
+def test_unlabelled_rows_count_for_the_divergence_alone(device):
+    student, teacher, labels = heads(B=6, device=device, grads="st")
+    labels[[0, 3]], labels[4] = mhkd.UNLABELLED, -100
+    keep = labels >= 0
+    kw = {"teacher_ce": [True] * 2, "return_terms": True}
+    loss, terms = reference(student, teacher, labels, **kw)
+    _, of_labelled = reference([z[keep] for z in student], [z[keep] for z in teacher], labels[keep],
+        **kw)  # fmt: skip
+    _, of_all = reference(student, teacher, labels.clamp(min=0).where(labels != -100, -100), **kw)
+    torch.testing.assert_close(terms[:, 1:], of_labelled[:, 1:])
+    torch.testing.assert_close(terms[:, 0], of_all[:, 0])
+    loss.backward()
+    assert all(z.grad[[0, 3]].all() for z in student)
+    assert not any(z.grad[[0, 3]].any() for z in teacher)
+
+
+def test_without_labels_all_rows_are_unlabelled_and_the_cross_entropies_are_zero(device):
+    student, teacher, labels = heads(3, device=device, grads="st")
+    kw = {"teacher_ce": [True] * 3, "return_terms": True}
+    loss, terms = reference(student, teacher, None, ignore_index=-1, **kw)
+    same, _ = reference(student, teacher, torch.full_like(labels, mhkd.UNLABELLED), **kw)
+    divergence = reference(student, teacher, labels, ce_weights=[0] * 3, teacher_ce=[False] * 3)
+    assert not terms[:, 1:].any() and terms[:, 0].all()
+    assert loss.item() == same.item() == approx(divergence)
+    loss.backward()
+    for z, wanted in zip(student, torch.autograd.grad(divergence, student)):
+        torch.testing.assert_close(z.grad, wanted)
+    assert all(z.grad is None or not z.grad.any() for z in teacher)
+    deep = [[z.view(2, 2, 5) for z in side] for side in (student, teacher)]
+    assert reference(*deep, None, teacher_ce=[False] * 3).item() == approx(divergence)
+
+
+def test_unlabelled_rows_are_ignored_if_their_label_is_the_ignored_one():
+    student, teacher, labels = heads(B=6)
+    labels[[0, 3]] = mhkd.UNLABELLED
+    keep = labels >= 0
+    wanted = reference([z[keep] for z in student], [z[keep] for z in teacher], labels[keep])
+    assert reference(student, teacher, labels, ignore_index=-1).item() == approx(wanted)
+
+
+def test_nan_in_an_unlabelled_row_reaches_only_the_divergence():
+    student, teacher, labels = heads(1, grads="st")
+    labels[2] = mhkd.UNLABELLED
+    student[0].data[2, 0] = teacher[0].data[2, 1] = NAN
+    kw = {"teacher_ce": [True], "kl_weights": [0.0]}
+    loss, terms = reference(student, teacher, labels, return_terms=True, **kw)
+    loss.backward()
+    assert loss.isfinite() and terms[0].isnan().tolist() == [True, False, False]
+    assert not student[0].grad[2].any() and not teacher[0].grad[2].any()
 
 
 def test_nan_in_a_row_that_counts_makes_the_loss_nan_and_leaves_the_other_rows_gradients():
@@ -344,3 +398,5 @@ def test_kd_loss_leaves_out_the_rows_that_are_ignored():
     deep = z_s.view(2, 3, 5), z_t.view(2, 3, 5)
     found = mhkd.kd_loss(*deep, labels=labels.view(2, 3), ignore_index=7)
     assert found.item() == approx(mhkd.kd_loss(z_s[keep], z_t[keep]))
+    labels[labels != 7] = mhkd.UNLABELLED
+    assert found.item() == mhkd.kd_loss(*deep, labels=labels.view(2, 3), ignore_index=7).item()
