@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Compute the paper's tables or the small study, and write a report of finished runs.
+"""Compute the paper's tables or the studies, and write a report of finished runs.
 
     python mhkd_tables.py run table1,table2 --jobs 2     # their runs, two at a time, and a report
     python mhkd_tables.py run table1 --dry-run           # print the commands and which are done
     python mhkd_tables.py run table1 --pairs vgg13:vgg8 --methods kd,mhkd --seeds 0 --epochs 60
     python mhkd_tables.py report runs                    # the report of the runs in a folder
 
-`run` computes table1, table2, table3 or small (the study of docs/measurements.md) by commands
-`python mhkd.py ...`. Their output is also written to OUT/logs. Finished runs are not repeated.
---seeds, --pairs and --methods select a part. Options of mhkd.py apply to all runs, or to those
-whose method has them. --jobs is the number of runs at a time (default: 1; small: one per core). The
-method "mhkd:2" is MHKD with the head of unit 2 only, "kd:gamma=1" is KD with that option.
+`run` computes table1, table2, table3, or a study of docs/measurements.md (small, views), by
+commands `python mhkd.py ...`. Their output is also written to OUT/logs. Finished runs are not
+repeated. --seeds, --pairs and --methods select a part. Options of mhkd.py apply to all runs, or to
+those whose method has them; --teacher-store to all that it can serve. --jobs is the number of runs
+at a time (default: 1; studies: one per core). The method "mhkd:2" is MHKD with the head of unit 2
+only, "kd:gamma=1" is KD with that option.
 
 `report` writes report.md and, if matplotlib is installed, pictures: see mhkd_report.py.
 """
@@ -36,7 +37,7 @@ import mhkd_runs
 from mhkd import Config, UsageError
 
 # --------------------------------------------------------------------------------------------------
-# 1. The paper's tables and the small study
+# 1. The paper's tables and the studies
 # --------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +108,20 @@ SMALL_ROWS = [
     (PAIR_B, ["ce", "kd", "kd" + EQUAL, "mhkd" + PRETRAINED, "mhkd" + PRETRAINED + EQUAL], 5),
     (PAIR_A, [*OTHERS, "fitnet", "cc", "rkd", "crd", "lsh", "dhkd"], 5),
 ]
+# The protocol of the stored teacher outputs: a shared view seed, and fewer views of each image.
+STORED = [
+    ":teacher_store=float32",
+    *(f":teacher_store=float32:teacher_views={R}" for R in (30, 16)),
+]
+VIEW_ROWS = [
+    (
+        PAIR_A,
+        [row + stored for row in ("kd" + EQUAL, "mhkd" + BEST) for stored in ("", *STORED)],
+        10,
+    ),
+    (PAIR_A, [f"kd{EQUAL}{stored}:subset=20000" for stored in (STORED[0], STORED[2])], 3),
+]
+STUDIES = {"small": SMALL_ROWS, "views": VIEW_ROWS}
 PRIMARY = [  # a claim about pair A, and the two rows of their order in it
     ("MHKD (pretrained) above KD, both 1/1", "mhkd" + BEST, "kd" + EQUAL),
     ("MHKD (pretrained) above KD, both 0.1/0.9", "mhkd" + PRETRAINED, "kd"),
@@ -123,15 +138,15 @@ INSTEAD = {"--method": "methods", "--seed": "seeds", "--teacher": "pairs", "--st
 
 def cells(name: str, seeds: Sequence[int] = ()) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
     """Pair, row, seed and settings of each run. A table may have any seeds, the study its own."""
-    if name == "small":
-        blocks, settings = SMALL_ROWS, STUDY_STUDENT
+    if name in STUDIES:
+        blocks, settings = STUDIES[name], STUDY_STUDENT
     else:
-        table = TABLES[mhkd.check_name("table", name, [*TABLES, "small"])]
+        table = TABLES[mhkd.check_name("table", name, [*TABLES, *STUDIES])]
         blocks = [(pair, table.rows, 3) for pair in table.pairs]
         settings = {"dataset": table.dataset}
     for pair, rows, number in blocks:
         for seed, row in itertools.product(seeds or range(number), rows):
-            if seed < number or name != "small":
+            if seed < number or name not in STUDIES:
                 yield pair, row, seed, settings
 
 
@@ -143,13 +158,17 @@ def config_of(pair: str, row: str, seed: int, settings: Mapping, options: Mappin
     """The run of a cell. Options in the row's name come first, then `options`, then settings."""
     declared, (method, *parts) = options_of(row), row.split(":")
     chosen = {**settings.get("options", {}), **options}
+    teacher, student = pair.split(":")
+    own = {"teacher": teacher, "student": student, "method": method, "seed": seed}
     for part in parts:
         name, _, value = part.rpartition("=")
         name = name or "units"
-        chosen[name] = declared[name].parse(value)
+        if name in declared:
+            chosen[name] = declared[name].parse(value)
+        else:
+            option = Config.__dataclass_fields__[name].metadata["option"]
+            own[name] = option.parse(value)
     chosen = {name: value for name, value in chosen.items() if name in declared}
-    teacher, student = pair.split(":")
-    own = {"teacher": teacher, "student": student, "method": method, "seed": seed}
     return Config(**{**settings, **own, "options": chosen})
 
 
@@ -180,6 +199,9 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         raise UsageError("--jobs must be at least 1")
 
     del fields["options"], fields["method"]
+    store = {
+        name: fields.pop(name) for name in ("teacher_store", "teacher_views") if name in fields
+    }
     study_teacher = Config(**{**STUDY_TEACHER, **fields, "teacher_weights": None})
     name = mhkd.name_of(study_teacher, study_teacher.differs)
     study_weights = str(Path(study_teacher.out) / name / "student.pt")
@@ -188,6 +210,9 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         if pair in given.pairs and row in given.methods:
             of_study = {"teacher_weights": study_weights} if own is STUDY_STUDENT else {}
             config = config_of(pair, row, seed, {**own, **of_study, **fields}, options)
+            methods = mhkd.find_methods(config.method).values()
+            if config.teacher and not any(method.needs_maps(config) for method in methods):
+                config = config.replace(**store)
             others.append(config)
             if config.teacher and "teacher_weights" not in fields:
                 teachers.append(study_teacher if of_study else config.of_teacher())
@@ -206,8 +231,9 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
 def key_of(recorded: Mapping[str, Any], data: str, teacher_sha256: str | None = None) -> str:
     """A text that is the same for a recorded run and a planned run if they are the same."""
     folder = os.path.abspath(data) if recorded["dataset"] == "folder" else None
-    values = {"processes": 1, **recorded, **recorded["options"], "options": None}
-    values = {n: v for n, v in values.items() if v is not None}  # older records have fewer fields
+    usual = {name: f.default for name, f in Config.__dataclass_fields__.items()}  # of older records
+    values = {"processes": 1, **usual, **recorded, **recorded["options"], "options": None}
+    values = {n: v for n, v in values.items() if v is not None}
     return json.dumps([values, folder, teacher_sha256], sort_keys=True)
 
 
@@ -254,10 +280,11 @@ def command_of(config: Config) -> str:
 def run(tables: Sequence[str], arguments: Sequence[str]) -> None:
     """Compute the runs of tables that are not done, then write and print the report."""
     given, teachers, others = plan(tables, arguments)
+    study = {*tables} & {*STUDIES}
     configs, cores = teachers + others, os.cpu_count() or 1
-    done, jobs = are_done(configs), given.jobs or (cores if "small" in tables else 1)
+    done, jobs = are_done(configs), given.jobs or (cores if study else 1)
     counts, left = f"{sum(done)} of {len(done)} runs are done", len(done) - sum(done)
-    if "small" in tables:
+    if study:
         hours, minutes = divmod(math.ceil(left / jobs) * 6, 60)
         print(f"{left} runs, {jobs} at a time: about {hours} h {minutes} min, if each takes "
               "6 minutes, as in the full protocol")  # fmt: skip
@@ -270,7 +297,7 @@ def run(tables: Sequence[str], arguments: Sequence[str]) -> None:
     (out / "logs").mkdir(parents=True, exist_ok=True)
     print(f"{counts}; the output of the others is also written to {out / 'logs'}", flush=True)
     environment = dict(os.environ)
-    if "small" in tables:
+    if study:
         environment["OMP_NUM_THREADS"] = "1"  # part of the protocol
     elif jobs > 1:  # runs that all use every core slow each other down
         environment.setdefault("OMP_NUM_THREADS", str(math.ceil(cores / jobs)))

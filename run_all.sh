@@ -7,20 +7,21 @@
 #                         minutes on a laptop, no download of data
 #   ./run_all.sh small    the study of docs/measurements.md on small images of CIFAR-100: about
 #                         18 core-hours (estimated); METHODS="ce kd mhkd" SEEDS="0 1 2": 16 runs
+#   ./run_all.sh views    the study of stored teacher outputs, 86 runs, after small
 #   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report
 #   ./run_all.sh records  copy the records of finished runs to results/
 #   ./run_all.sh test     set up the environment and run the tests
 #   ./run_all.sh setup    set up the environment: dependencies and the compiled loss
 #
-# small and the tables with --dry-run: print the commands, and how many runs are done.
+# small, views and the tables with --dry-run: print the commands, and how many runs are done.
 #
 # The Python interpreter is PYTHON (default: python3). If it lacks dependencies, they are installed
 # into a virtual environment, VENV (default: .venv).
 #
-# Variables for small and the tables: SEEDS="0 1 2"; EPOCHS; PAIRS="wrn_40_2:wrn_16_2 vgg13:vgg8";
+# Variables for studies and tables: SEEDS="0 1 2"; EPOCHS; PAIRS="wrn_40_2:wrn_16_2 vgg13:vgg8";
 # METHODS="ce kd mhkd mhkd:1" (mhkd:1 has one head, at unit 1); OPTIONS="--subset 1000" (any options
 # of mhkd.py); DATA, the folder of the data (default: data); JOBS, the number of runs at a time
-# (default: 1; small: one per core). OUT is the folder of the runs (default: runs; demo: runs/demo).
+# (default: 1; studies: one per core). OUT is the folder of the runs (default: runs; demo: runs/demo).
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -144,13 +145,13 @@ commas() { # "a b c" as a,b,c
     echo "$*"
 }
 
-usage() { sed -n '2,25s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,26s/^# \{0,1\}//p' "$0"; }
 
 case "${1:-help}" in
     setup) setup ;;
     demo) setup; demo ;;
     test) setup; run "$python" -m pytest -q "${@:2}" ;;
-    small | table1 | table2 | table3) setup; tables "$@" ;;
+    small | views | table1 | table2 | table3) setup; tables "$@" ;;
     all) setup; tables table1,table2,table3 "${@:2}" ;;
     records)
         setup
@@ -159,7 +160,7 @@ case "${1:-help}" in
     help | -h | --help) usage ;;
     *)
         echo "run_all.sh: there is no target '$1'; the targets are demo, small, table1, table2," \
-            "table3, all, records, test, setup" >&2
+            "table3, all, views, records, test, setup" >&2
         usage >&2
         exit 2
         ;;

@@ -116,6 +116,33 @@ def test_the_plan_of_the_study_is_its_protocol(capsys):
     )
 
 
+def test_the_plan_of_the_views_study_is_its_protocol(capsys):
+    (_, teacher), *students = plan(capsys, "views")
+    assert (teacher.student, teacher.method) == ("wrn_16_2", "ce")
+    assert all(c.options["gamma"] == c.options["kd_weight"] == 1 for _, c in students)
+    assert {c.options.get("teacher_heads", "pretrained") for _, c in students} == {"pretrained"}
+    assert {(c.student, c.epochs, c.image_size) for _, c in students} == {("resnet8", 60, 16)}
+    found = [
+        (c.method, c.subset, c.seed, c.view_seed, c.teacher_store, c.teacher_views)
+        for _, c in students
+    ]
+    kinds = [(None, None, None), *((0, "float32", views) for views in (None, 30, 16))]
+    wanted = itertools.product(["kd", "mhkd"], [5000], range(10), kinds)
+    wanted = {(*first, *kind) for *first, kind in wanted}
+    wanted |= {("kd", 20000, s, *kinds[i]) for s in range(3) for i in (1, 3)}
+    assert len(found) == 86 and {*found} == wanted
+
+
+def test_the_store_is_used_by_the_methods_that_it_can_serve(capsys):
+    narrowed = ["--pairs", "vgg13:vgg8", "--seeds", "0", "--teacher-store"]
+    _, *lines = plan(capsys, "table1", *narrowed)
+    stored = {c.method for _, c in lines if c.teacher_store}
+    assert stored == {"kd", "cc", "rkd", "crd"}
+    assert {c.method for _, c in lines} == stored | {"ce", "fitnet", "mhkd", "crd+mhkd"}
+    lines = plan(capsys, "table1", *narrowed, "--teacher-heads", "pretrained")
+    assert {"mhkd", "crd+mhkd"} < {c.method for _, c in lines if c.teacher_store}
+
+
 def test_the_study_is_narrowed_and_shortened(capsys):
     narrowed = ["--seeds", "0,7", "--methods", "ce,mhkd", "--pairs", "wrn_16_2:resnet8"]
     _, *lines = plan(capsys, "small", *narrowed, "--epochs", "2", "--head-width", "8")
@@ -180,6 +207,16 @@ def test_a_run_is_done_only_if_the_planned_teacher_taught_it_and_its_student_is_
         assert states("--teacher-weights", weights) == [state]
     (student / "student.pt").write_bytes(b"of another run")
     assert states() == ["done", "todo"]
+
+
+def test_the_record_of_an_older_version_with_fewer_settings_counts_as_done(tmp_path, capsys):
+    folder = record(tmp_path, 75.0, student="vgg8", method="ce")
+    content = mhkd_runs.read_json(folder / "result.json")
+    for name in ("optimizer", "schedule", "warmup", "view_seed", "augment", "keep"):
+        del content["config"][name]
+    mhkd_runs.write_json(folder / "result.json", content)
+    narrowed = ["--pairs", "vgg13:vgg8", "--methods", "ce", "--seeds", "0", "--out", tmp_path]
+    assert [state for state, _ in plan(capsys, "table1", *narrowed)] == ["done"]
 
 
 def test_a_run_on_another_folder_of_images_is_not_taken_for_done(tmp_path, capsys):
