@@ -1713,7 +1713,7 @@ def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping
     folder, N = Path(config.out) / "cache" / f"teacher-{digest[:16]}", len(data.train)
     store = sibling("mhkd_store").Store(folder, sizes, N, config.views, dtype, data.device, log)
     log(
-        f"'{folder}': {store.nbytes / 1e9:.2f} GB for the teacher's outputs for {config.views} "
+        f"'{folder}': {store.nbytes / 1e6:,.0f} MB for the teacher's outputs for {config.views} "
         f"views of {N} images, of which {store.stored} views are stored already"
     )
     return store
