@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 
 import mhkd
+import mhkd_record
+import mhkd_teacher
 
 # --------------------------------------------------------------------------------------------------
 # Time and memory
@@ -183,7 +185,7 @@ class Step:
         self.distiller = mhkd.Distiller(config, data, teacher).train()
         if config.teacher_store:
             statistics = {"normalisation": [data.mean, data.std]}
-            self.distiller.store = mhkd.open_store(config, data, self.distiller, statistics)
+            self.distiller.store = mhkd_teacher.open_store(config, data, self.distiller, statistics)
         parameters = [p for p in self.distiller.parameters() if p.requires_grad]
         settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
         self.optimizer = torch.optim.SGD(parameters, 1e-3, **settings)  # low, for random labels
@@ -335,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = {"device": args.device, "precision": getattr(args, "precision", "auto")}
     config = mhkd.Config(student="resnet8", method="ce", **machine)
     with mhkd.runtime(config) as device:
-        here = mhkd.environment(config, device)
+        here = mhkd_record.environment(config, device)
         print(", ".join(f"{n} {here[n]}" for n in ("hardware", "threads", "torch", "loss")))
         with tempfile.TemporaryDirectory() as args.scratch:
             result = {"environment": here, **args.run(args, device)}

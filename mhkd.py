@@ -22,12 +22,13 @@ Sections: 1 networks, 2 heads, 3 loss, 4 methods, 5 training, 6 data, 7 configur
 line, 8 processes and devices. Sections 1 to 3 are the method; they depend on nothing below them.
 "Paper, section 3.1" in comments refers to the publication. Copied alone, this file provides the
 networks, MultiHead, mhkd_loss and kd_loss with PyTorch as the only requirement. Training also needs
-mhkd_runs.py. Other modules beside this file are imported when an option asks for them.
+mhkd_runs.py (folders of runs), mhkd_record.py (what identifies a run), mhkd_teacher.py (where the
+teacher comes from) and mhkd_cli.py (the command line). Other modules beside this file are imported
+when an option asks for them.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import ctypes
@@ -39,7 +40,6 @@ import importlib
 import json
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -64,7 +64,7 @@ __version__ = "0.3.0"
 class UsageError(ValueError):
     """A mistake in the input. The message is one sentence that says what to do."""
 
-    user_error = True  # command_line() prints the message without a traceback
+    user_error = True  # mhkd_cli.command_line() prints the message without a traceback
 
 
 @contextlib.contextmanager
@@ -97,7 +97,10 @@ def sibling(name: str, optional: bool = False) -> Any:
             raise
     if optional:
         return None
-    raise UsageError(f"{name}.py is needed for this and was not found: copy it beside mhkd.py")
+    raise UsageError(
+        f"{name}.py is needed for this and was not found: copy it beside mhkd.py (training needs "
+        "mhkd_cli.py, mhkd_record.py, mhkd_runs.py and mhkd_teacher.py)"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1405,9 +1408,10 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 f"the data are '{data.name}' with {data.size} pixels, the configuration has "
                 f"{config.dataset} with {config.image_size}"
             )
-        teacher, path, of_teacher = find_teacher(config, data)  # may train it by another train()
-        heads, of_teacher["teacher_heads_sha256"] = find_heads(config, data, path)  # likewise
-        record = record_of(config, data, of_teacher)
+        found = sibling("mhkd_teacher")
+        teacher, path, of_teacher = found.find_teacher(config, data)  # may call train() for it
+        heads, of_teacher["teacher_heads_sha256"] = found.find_heads(config, data, path)  # likewise
+        record = sibling("mhkd_record").record_of(config, data, of_teacher)
         folder = Path(config.out) / record["name"]
         with runs.locked(folder, f"another process is training in '{folder}'"):
             wait_for_all()
@@ -1432,7 +1436,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 student = average.module
             if config.keep == "best":
                 state["best"] = Best()
-            run.restore(state, environment(config, device))
+            run.restore(state, sibling("mhkd_record").environment(config, device))
             begin = f"continues after epoch {len(run.log)} of" if run.log else "starts:"
             log(f"'{folder}' {begin} {config.epochs} epochs on {device}")
             if not run.log:
@@ -1440,7 +1444,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     torch.manual_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
             if config.teacher_store:
-                distiller.store = open_store(config, data, distiller, record)
+                distiller.store = found.open_store(config, data, distiller, record)
             if config.tensorboard:
                 run.show_in_tensorboard()
             N = len(data.train)
@@ -1626,164 +1630,11 @@ def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tu
     return sibling("mhkd_custom").find_units(model, image, role, getattr(config, role), names)
 
 
-def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dict[str, Any]]:
-    """The teacher, the file that it is loaded from, and its entries in the record.
-
-    Without `teacher_weights` a run of its own trains it first.
-    """
-    if not config.teacher:
-        return None, None, {"teacher_sha256": None, "teacher_accuracy": None}
-    model = build_model(config.teacher, len(data.classes), "random", config.image_size)
-    if not (path := config.teacher_weights):
-        Distiller(config, data, model)  # reports errors before the teacher is trained
-        log(f"teacher {config.teacher}: no --teacher-weights, so its own run comes first")
-        path = student_of(config.of_teacher(), data)
-    runs = sibling("mhkd_runs")
-    check_teacher(path, runs.load_file(Path(path)), data)
-    runs.load_weights(model, path).to(data.device)
-    if config.teacher_weights:
-        accuracy = evaluate(model, data)["accuracy"]
-    else:
-        accuracy = runs.read_json(Path(path).with_name("result.json"), "accuracy")["accuracy"]
-    log(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
-    if accuracy < 200 / len(data.classes):
-        log("note: this is near chance: check the order of the classes, --mean and --std")
-    alone = config.replace(method="ce", teacher=None, options={}, teacher_weights=None)
-    result = Path(config.out) / name_of(alone, alone.differs, data.sha256) / "result.json"
-    result = runs.read_json(result, "accuracy") or {"accuracy": 0}
-    if result["accuracy"] > accuracy:
-        log(f"note: the student alone reached {result['accuracy']:.2f} %, more than the teacher")
-    return model, path, {"teacher_sha256": runs.sha256_of(path), "teacher_accuracy": accuracy}
-
-
-def check_teacher(path: str | Path, content: Any, data: Data) -> None:
-    """Refuse the student.pt of other classes or of another image size as a teacher."""
-    if not isinstance(content, dict) or "classes" not in content:
-        return
-    theirs, size = content["classes"], content.get("image_size", data.size)
-    if theirs != data.classes:
-        differ = sorted({*theirs} ^ {*data.classes})[:6]
-        what = f"has other classes ({', '.join(differ)})" if differ else "has another class order"
-        raise UsageError(f"the teacher '{path}' {what} than the data: train it on these data")
-    if size != data.size:
-        raise UsageError(
-            f"the teacher '{path}' was trained with {size} pixels: use --image-size {size}"
-        )
-
-
-def find_heads(config: Config, data: Data, teacher: Any) -> tuple[dict | None, str | None]:
-    """The teacher's pretrained heads, from a run of their own, and the SHA-256 of their file.
-
-    teacher: the file with its weights.
-    """
-    if config.options.get("teacher_heads") != "pretrained":
-        return None, None
-    path = student_of(config.of_heads(teacher), data)
-    runs = sibling("mhkd_runs")
-    return runs.load_file(path)["heads"], runs.sha256_of(path)
-
-
 def named_outputs(outputs: Outputs) -> dict[str, Tensor]:
     """The outputs that a store can hold, [B, size] each."""
     heads = {f"head_{i}": z for i, z in enumerate(outputs.heads, 1)}
     named = {"logits": outputs.logits, "penultimate": outputs.penultimate, **heads}
     return {name: z for name, z in named.items() if z is not None}
-
-
-def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping) -> Any:
-    """The store of the teacher's outputs. Its folder is named after all that they depend on."""
-    runs, K = sibling("mhkd_runs"), len(data.classes)
-    sizes = {"logits": K}
-    if distiller.teacher.uses_penultimate:
-        sizes["penultimate"] = distiller.teacher.width
-    if config.options.get("teacher_heads") == "pretrained":
-        sizes |= {f"head_{i}": K for i in range(1, 1 + len(config.options["units"]))}
-    names = ["image_size", "crop_padding", "crop_scale", "flip", "augment", "precision"]
-    names += ["val_fraction", "teacher_units", "view_seed", "teacher_store"]
-    key = {name: getattr(config, name) for name in names}
-    hashes = ("data", "teacher", "teacher_code", "teacher_heads")
-    key |= {name: record.get(f"{name}_sha256") for name in hashes} | {"name": config.teacher}
-    key |= {"normalisation": record["normalisation"], "device": data.device.type, "sizes": sizes}
-    key["code"] = runs.code_sha256([FeatureExtractor, AuxHeads, Data, epoch_batches])
-    if ":" in config.teacher:
-        here = environment(config, data.device)
-        key["libraries"] = here.get("timm"), here.get("torchvision")
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    dtype = getattr(torch, config.teacher_store)
-    folder, N = Path(config.out) / "cache" / f"teacher-{digest[:16]}", len(data.train)
-    store = sibling("mhkd_store").Store(folder, sizes, N, config.views, dtype, data.device, log)
-    log(
-        f"'{folder}': {store.nbytes / 1e6:,.0f} MB for the teacher's outputs for {config.views} "
-        f"views of {N} images, of which {store.stored} views are stored already"
-    )
-    return store
-
-
-def student_of(config: Config, data: Data) -> Path:
-    """The student.pt of a run, which is trained if it is not finished."""
-    return Path(config.out) / train(config, data)["name"] / "student.pt"
-
-
-def record_of(config: Config, data: Data, of_teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """What defines a run: its configuration, the hashes of teacher, code and data."""
-    differs = dict(config.differs)
-    if world_size() > 1:  # batch norm sees each process's part of the batch alone
-        differs["processes"] = world_size()
-    if config.teacher_weights:
-        differs["teacher_weights"] = of_teacher["teacher_sha256"][:8]
-    return {
-        "name": name_of(config, differs, data.sha256),
-        "config": {**config.recorded(), "processes": world_size()},
-        "differs": differs,
-        **of_teacher,
-        **code_hashes(config),
-        "data_sha256": data.sha256,
-        "data_facts": data.facts,
-        "normalisation": {"mean": data.mean, "std": data.std},
-    }
-
-
-def code_hashes(config: Config) -> dict[str, str]:
-    """Hashes of the code that computes a training step, and of initial weights in files.
-
-    They cover what turns an image into a gradient: the networks, heads, losses, the selected
-    methods, augmentation. Comments, messages, records and the report are not covered, nor is the
-    code of libraries, whose versions are recorded (docs/choices.md).
-    """
-    runs, found = sibling("mhkd_runs"), {}
-    methods = find_methods(config.method).values()
-    found["method_code_sha256"] = runs.code_sha256([*methods, Distiller, Data, epoch_batches])
-    for role in ("student", "teacher"):
-        name, init = getattr(config, role), getattr(config, f"{role}_init")
-        if name in MODELS:
-            found[f"{role}_code_sha256"] = runs.code_sha256(
-                [MODELS[name][0]], repr(MODELS[name][1])
-            )
-        elif name and ".py:" in name:
-            files = sibling("mhkd_custom").source_files(name)
-            found[f"{role}_code_sha256"] = runs.code_sha256(files)
-        if name and init.startswith("file:") and Path(init[5:]).is_file():
-            found[f"{role}_init_sha256"] = runs.sha256_of(init[5:])
-    return found
-
-
-def name_of(config: Config, differs: Mapping[str, Any], data_sha256: str = "") -> str:
-    """The name of a run's folder."""
-    # Two folders of images are two data sets.
-    dataset = config.dataset + (f"_{data_sha256[:8]}" if config.dataset == "folder" else "")
-    who = [dataset, config.teacher, config.student, config.method, f"seed{config.seed}"]
-    return sibling("mhkd_runs").folder_name([part for part in who if part], differs)
-
-
-def environment(config: Config, device: torch.device) -> dict[str, Any]:
-    """What a result may depend on besides the configuration."""
-    names = ("data", "out", "teacher_weights", "compile")
-    return {
-        **sibling("mhkd_runs").environment(device, __file__),
-        "mhkd": __version__,
-        "loss": loss_backend() if config.backend != "reference" else "reference",
-        **{name: getattr(config, name) for name in names},
-    }
 
 
 def line_of(config: Config, entry: dict[str, Any]) -> str:
@@ -2489,126 +2340,8 @@ def import_optional(module: str, package: str, purpose: str) -> Any:
         return importlib.import_module(module)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
-
-
 def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def add_option(group: Any, name: str, option: Option) -> None:
-    flag, default, help = flag_of(name), option.default, option.help
-    if option.parse is bool:
-        action = argparse.BooleanOptionalAction
-        group.add_argument(flag, dest=name, action=action, default=None, help=help)
-        return
-    if default is not None:
-        help = f"{help} (default: {default})"
-    kinds = {str: "NAME", words: "NAME,NAME", integers: "INT,INT", numbers: "FLOAT,FLOAT"}
-    metavar = kinds.get(option.parse, option.parse.__name__.upper())
-    optional = {"nargs": "?", "const": "float32"} if name == "teacher_store" else {}
-    group.add_argument(
-        flag, type=option.parse, default=None, help=help, metavar=metavar, **optional
-    )
-
-
-def parse_config(
-    arguments: Sequence[str], extra: Callable[[Parser], None] = lambda parser: None
-) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parse a command line, with what `extra` adds to it.
-
-    Returns everything that was given, and the arguments of Config.
-    """
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", default=Config.method)
-    methods = find_methods(first.parse_known_args(arguments)[0].method)
-    if {"-h", "--help"} & {*arguments}:
-        sibling("mhkd_baselines", optional=True)  # registers its methods
-    parser = Parser(
-        prog="mhkd.py", description=__doc__.split("\n\nThe method")[0], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Methods: {', '.join(METHODS)}. --help --method NAME shows the options of one.",
-    )  # fmt: skip
-    fields = [f for f in dataclasses.fields(Config) if f.metadata]
-    names = dict.fromkeys(f.metadata["group"] for f in fields)
-    groups = {name: parser.add_argument_group(name) for name in names}
-    for f in fields:
-        add_option(groups[f.metadata["group"]], f.name, f.metadata["option"])
-    declared = method_options(methods)
-    for name, option in declared.items():
-        add_option(groups["method"], name, option)
-    version = "show versions and compare the fused loss with plain PyTorch"
-    parser.add_argument("--version", action="store_true", help=version)
-    extra(parser)
-    parsed, left = parser.parse_known_args(arguments)
-    for word in left:
-        if not word.startswith("--"):
-            raise UsageError(f"the argument '{word}' belongs to no option")
-        name = word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-        raise UsageError(foreign_option(name, "+".join(methods)))
-    values = {name: value for name, value in vars(parsed).items() if value is not None}
-    config = {f.name: values[f.name] for f in fields if f.name in values}
-    return parsed, {**config, "options": {n: values[n] for n in declared if n in values}}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    def run() -> None:
-        parsed, values = parse_config(sys.argv[1:] if arguments is None else arguments)
-        if parsed.version:
-            print(f"mhkd {__version__}, PyTorch {torch.__version__}, loss: {loss_backend()}")
-            fused = sibling("mhkd_fused", optional=True)
-            for device in ["cpu"] + ["cuda"] * torch.cuda.is_available() if fused else []:
-                problem = fused.check(device, _reference_loss)
-                print(f"fused loss on {device}: {problem or 'agrees with plain PyTorch'}")
-            return
-        config = Config(**values)
-        if parsed.teacher and not config.teacher:
-            log(f"note: --teacher has no effect with --method {config.method}")
-        keep_freed_memory()
-        train(config)
-
-    return command_line("mhkd.py", run)
-
-
-def command_line(program: str, run: Callable[[], Any]) -> int:
-    """Call run(); errors end as one sentence on stderr and an exit status."""
-
-    def terminate(*_: Any) -> None:
-        raise KeyboardInterrupt("terminated")
-
-    before = None
-    with contextlib.suppress(ValueError):  # not in the main thread
-        before = signal.signal(signal.SIGTERM, terminate)
-    again = "the same command continues after the last finished epoch"
-    status = 1
-    try:
-        run()
-        sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt as error:
-        status, sentence = (143 if error.args else 130), f"{str(error) or 'interrupted'}; {again}"
-    except BrokenPipeError:  # the reader of the output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status, sentence = 141, f"the output was closed; {again}"
-    except OSError as error:
-        sentence = f"{error}; when that is fixed, {again}"
-    except MemoryError as error:
-        sentence = f"there is not enough memory ({error}): try a smaller batch, image or head"
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            sentence = f"{error}: try a smaller batch, image or head"
-        elif getattr(error, "user_error", False):
-            sentence = str(error)
-        else:
-            raise
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-    with contextlib.suppress(OSError):
-        print(f"{program}: {sentence}", file=sys.stderr, flush=True)
-    return status
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2730,6 +2463,15 @@ def keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_MMAP_MAX, 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line, see mhkd_cli.py; returns the exit status."""
+    try:
+        cli = sibling("mhkd_cli")
+    except UsageError as error:
+        sys.exit(f"mhkd.py: {error}")
+    return cli.main(arguments)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,13 @@ and the standard library and knows nothing about distillation methods.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
-import functools
 import hashlib
-import inspect
 import itertools
 import json
 import os
 import pickle
-import platform
-import subprocess
 import sys
-import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,7 +32,7 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # the latest and the on
 class RunError(ValueError):
     """A file or folder cannot be used. The message is one sentence that says what to do."""
 
-    user_error = True  # mhkd.command_line() prints the message without a traceback
+    user_error = True  # mhkd_cli.command_line() prints the message without a traceback
 
 
 def is_main() -> bool:
@@ -131,70 +125,6 @@ def sha256_of_state(model: nn.Module) -> str:
         else:
             digest.update(f"{name} {value}".encode())
     return digest.hexdigest()
-
-
-def code_sha256(roots: Iterable[Any], more: str = "") -> str:
-    """The hash of what classes and functions compute, or of Python files.
-
-    Includes the functions, classes and constants of their own module that they use. Comments,
-    docstrings, annotations, errors and strings with spaces (messages) do not count.
-    """
-    todo, found = list(roots), {"": more}
-    modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)} | {"mhkd"}
-    while todo:
-        thing = todo.pop()
-        is_file = isinstance(thing, Path)
-        name = thing.name if is_file else thing.__qualname__
-        if name in found:
-            continue
-        if is_file:
-            trees = [ast.parse(thing.read_text())]
-        else:
-            trees = definitions_in(thing.__module__).get(thing.__name__, [])
-        known = {} if is_file else vars(sys.modules[thing.__module__])
-        digest = hashlib.sha256()
-        for place, node in computation_of(trees):
-            part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
-            digest.update(f"{place} {part}\n".encode())
-            value = None
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                value = known.get(node.id)
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                owner = known.get(node.value.id)
-                if isinstance(owner, types.ModuleType) and owner.__name__ in modules:
-                    value = getattr(owner, node.attr, None)
-            if isinstance(value, (type, types.FunctionType)) and value.__module__ in modules:
-                todo.append(value)
-            elif isinstance(node, ast.Name) and isinstance(value, (int, float, str)):
-                found[node.id] = repr(value)
-        found[name] = digest.hexdigest()
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def definitions_in(module: str) -> dict[str, list[ast.AST]]:
-    """The syntax trees of a module's classes and functions, also of local ones, by name."""
-    found: dict[str, list[ast.AST]] = {}
-    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
-        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                found.setdefault(node.name, []).append(node)
-    return found
-
-
-def computation_of(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Place and value of everything in a syntax tree that changes what the code computes."""
-    message = isinstance(node, str) and " " in node
-    if message or isinstance(node, (ast.Raise, ast.JoinedStr)):
-        return
-    yield place, node
-    if isinstance(node, list):
-        for i, part in enumerate(node):
-            yield from computation_of(part, f"{place}.{i}")
-    elif isinstance(node, ast.AST):
-        for name, part in ast.iter_fields(node):
-            if name not in ("annotation", "returns"):
-                yield from computation_of(part, f"{place}.{name}")
 
 
 @contextlib.contextmanager
@@ -474,58 +404,7 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def folder_name(who: Iterable[Any], differs: Mapping[str, Any]) -> str:
-    """A name for a run's folder from what it is and what differs from the recipe."""
-    parts = [in_file_name(part) for part in who]
-    parts += [f"{key}={in_file_name(value)}" for key, value in differs.items()]
-    name = "-".join(parts)
-    if len(name) > 200:  # file systems allow 255
-        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return name
-
-
 def in_file_name(value: Any) -> str:
     """A value as a part of a file name."""
     text = "+".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
     return "".join(c if c.isalnum() or c in "._+" else "_" for c in text)
-
-
-def environment(device: torch.device, script: str) -> dict[str, Any]:
-    """What a result may depend on besides the configuration: hardware, versions, commit."""
-    from importlib import metadata
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "timm", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    hardware = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    elif (processors := Path("/proc/cpuinfo")).is_file():
-        _, _, name = processors.read_text().partition("model name\t: ")
-        hardware = name.partition("\n")[0].strip() or hardware
-    return {
-        "device": str(device),
-        "hardware": hardware,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        **versions,
-        "commit": commit_of(Path(script).resolve()),
-    }
-
-
-def commit_of(script: Path) -> str | None:
-    """The commit of a script, marked if the code has changed since; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(script.parent), *arguments]
-        options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        return subprocess.run(command, **options).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", script.name)
-        changes = git("status", "--porcelain", "--", "mhkd*.py", "csrc")
-        return git("rev-parse", "HEAD") + (" with changes" if changes else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

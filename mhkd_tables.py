@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import mhkd
+import mhkd_cli
+import mhkd_record
 import mhkd_runs
 from mhkd import Config, UsageError
 
@@ -185,12 +187,12 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         parser.add_argument("--jobs", type=int)
         parser.add_argument("--dry-run", action="store_true")
         for name, option in known.items():
-            mhkd.add_option(parser, name, option)
+            mhkd_cli.add_option(parser, name, option)
 
     for flag in {argument.partition("=")[0] for argument in arguments} & {*INSTEAD}:
         raise UsageError(f"`run` takes --{INSTEAD[flag]}, not {flag}")
     # ce has no options of its own, so those of all rows can be added.
-    given, fields = mhkd.parse_config(["--method", "ce", *arguments], extra)
+    given, fields = mhkd_cli.parse_config(["--method", "ce", *arguments], extra)
     options = {name: value for name in known if (value := getattr(given, name)) is not None}
     for what, names, existing in (("pair", given.pairs, pairs), ("row", given.methods, rows)):
         for name in names:
@@ -203,7 +205,7 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         name: fields.pop(name) for name in ("teacher_store", "teacher_views") if name in fields
     }
     study_teacher = Config(**{**STUDY_TEACHER, **fields, "teacher_weights": None})
-    name = mhkd.name_of(study_teacher, study_teacher.differs)
+    name = mhkd_record.name_of(study_teacher, study_teacher.differs)
     study_weights = str(Path(study_teacher.out) / name / "student.pt")
     teachers, others = [], []
     for pair, row, seed, own in (cell for name in tables for cell in cells(name, given.seeds)):
@@ -384,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             raise UsageError("use `report DIR` or `run table1,table2,... [options]`, see --help")
 
-    return mhkd.command_line("mhkd_tables.py", command)
+    return mhkd_cli.command_line("mhkd_tables.py", command)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mhkd
+import mhkd_record
 import mhkd_runs
 
 pytest.importorskip("sklearn")
@@ -168,10 +169,11 @@ def test_an_edited_loss_is_noticed_and_an_edited_comment_or_message_is_not(
 
 
 def test_the_hash_of_a_method_is_the_same_in_every_process_and_differs_between_methods():
-    code = "import mhkd; print(mhkd.code_hashes(mhkd.Config('vgg8', 'vgg8'))['method_code_sha256'])"
+    code = "import mhkd, mhkd_record as record\n"
+    code += "print(record.code_hashes(mhkd.Config('vgg8', 'vgg8'))['method_code_sha256'])"
     one, other = (python("-c", code, cwd=ROOT).stdout.strip() for _ in range(2))
     hashes = {
-        m: mhkd.code_hashes(mhkd.Config("vgg8", "vgg8", method=m))["method_code_sha256"]
+        m: mhkd_record.code_hashes(mhkd.Config("vgg8", "vgg8", method=m))["method_code_sha256"]
         for m in ("kd", "mhkd", "crd", "crd+mhkd")
     }
     assert one == other == hashes["mhkd"] and len({*hashes.values()}) == 4
@@ -243,7 +245,7 @@ def test_mean_and_std_are_those_of_both_networks_and_an_assumed_one_is_logged(
     ("--mean 0.5,0.5,0.5", "together"), ("--mean 0.5 --std 0.5", "--mean must be three numbers"),
     ("--mean 0.5,0.5,0.5 --std 0.5,0.5,0", "--std must be three numbers above 0"),
     ("--teacher-weights t.pt --teacher-lr 0.1", "not for --teacher-weights"),
-    ("--optimizer adam", "no option --optimizer\n"), ("--options a", "no option --options\n"),
+    ("--nesterov yes", "no option --nesterov\n"), ("--options a", "no option --options\n"),
 ])  # fmt: skip
 def test_options_that_contradict_each_other_or_do_not_exist_are_refused(
     options, message, tmp_path, failing

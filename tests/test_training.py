@@ -36,6 +36,7 @@ from conftest import (
 )
 
 import mhkd
+import mhkd_record
 
 pytest.importorskip("sklearn")
 FILES = {"config.json", "log.jsonl", "student.pt", "result.json"}
@@ -130,7 +131,7 @@ def test_the_commit_is_none_for_a_copy_in_another_repository_and_marked_where_cs
         git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path]
         for command in (["init", "-q"], ["add", *added], ["commit", "-qm", "a"]) if added else ():
             subprocess.run([*git, *command], check=True)
-        return mhkd.environment(config, torch.device("cpu"))["commit"]
+        return mhkd_record.environment(config, torch.device("cpu"))["commit"]
 
     monkeypatch.setattr(mhkd, "__file__", str(shutil.copy(SCRIPT, tmp_path)))
     source = tmp_path / "csrc" / "a.cpp"
@@ -547,7 +548,7 @@ def name_of(sha256="0" * 64, **values):
     if "student_units" in values or "teacher_units" in values:  # both sides need as many
         values = {"student_units": UNITS, "teacher_units": UNITS} | values
     config = mhkd.Config(**({"teacher": "resnet32x4", "student": "vgg8"} | values))
-    return mhkd.record_of(config, data, {"teacher_sha256": sha256})["name"]
+    return mhkd_record.record_of(config, data, {"teacher_sha256": sha256})["name"]
 
 
 def test_every_value_that_differs_gives_another_run_name():

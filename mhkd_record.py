@@ -1,0 +1,203 @@
+"""What identifies a run: its configuration, the hashes of teacher, data and code; and where it ran.
+
+mhkd.py imports this file for training. A folder of a run is named after its configuration.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import platform
+import subprocess
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mhkd
+from mhkd import Config, Data, Distiller, epoch_batches, find_methods
+from mhkd_runs import in_file_name, sha256_of
+
+
+def record_of(config: Config, data: Data, of_teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """What defines a run: its configuration, the hashes of teacher, code and data."""
+    differs = dict(config.differs)
+    if mhkd.world_size() > 1:  # batch norm sees each process's part of the batch alone
+        differs["processes"] = mhkd.world_size()
+    if config.teacher_weights:
+        differs["teacher_weights"] = of_teacher["teacher_sha256"][:8]
+    return {
+        "name": name_of(config, differs, data.sha256),
+        "config": {**config.recorded(), "processes": mhkd.world_size()},
+        "differs": differs,
+        **of_teacher,
+        **code_hashes(config),
+        "data_sha256": data.sha256,
+        "data_facts": data.facts,
+        "normalisation": {"mean": data.mean, "std": data.std},
+    }
+
+
+def code_hashes(config: Config) -> dict[str, str]:
+    """Hashes of the code that computes a training step, and of initial weights in files.
+
+    They cover what turns an image into a gradient: the networks, heads, losses, the selected
+    methods, augmentation. Comments, messages, records and the report are not covered, nor is the
+    code of libraries, whose versions are recorded (docs/choices.md).
+    """
+    found = {}
+    methods = find_methods(config.method).values()
+    found["method_code_sha256"] = code_sha256([*methods, Distiller, Data, epoch_batches])
+    for role in ("student", "teacher"):
+        name, init = getattr(config, role), getattr(config, f"{role}_init")
+        if name in mhkd.MODELS:
+            found[f"{role}_code_sha256"] = code_sha256(
+                [mhkd.MODELS[name][0]], repr(mhkd.MODELS[name][1])
+            )
+        elif name and ".py:" in name:
+            files = mhkd.sibling("mhkd_custom").source_files(name)
+            found[f"{role}_code_sha256"] = code_sha256(files)
+        if name and init.startswith("file:") and Path(init[5:]).is_file():
+            found[f"{role}_init_sha256"] = sha256_of(init[5:])
+    return found
+
+
+def name_of(config: Config, differs: Mapping[str, Any], data_sha256: str = "") -> str:
+    """The name of a run's folder."""
+    # Two folders of images are two data sets.
+    dataset = config.dataset + (f"_{data_sha256[:8]}" if config.dataset == "folder" else "")
+    who = [dataset, config.teacher, config.student, config.method, f"seed{config.seed}"]
+    return folder_name([part for part in who if part], differs)
+
+
+def environment(config: Config, device: torch.device) -> dict[str, Any]:
+    """What a result may depend on besides the configuration."""
+    names = ("data", "out", "teacher_weights", "compile")
+    return {
+        **machine(device),
+        "mhkd": mhkd.__version__,
+        "loss": mhkd.loss_backend() if config.backend != "reference" else "reference",
+        **{name: getattr(config, name) for name in names},
+    }
+
+
+def folder_name(who: Iterable[Any], differs: Mapping[str, Any]) -> str:
+    """A name for a run's folder from what it is and what differs from the recipe."""
+    parts = [in_file_name(part) for part in who]
+    parts += [f"{key}={in_file_name(value)}" for key, value in differs.items()]
+    name = "-".join(parts)
+    if len(name) > 200:  # file systems allow 255
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+def code_sha256(roots: Iterable[Any], more: str = "") -> str:
+    """The hash of what classes and functions compute, or of Python files.
+
+    Includes the functions, classes and constants of their own module that they use. Comments,
+    docstrings, annotations, errors and strings with spaces (messages) do not count.
+    """
+    todo, found = list(roots), {"": more}
+    modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)} | {"mhkd"}
+    while todo:
+        thing = todo.pop()
+        is_file = isinstance(thing, Path)
+        name = thing.name if is_file else thing.__qualname__
+        if name in found:
+            continue
+        if is_file:
+            trees = [ast.parse(thing.read_text())]
+        else:
+            trees = definitions_in(thing.__module__).get(thing.__name__, [])
+        known = {} if is_file else vars(sys.modules[thing.__module__])
+        digest = hashlib.sha256()
+        for place, node in computation_of(trees):
+            part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
+            digest.update(f"{place} {part}\n".encode())
+            value = None
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                value = known.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = known.get(node.value.id)
+                if isinstance(owner, types.ModuleType) and owner.__name__ in modules:
+                    value = getattr(owner, node.attr, None)
+            if isinstance(value, (type, types.FunctionType)) and value.__module__ in modules:
+                todo.append(value)
+            elif isinstance(node, ast.Name) and isinstance(value, (int, float, str)):
+                found[node.id] = repr(value)
+        found[name] = digest.hexdigest()
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def definitions_in(module: str) -> dict[str, list[ast.AST]]:
+    """The syntax trees of a module's classes and functions, also of local ones, by name."""
+    found: dict[str, list[ast.AST]] = {}
+    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
+        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found.setdefault(node.name, []).append(node)
+    return found
+
+
+def computation_of(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Place and value of everything in a syntax tree that changes what the code computes."""
+    message = isinstance(node, str) and " " in node
+    if message or isinstance(node, (ast.Raise, ast.JoinedStr)):
+        return
+    yield place, node
+    if isinstance(node, list):
+        for i, part in enumerate(node):
+            yield from computation_of(part, f"{place}.{i}")
+    elif isinstance(node, ast.AST):
+        for name, part in ast.iter_fields(node):
+            if name not in ("annotation", "returns"):
+                yield from computation_of(part, f"{place}.{name}")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions, commit."""
+    from importlib import metadata
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchvision", "timm", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    hardware = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    elif (processors := Path("/proc/cpuinfo")).is_file():
+        _, _, name = processors.read_text().partition("model name\t: ")
+        hardware = name.partition("\n")[0].strip() or hardware
+    return {
+        "device": str(device),
+        "hardware": hardware,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        **versions,
+        "commit": commit_of(Path(mhkd.__file__).resolve()),
+    }
+
+
+def commit_of(script: Path) -> str | None:
+    """The commit of a script, marked if the code has changed since; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(script.parent), *arguments]
+        options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(command, **options).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", script.name)
+        changes = git("status", "--porcelain", "--", "mhkd*.py", "csrc")
+        return git("rev-parse", "HEAD") + (" with changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,121 @@
+"""Where the teacher comes from: its weights, its pretrained heads, its stored outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mhkd
+import mhkd_record
+import mhkd_runs
+from mhkd import (
+    AuxHeads,
+    Config,
+    Data,
+    Distiller,
+    FeatureExtractor,
+    UsageError,
+    build_model,
+    epoch_batches,
+    evaluate,
+)
+
+
+def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dict[str, Any]]:
+    """The teacher, the file that it is loaded from, and its entries in the record.
+
+    Without `teacher_weights` a run of its own trains it first.
+    """
+    if not config.teacher:
+        return None, None, {"teacher_sha256": None, "teacher_accuracy": None}
+    model = build_model(config.teacher, len(data.classes), "random", config.image_size)
+    if not (path := config.teacher_weights):
+        Distiller(config, data, model)  # reports errors before the teacher is trained
+        mhkd.log(f"teacher {config.teacher}: no --teacher-weights, so its own run comes first")
+        path = student_of(config.of_teacher(), data)
+    check_teacher(path, mhkd_runs.load_file(Path(path)), data)
+    mhkd_runs.load_weights(model, path).to(data.device)
+    if config.teacher_weights:
+        accuracy = evaluate(model, data)["accuracy"]
+    else:
+        accuracy = mhkd_runs.read_json(Path(path).with_name("result.json"), "accuracy")["accuracy"]
+    mhkd.log(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
+    if accuracy < 200 / len(data.classes):
+        mhkd.log("note: this is near chance: check the order of the classes, --mean and --std")
+    alone = config.replace(method="ce", teacher=None, options={}, teacher_weights=None)
+    result = (
+        Path(config.out) / mhkd_record.name_of(alone, alone.differs, data.sha256) / "result.json"
+    )
+    result = mhkd_runs.read_json(result, "accuracy") or {"accuracy": 0}
+    if result["accuracy"] > accuracy:
+        mhkd.log(
+            f"note: the student alone reached {result['accuracy']:.2f} %, more than the teacher"
+        )
+    return model, path, {"teacher_sha256": mhkd_runs.sha256_of(path), "teacher_accuracy": accuracy}
+
+
+def check_teacher(path: str | Path, content: Any, data: Data) -> None:
+    """Refuse the student.pt of other classes or of another image size as a teacher."""
+    if not isinstance(content, dict) or "classes" not in content:
+        return
+    theirs, size = content["classes"], content.get("image_size", data.size)
+    if theirs != data.classes:
+        differ = sorted({*theirs} ^ {*data.classes})[:6]
+        what = f"has other classes ({', '.join(differ)})" if differ else "has another class order"
+        raise UsageError(f"the teacher '{path}' {what} than the data: train it on these data")
+    if size != data.size:
+        raise UsageError(
+            f"the teacher '{path}' was trained with {size} pixels: use --image-size {size}"
+        )
+
+
+def find_heads(config: Config, data: Data, teacher: Any) -> tuple[dict | None, str | None]:
+    """The teacher's pretrained heads, from a run of their own, and the SHA-256 of their file.
+
+    teacher: the file with its weights.
+    """
+    if config.options.get("teacher_heads") != "pretrained":
+        return None, None
+    path = student_of(config.of_heads(teacher), data)
+    return mhkd_runs.load_file(path)["heads"], mhkd_runs.sha256_of(path)
+
+
+def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping) -> Any:
+    """The store of the teacher's outputs. Its folder is named after all that they depend on."""
+    K = len(data.classes)
+    sizes = {"logits": K}
+    if distiller.teacher.uses_penultimate:
+        sizes["penultimate"] = distiller.teacher.width
+    if config.options.get("teacher_heads") == "pretrained":
+        sizes |= {f"head_{i}": K for i in range(1, 1 + len(config.options["units"]))}
+    names = ["image_size", "crop_padding", "crop_scale", "flip", "augment", "precision"]
+    names += ["val_fraction", "teacher_units", "view_seed", "teacher_store"]
+    key = {name: getattr(config, name) for name in names}
+    hashes = ("data", "teacher", "teacher_code", "teacher_heads")
+    key |= {name: record.get(f"{name}_sha256") for name in hashes} | {"name": config.teacher}
+    key |= {"normalisation": record["normalisation"], "device": data.device.type, "sizes": sizes}
+    key["code"] = mhkd_record.code_sha256([FeatureExtractor, AuxHeads, Data, epoch_batches])
+    if ":" in config.teacher:
+        here = mhkd_record.environment(config, data.device)
+        key["libraries"] = here.get("timm"), here.get("torchvision")
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    dtype = getattr(torch, config.teacher_store)
+    folder, N = Path(config.out) / "cache" / f"teacher-{digest[:16]}", len(data.train)
+    of_views = config.views, dtype, data.device, mhkd.log
+    store = mhkd.sibling("mhkd_store").Store(folder, sizes, N, *of_views)
+    mhkd.log(
+        f"'{folder}': {store.nbytes / 1e6:,.0f} MB for the teacher's outputs for {config.views} "
+        f"views of {N} images, of which {store.stored} views are stored already"
+    )
+    return store
+
+
+def student_of(config: Config, data: Data) -> Path:
+    """The student.pt of a run, which is trained if it is not finished."""
+    return Path(config.out) / mhkd.train(config, data)["name"] / "student.pt"
