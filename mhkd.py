@@ -777,20 +777,26 @@ def mhkd_loss(
         labels = labels.reshape(-1)  # [B]
         student_logits = [z.reshape(-1, z.shape[-1]) for z in student_logits]  # [B, K] each
         teacher_logits = [z.reshape(-1, z.shape[-1]) for z in teacher_logits]
-    settings = labels, tau, kl_weights, ce_weights, list(teacher_ce), ignore_index
+    settings = [tau, *kl_weights, *ce_weights], [], list(teacher_ce), ignore_index
     compute = _operator if fused else _reference_loss
+    if fused and torch.compiler.is_compiling():  # else it compiles again for every new number
+        one = torch.ones((), dtype=torch.float64)
+        tensors = [one * number for number in settings[0]]
+        settings = [0.0] * len(tensors), tensors, *settings[2:]
     try:
-        out = compute(student_logits, teacher_logits, *settings)
+        out = compute(student_logits, teacher_logits, labels, *settings)
     except Exception:
         _check_tensors(student_logits, teacher_logits, labels)
         raise
     return out[:2] if return_terms else out[0]
 
 
-def _reference_loss(
-    student, teacher, labels, tau, kl_weights, ce_weights, teacher_ce, ignore_index
-):
-    """The equations in plain PyTorch, the specification of the fused loss. Logits are [B, K]."""
+def _reference_loss(student, teacher, labels, numbers, _, teacher_ce, ignore_index):
+    """The equations in plain PyTorch, the specification of the fused loss. Logits are [B, K].
+
+    numbers: tau, kl_weights [H], ce_weights [H], in one list as the fused loss takes them.
+    """
+    tau, H = numbers[0], len(student)
     dtypes = [z.dtype for z in (*student, *teacher)]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     counted = labels != ignore_index  # [B], for KL
@@ -805,7 +811,7 @@ def _reference_loss(
 
     loss = torch.zeros((), dtype=dtype, device=labels.device)
     terms = []
-    coefficients = zip(kl_weights, ce_weights, map(float, teacher_ce))
+    coefficients = zip(numbers[1 : H + 1], numbers[H + 1 :], map(float, teacher_ce))
     for z_s, z_t, of_head in zip(student, teacher, coefficients):
         # NaN in a row that does not count for a term must not reach it or its gradients.
         z_s, z_t = z_s.to(dtype), z_t.to(dtype)

@@ -17,7 +17,7 @@ import torch
 
 BACKENDS = ("auto", "reference", "fused")
 MAX_HEADS = 16  # kMaxHeads in csrc/mhkd_loss.h
-INTERFACE = 4  # kInterface in csrc/mhkd_loss.cpp
+INTERFACE = 5  # kInterface in csrc/mhkd_loss.cpp
 TO_BE_CHECKED = ("cuda",)  # devices on which "auto" compares before it uses the library
 
 operator: Any = None  # torch.ops.mhkd.loss.default; finding it takes longer than a small batch
@@ -135,7 +135,7 @@ def check(device: torch.device | str, reference: Callable) -> str:
             z[:, 0], z[:, 1, 1] = math.nan, -math.inf
             z = z.to(device, dtype)[..., :K]
             labels = torch.tensor([-100, 0, K - 1, 2, -1, K // 2], device=device)
-            settings = labels, tau, [0.9, 0.45], [0.1, 0.05], [False, True], -100
+            settings = labels, [tau, 0.9, 0.45, 0.1, 0.05], [], [False, True], -100
             try:
                 found = outputs(operator, z, *settings)
             except torch.OutOfMemoryError:

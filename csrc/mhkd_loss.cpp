@@ -28,7 +28,6 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/function.h>
@@ -48,19 +47,17 @@
 
 namespace MHKD_LIBRARY {
 
-constexpr int64_t kInterface = 4;
+constexpr int64_t kInterface = 5;
 
-// -------------------------------------------------------------------------------------------------
-// Checks and shapes
-// -------------------------------------------------------------------------------------------------
+// ---- Checks and shapes ----
 
 // What the memory that the kernels touch depends on. mhkd.py has a sentence for each mistake.
 static void check_arguments(const Call& call) {
   const Tensor &labels = call.labels, &first = call.student[0];
   const size_t heads = call.student.size();
   TORCH_CHECK_VALUE(heads >= 1 && heads <= size_t(kMaxHeads) && call.teacher.size() == heads &&
-                        call.kl_weights.size() == heads && call.ce_weights.size() == heads &&
-                        call.teacher_ce.size() == heads,
+                        call.teacher_ce.size() == heads && call.numbers.size() == 2 * heads + 1 &&
+                        (call.traced.empty() || call.traced.size() == 2 * heads + 1),
       "mhkd_loss: 1 to ", kMaxHeads, " heads, as many of each list");
   TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong && labels.dim() == 1,
       "mhkd_loss: labels must be int64 [B], got ", labels.sym_sizes());
@@ -78,6 +75,11 @@ static void check_arguments(const Call& call) {
   }
 }
 
+// One number for each row's statistics, then those of RowCount.
+static c10::SymInt stats_size(const Call& call) {
+  return call.labels.sym_size(0) * int64_t(call.student.size() * kRowStats) + int64_t(kRowCounts);
+}
+
 // float64 if any logits are, else float32: the dtype of the loss, the terms, the rows' statistics.
 static at::ScalarType loss_dtype(const Call& call) {
   for (const TensorList& logits : {call.student, call.teacher}) {
@@ -86,6 +88,22 @@ static at::ScalarType loss_dtype(const Call& call) {
     }
   }
   return at::kFloat;
+}
+
+static void check_backward(const Call& call, const Tensor& grad_loss, const Tensor& row_stats,
+    const Flags& needs_grad) {
+  check_arguments(call);
+  const size_t heads = call.student.size();
+  bool gradients = needs_grad.size() == 2 * heads;  // of a teacher's head only if it is marked
+  for (size_t h = 0; gradients && h < heads; ++h) {
+    gradients = call.teacher_ce[h] || !needs_grad[heads + h];
+  }
+  TORCH_CHECK_VALUE(gradients && grad_loss.sym_numel() == 1 && row_stats.is_contiguous() &&
+                        row_stats.device() == call.labels.device() &&
+                        row_stats.scalar_type() == loss_dtype(call) &&
+                        row_stats.sym_numel() == stats_size(call),
+      "mhkd_loss: the backward takes grad_loss [], row_stats of the forward, 2 H needs_grad, true "
+      "for marked teacher heads alone");
 }
 
 // Without the dispatcher on the CPU: its way to the allocator is long beside a short batch.
@@ -123,7 +141,7 @@ struct Prepared {
       const Tensor &s = logits[h], &t = logits[heads + h];
       const double marked = call.teacher_ce[h];
       args.heads[h] = {s.const_data_ptr(), t.const_data_ptr(), nullptr, nullptr, s.stride(0),
-          t.stride(0), {call.kl_weights[h], call.ce_weights[h], marked}};
+          t.stride(0), {call.number(1 + h), call.number(1 + heads + h), marked}};
     }
     args.labels = call.labels.const_data_ptr<int64_t>();
     args.label_stride = call.labels.stride(0);
@@ -131,7 +149,7 @@ struct Prepared {
     args.batch = call.labels.size(0);
     args.classes = int(classes);
     args.head_count = int(heads);
-    args.tau = call.tau;
+    args.tau = call.number(0);
   }
 };
 
@@ -151,10 +169,11 @@ Outputs loss(const Call& call, Run* run) {
 
 std::vector<Tensor> loss_backward(const Call& call, const Tensor& grad_loss,
     const Tensor& row_stats, const Flags& needs_grad, Run* run) {
+  check_backward(call, grad_loss, row_stats, needs_grad);
   Prepared ready(call);
   Arguments& args = ready.args;
-  Tensor incoming = grad_loss;  // a tensor on the CPU can scale a loss on a GPU
-  if (incoming.device() != call.labels.device()) incoming = incoming.to(call.labels.device());
+  // A tensor on the CPU can scale a loss on a GPU.
+  const Tensor incoming = grad_loss.to(call.labels.device(), ready.result);
   args.grad_loss = incoming.const_data_ptr();
   args.row_stats = const_cast<void*>(row_stats.const_data_ptr());
   std::vector<Tensor> grads;
@@ -181,14 +200,13 @@ std::vector<Tensor> loss_backward(const Call& call, const Tensor& grad_loss,
 static Outputs loss_meta(const Call& call) {
   check_arguments(call);
   const auto options = call.labels.options().dtype(loss_dtype(call));
-  const auto heads = int64_t(call.student.size());
-  const c10::SymInt stats = call.labels.sym_size(0) * (heads * kRowStats) + kRowCounts;
-  return {at::empty({}, options), at::empty({heads, kTerms}, options),
-      at::empty_symint({stats}, options)};
+  return {at::empty({}, options), at::empty({int64_t(call.student.size()), kTerms}, options),
+      at::empty_symint({stats_size(call)}, options)};
 }
 
-static std::vector<Tensor> loss_backward_meta(
-    const Call& call, const Tensor&, const Tensor&, const Flags& needs_grad) {
+static std::vector<Tensor> loss_backward_meta(const Call& call, const Tensor& grad_loss,
+    const Tensor& row_stats, const Flags& needs_grad) {
+  check_backward(call, grad_loss, row_stats, needs_grad);
   std::vector<Tensor> grads;
   for (size_t i = 0, heads = call.student.size(); i < 2 * heads; ++i) {
     const Tensor& z = i < heads ? call.student[i] : call.teacher[i - heads];
@@ -197,9 +215,7 @@ static std::vector<Tensor> loss_backward_meta(
   return grads;
 }
 
-// -------------------------------------------------------------------------------------------------
-// Autograd
-// -------------------------------------------------------------------------------------------------
+// ---- Autograd ----
 
 template <class Signature>
 static auto find_operator(const char* name) {
@@ -224,29 +240,54 @@ static Pointer make_node(Args&&... args) {
   }
 }
 
+static std::string refusal(const char* what) {
+  return std::string("mhkd_loss: the fused kernel has no ") + what +
+         "; call mhkd_loss with backend=\"reference\"";
+}
+
+// A tensor for the backward. One made in inference mode, as a teacher's logits may be, has no version
+// and cannot be a SavedVariable.
+class Kept {
+  SavedVariable saved;
+  Tensor inference;
+
+ public:
+  explicit Kept(const Tensor& z) {
+    if (z.is_inference()) {
+      inference = z;
+    } else {
+      saved = SavedVariable(z, /*is_output=*/false);
+    }
+  }
+  Tensor unpack() const { return inference.defined() ? inference : saved.unpack(); }
+  void release() {
+    inference.reset();
+    saved.reset_data();
+  }
+};
+
 // The node of the graph, written by hand: torch::autograd::Function would keep the settings in a
 // dictionary of boxed values and wrap its outputs for every case there is, which costs more than
 // the loss of a small batch.
 struct MhkdLossBackward : Node {
-  std::vector<SavedVariable> logits;  // of the student's heads, then of the teacher's
-  SavedVariable labels, row_stats;
-  double tau;
-  std::vector<double> kl_weights, ce_weights;
+  std::vector<Kept> logits;  // of the student's heads, then of the teacher's
+  Kept labels, row_stats;
+  std::vector<double> numbers;
+  std::vector<Tensor> traced;
   Flags teacher_ce;
   int64_t ignore_index;
 
   MhkdLossBackward(const Call& call, const Tensor& stats)
       : Node(torch::autograd::collect_next_edges(call.student, call.teacher)),
-        labels(call.labels, /*is_output=*/false),
-        row_stats(stats, /*is_output=*/false),
-        tau(call.tau),
-        kl_weights(call.kl_weights.vec()),
-        ce_weights(call.ce_weights.vec()),
+        labels(call.labels),
+        row_stats(stats),
+        numbers(call.numbers.vec()),
+        traced(call.traced.vec()),
         teacher_ce(call.teacher_ce),
         ignore_index(call.ignore_index) {
     logits.reserve(2 * call.student.size());
     for (const TensorList& side : {call.student, call.teacher}) {
-      for (const Tensor& z : side) logits.emplace_back(z, /*is_output=*/false);
+      for (const Tensor& z : side) logits.emplace_back(z);
     }
   }
 
@@ -257,9 +298,10 @@ struct MhkdLossBackward : Node {
     variable_list result(2 * heads);
     if (!grad_outputs[0].defined()) return result;
     const std::lock_guard<std::mutex> lock(mutex_);  // backward() may run in several threads
+    const Tensor stats = row_stats.unpack();  // raises if they have been released
     std::vector<Tensor> z;
     z.reserve(2 * heads);
-    for (const SavedVariable& saved : logits) z.push_back(saved.unpack());
+    for (const Kept& kept : logits) z.push_back(kept.unpack());
     Flags needs_grad;  // the divergence sends the teacher no gradient: only a marked head has one
     needs_grad.reserve(2 * heads);
     for (size_t i = 0; i < 2 * heads; ++i) {
@@ -270,14 +312,11 @@ struct MhkdLossBackward : Node {
     {
       at::AutoDispatchBelowADInplaceOrView below;
       grads = backward.call(grad_outputs[0], all.slice(0, heads), all.slice(heads, heads),
-          labels.unpack(), row_stats.unpack(), tau, kl_weights, ce_weights, teacher_ce,
-          ignore_index, needs_grad);
+          labels.unpack(), stats, numbers, traced, teacher_ce, ignore_index, needs_grad);
     }
     if (at::GradMode::is_enabled()) {  // create_graph=True: to differentiate them is refused
       const NodePointer refuses = make_node<torch::autograd::Error>(
-          "mhkd_loss: the fused kernel has no second derivative; call mhkd_loss with "
-          "backend=\"reference\" to differentiate its gradients",
-          torch::autograd::collect_next_edges(grad_outputs[0], all));
+          refusal("second derivative"), torch::autograd::collect_next_edges(grad_outputs[0], all));
       for (Tensor& grad : grads) torch::autograd::set_history(grad, refuses);
     }
     for (size_t i = 0, next = 0; i < 2 * heads; ++i) {
@@ -288,53 +327,60 @@ struct MhkdLossBackward : Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& saved : logits) saved.reset_data();
-    labels.reset_data();
-    row_stats.reset_data();
+    for (Kept& kept : logits) kept.release();
+    labels.release();
+    row_stats.release();
   }
+
+  // Compiled autograd would call apply() with tensors of its own. PyTorch 2.6 asks the second.
+  using Args = torch::dynamo::autograd::CompiledNodeArgs;
+  void compiled_args(Args&) const { TORCH_CHECK_NOT_IMPLEMENTED(false, refusal(kCompiled)); }
+  void compiled_args(Args&) { TORCH_CHECK_NOT_IMPLEMENTED(false, refusal(kCompiled)); }
+  static constexpr char kCompiled[] = "compiled autograd";
 
   std::string name() const override { return "MhkdLossBackward"; }
 };
 
+// vmap, grad and jvp of torch.func call this before anything else. They would need their own rules.
+static void refuse_functorch(const c10::OperatorHandle&, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, refusal("rule for torch.func"));
+}
+
 static Outputs loss_autograd(const Call& call) {
+  for (const TensorList& side : {call.student, call.teacher}) {
+    for (const Tensor& z : side) {
+      const bool dual = z._fw_grad(/*level=*/0).defined();
+      TORCH_CHECK_NOT_IMPLEMENTED(!dual, refusal("forward-mode derivative"));
+    }
+  }
   static const auto forward = find_operator<decltype(flat<loss_meta>)>(MHKD_OPERATOR("loss"));
   Outputs out;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    out = forward.call(call.student, call.teacher, call.labels, call.tau, call.kl_weights,
-        call.ce_weights, call.teacher_ce, call.ignore_index);
+    out = forward.call(call.student, call.teacher, call.labels, call.numbers, call.traced,
+        call.teacher_ce, call.ignore_index);
   }
   if (!torch::autograd::compute_requires_grad(call.student, call.teacher)) return out;
-  // torch.func would get wrong results from a node that it does not know; this refuses.
-  if (const auto& functorch = at::functorch::functorchTLSAccessor())
-    functorch->checkSupportsCppAutogradFunction();
-  for (const TensorList& side : {call.student, call.teacher}) {
-    for (const Tensor& z : side) {
-      TORCH_CHECK_NOT_IMPLEMENTED(!z._fw_grad(/*level=*/0).defined(),
-          "mhkd_loss: the fused kernel has no forward-mode derivative; call mhkd_loss with "
-          "backend=\"reference\"");
-    }
-  }
   torch::autograd::set_history(
       std::get<0>(out), NodePointer(make_node<MhkdLossBackward>(call, std::get<2>(out))));
   return out;
 }
 
-// -------------------------------------------------------------------------------------------------
-// Registration
-// -------------------------------------------------------------------------------------------------
+// ---- Registration ----
 
 MHKD_TORCH_LIBRARY(MHKD_LIBRARY, m) {
+  // numbers: tau, the kl_weights of the heads, their ce_weights. traced: empty, or scalar tensors in
+  // place of them: torch.compile compiles again for every number that it has not seen.
   // terms [H, 3]: KL * tau^2, CE(y, z_S), CE(y, z_T) of each head, without a gradient. row_stats is
   // for the backward.
-  m.def("loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float tau, "
-        "float[] kl_weights, float[] ce_weights, bool[] teacher_ce, int ignore_index=-100) -> "
+  m.def("loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float[] numbers, "
+        "Tensor[] traced, bool[] teacher_ce, int ignore_index=-100) -> "
         "(Tensor loss, Tensor terms, Tensor row_stats)");
   // needs_grad: a bool for each student head, then for each teacher head; as many gradients come
   // back as are true.
   m.def("loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, "
-        "Tensor labels, Tensor row_stats, float tau, float[] kl_weights, float[] ce_weights, "
-        "bool[] teacher_ce, int ignore_index, bool[] needs_grad) -> Tensor[]");
+        "Tensor labels, Tensor row_stats, float[] numbers, Tensor[] traced, bool[] teacher_ce, "
+        "int ignore_index, bool[] needs_grad) -> Tensor[]");
   // mhkd.py takes a library of this number alone: raise it with every change of what it relies on.
   m.def("interface() -> int", [] { return kInterface; });
 }
@@ -342,6 +388,10 @@ MHKD_TORCH_LIBRARY(MHKD_LIBRARY, m) {
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Meta, m) {
   m.impl("loss", flat<loss_meta>);
   m.impl("loss_backward", flat_backward<loss_backward_meta>);
+}
+
+TORCH_LIBRARY_IMPL(MHKD_LIBRARY, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("loss", torch::CppFunction::makeFromBoxedFunction<&refuse_functorch>());
 }
 
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Autograd, m) { m.impl("loss", flat<loss_autograd>); }

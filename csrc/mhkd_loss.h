@@ -25,7 +25,7 @@ namespace MHKD_LIBRARY {
 
 using at::Tensor;
 using at::TensorList;
-using Weights = at::ArrayRef<double>;
+using Numbers = at::ArrayRef<double>;
 using Flags = c10::List<bool>;
 
 template <class In>  // of logits of type In
@@ -48,9 +48,7 @@ MHKD_HD int squarings(double tau) {
   return tau == 1 ? 0 : tau == 2 ? 1 : tau == 4 ? 2 : kNoSquarings;
 }
 
-// -------------------------------------------------------------------------------------------------
-// One call as the kernels take it
-// -------------------------------------------------------------------------------------------------
+// ---- One call as the kernels take it ----
 
 // What a row adds to the terms of its head: KL * tau^2, the student's cross-entropy, the teacher's.
 enum Term { kKl, kCe, kCeTeacher, kTerms };
@@ -125,9 +123,7 @@ struct Row {
         stats(static_cast<Arithmetic<In>*>(args.row_stats) + i * kRowStats) {}
 };
 
-// -------------------------------------------------------------------------------------------------
-// Forward: the sums of a row
-// -------------------------------------------------------------------------------------------------
+// ---- Forward: the sums of a row ----
 
 // Sums over (a part of) a row, of its x_s and x_t:
 //     tau_s = sum 2^x_s    one_s = sum 2^(tau x_s)    cross = sum 2^x_t (x_t - x_s)
@@ -173,9 +169,7 @@ MHKD_HD void finish_row(
   for (int i = 0; i < kRowStats; ++i) stats[i] = static_cast<To>(kept[i]);
 }
 
-// -------------------------------------------------------------------------------------------------
-// Backward: the gradients of a row
-// -------------------------------------------------------------------------------------------------
+// ---- Backward: the gradients of a row ----
 
 // With e = 2^x of the side whose gradient it is and e_t of the teacher:
 //     tau * e - tau_t * e_t + one * e^tau,  minus label at the label
@@ -232,17 +226,17 @@ MHKD_HD void for_gradients(
   if (grad_t) run(t, t, std::integral_constant<Part, kAlone>());
 }
 
-// -------------------------------------------------------------------------------------------------
-// The operators, in mhkd_loss.cpp: all but the numbers themselves
-// -------------------------------------------------------------------------------------------------
+// ---- The operators, in mhkd_loss.cpp: all but the numbers themselves ----
 
 struct Call {
   TensorList student, teacher;
   const Tensor& labels;
-  double tau;
-  Weights kl_weights, ce_weights;
+  Numbers numbers;    // tau, kl_weights [H], ce_weights [H]
+  TensorList traced;  // the same as scalar tensors, or empty
   const Flags& teacher_ce;
   int64_t ignore_index;
+
+  double number(size_t i) const { return traced.empty() ? numbers[i] : traced[i].item<double>(); }
 };
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, terms, row_stats
 
@@ -255,17 +249,16 @@ std::vector<Tensor> loss_backward(const Call& call, const Tensor& grad_loss,
 
 // Functions of a Call as the dispatcher calls them, argument by argument.
 template <auto function, auto... more>
-Outputs flat(TensorList student, TensorList teacher, const Tensor& labels, double tau,
-    Weights kl_weights, Weights ce_weights, const Flags& teacher_ce, int64_t ignore_index) {
-  const Call call{student, teacher, labels, tau, kl_weights, ce_weights, teacher_ce, ignore_index};
-  return function(call, more...);
+Outputs flat(TensorList student, TensorList teacher, const Tensor& labels, Numbers numbers,
+    TensorList traced, const Flags& teacher_ce, int64_t ignore_index) {
+  return function({student, teacher, labels, numbers, traced, teacher_ce, ignore_index}, more...);
 }
 
 template <auto function, auto... more>
 std::vector<Tensor> flat_backward(const Tensor& grad_loss, TensorList student, TensorList teacher,
-    const Tensor& labels, const Tensor& row_stats, double tau, Weights kl_weights,
-    Weights ce_weights, const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
-  const Call call{student, teacher, labels, tau, kl_weights, ce_weights, teacher_ce, ignore_index};
+    const Tensor& labels, const Tensor& row_stats, Numbers numbers, TensorList traced,
+    const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
+  const Call call{student, teacher, labels, numbers, traced, teacher_ce, ignore_index};
   return function(call, grad_loss, row_stats, needs_grad, more...);
 }
 

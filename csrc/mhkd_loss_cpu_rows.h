@@ -160,9 +160,7 @@ MHKD_INLINE const T* converted(const In* z, int n, T* buffer) {
 template <class In>
 constexpr int kBuffer = std::is_same_v<In, Arithmetic<In>> ? 1 : kBlock;
 
-// -------------------------------------------------------------------------------------------------
-// Forward
-// -------------------------------------------------------------------------------------------------
+// ---- Forward ----
 
 // The sums over some registers of classes, one for each lane.
 template <class T, int kSquarings, bool kMarked>
@@ -259,9 +257,7 @@ RowSums<double> sum_row(const In* s, const In* t, int classes, double tau) {
   return sums;
 }
 
-// -------------------------------------------------------------------------------------------------
-// Backward
-// -------------------------------------------------------------------------------------------------
+// ---- Backward ----
 
 // The gradients of n classes, the label's counted from the first of them.
 template <class T, int kSquarings, Part kPart>

@@ -74,9 +74,7 @@ constexpr int kLoadBytes = 16;  // the widest load of a thread
 // whose factor underflows (2^-126) loses nothing beside the sums of 1 and more that it is added to.
 constexpr double kLargeSum = 18446744073709551616.;  // 2^64: a logit 44 above the shift, at tau 1
 
-// -------------------------------------------------------------------------------------------------
-// Loads and stores
-// -------------------------------------------------------------------------------------------------
+// ---- Loads and stores ----
 
 // Those that share a row: of a warp, of a block, of several blocks.
 struct Threads {
@@ -165,9 +163,7 @@ struct Packs {
   }
 };
 
-// -------------------------------------------------------------------------------------------------
-// Arithmetic of a thread, of a warp, of a block
-// -------------------------------------------------------------------------------------------------
+// ---- Arithmetic of a thread, of a warp, of a block ----
 
 __device__ double fast_exp2(double x) { return exp2(x); }
 __device__ float fast_exp2(float x) {
@@ -236,9 +232,7 @@ __device__ bool group_all(bool condition) {
   return __all_sync(kAllLanes, condition);
 }
 
-// -------------------------------------------------------------------------------------------------
-// Forward
-// -------------------------------------------------------------------------------------------------
+// ---- Forward ----
 
 template <int kSquarings, bool kMarked, class A>
 __device__ void add_class(A s, A t, A scale, A tau, RowSums<A>& sums) {
@@ -375,9 +369,7 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
   reduce_rows<A, kBlock>(args);
 }
 
-// -------------------------------------------------------------------------------------------------
-// Backward
-// -------------------------------------------------------------------------------------------------
+// ---- Backward ----
 
 template <int kSquarings, Part kPart, class In, class A = Arithmetic<In>>
 __device__ void grad_row(const GradRow<In>& s, const GradRow<In>& t, int classes, int label,
@@ -430,9 +422,7 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
   for_gradients(args, row, zero, run);
 }
 
-// -------------------------------------------------------------------------------------------------
-// Launches
-// -------------------------------------------------------------------------------------------------
+// ---- Launches ----
 
 #ifdef __CUDACC__
 namespace device {

@@ -1,5 +1,6 @@
 """The fused loss against the plain PyTorch one, which is its specification."""
 
+import gc
 import importlib
 import importlib.util
 import math
@@ -9,16 +10,22 @@ import shlex
 import shutil
 import subprocess
 import warnings
+import weakref
 from collections import Counter, namedtuple
 from pathlib import Path
 from unittest.mock import Mock, patch
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from conftest import ROOT, python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo import compiled_autograd
+from torch._subclasses import FakeTensorMode
 from torch.utils import cpp_extension
 
 import mhkd
@@ -283,6 +290,67 @@ def test_any_leading_dimensions_are_rows(kernel):
     assert torch.equal(single, kernel.loss(first, first, labels[:1]))
 
 
+@pytest.mark.parametrize("of_student", LAYOUTS)
+@pytest.mark.parametrize("of_teacher", LAYOUTS)
+def test_student_and_teacher_in_different_layouts_are_accurate(kernel, of_student, of_teacher):
+    for dtype, classes in ((torch.float32, 70), (torch.bfloat16, 1100)):
+        student, teacher, labels = make_heads(2, 3, classes, device=kernel.device, dtype=dtype)
+        names = iter([of_student] * 2 + [of_teacher] * 2)  # a layout is asked for each head
+
+        def layout(z, names=names):
+            return LAYOUTS[next(names)](z)
+
+        assert_accurate(kernel.loss, student, teacher, labels, layout=layout)
+
+
+def test_labels_may_have_any_stride(kernel):
+    student, teacher, labels = make_heads(2, 5, 40, device=kernel.device)
+    expected = evaluate(kernel.loss, student, teacher, labels)
+    apart = labels.repeat_interleave(3)[::3]
+    assert apart.stride() == (3,)
+    apart.as_strided((14,), (1,))[1::3] = 2**40  # what lies between them is no label
+    assert_equal(evaluate(kernel.loss, student, teacher, apart), expected)
+    same = labels[:1].expand(5)
+    assert_equal(
+        evaluate(kernel.loss, student, teacher, same),
+        evaluate(kernel.loss, student, teacher, same.contiguous()),
+    )
+
+
+def test_more_than_2_to_the_31_elements_are_addressed(installed):
+    """Forward and backward; of the logits one row is stored."""
+    classes = 2**20
+    rows = 2**11 + 1
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 6 * 2**30:
+        pytest.skip("the gradient takes 4 GiB")
+    (z_s,), (z_t,), _ = make_heads(1, 1, classes, dtype=torch.bfloat16)
+    labels = torch.full((rows,), -100)
+    labels[-1] = 7
+    student = z_s.detach().expand(rows, classes).requires_grad_()
+    found = mhkd.mhkd_loss([student], [z_t.detach().expand(rows, -1)], labels, backend="fused")
+    (gradient,) = torch.autograd.grad(found, student)
+    one = mhkd.mhkd_loss([z_s], [z_t.detach()], labels[-1:], backend="fused")
+    (expected,) = torch.autograd.grad(one, z_s)
+    assert found.item() == one.item()
+    assert torch.equal(gradient[-1:], expected) and not gradient[:-1:512].any()
+
+
+def test_rows_far_apart_are_addressed(kernel):
+    """Rows that begin more than 2^31 elements apart, in memory that is never touched between."""
+    if kernel.device != "cpu":
+        pytest.skip("a GPU has no memory that is only reserved")
+    (z_s,), (z_t,), labels = make_heads(1, 3, 50, dtype=torch.bfloat16)
+    apart = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((3, 50), (2**30, 1))
+    apart.copy_(z_s.detach())
+    found = evaluate(kernel.loss, [z_s], [z_t], labels, layout=lambda z: z)
+    for student, teacher in ((apart, z_t), (z_s, apart)):
+        expected = found if student is apart else evaluate(kernel.loss, [z_s], [z_s], labels)
+        leaf = student.detach().requires_grad_()
+        loss = kernel.loss([leaf], [teacher.detach()], labels, teacher_ce=[False])
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert torch.equal(gradient, expected[2])
+
+
 def test_rows_of_a_language_model_are_read_where_they_lie(kernel):
     """[B, T, K] sliced from more classes: view(-1, K) is possible, so nothing is copied."""
     z = torch.randn(2, 3, 48, device=kernel.device)[..., :40]
@@ -457,6 +525,90 @@ def test_a_second_derivative_names_the_reference_backend(kernel):
         gradient.sum().backward()
 
 
+def derivatives(loss):
+    """What the kernel has no rule for, each a function of the student's logits."""
+
+    def dual(z):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(loss(forward_ad.make_dual(z, torch.ones_like(z)))).tangent
+
+    def compiled(z):
+        with compiled_autograd._enable(lambda graph: graph):
+            loss(z.detach().requires_grad_()).backward()
+
+    def no_grad(z):
+        with torch.no_grad():
+            return dual(z)
+
+    ones = torch.ones(3, 5)
+    return {
+        "a dual tensor": dual,
+        "a dual tensor under no_grad": no_grad,
+        "func.jvp": lambda z: torch.func.jvp(loss, (z,), (ones,)),
+        "func.jacfwd": lambda z: torch.func.jacfwd(loss)(z),
+        "func.grad": lambda z: torch.func.grad(loss)(z),
+        "func.vmap": lambda z: torch.func.vmap(loss)(z[None]),
+        "compiled autograd": compiled,
+    }
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", derivatives(None))
+def test_what_has_no_rule_in_the_kernel_names_the_reference_backend(kernel, name, requires_grad):
+    if kernel.name == "cuda":
+        pytest.skip("the same code, whatever the device")
+    (z_s,), (z_t,), labels = make_heads(1, 3, 5)
+    z_s, z_t = z_s.detach().requires_grad_(requires_grad), z_t.detach()
+    derivative = derivatives(lambda z: kernel.loss([z], [z_t], labels))[name]
+    with pytest.raises(NotImplementedError, match='backend="reference"'):
+        derivative(z_s)
+    if "compiled" not in name:
+        assert derivatives(lambda z: reference([z], [z_t], labels))[name](z_s) is not None
+
+
+def test_a_teacher_and_labels_of_inference_mode_are_taken(kernel):
+    student, teacher, labels = make_heads(2, 3, 40, device=kernel.device)
+    expected = evaluate(kernel.loss, student, [z.detach() for z in teacher], labels)
+    with torch.inference_mode():
+        teacher, labels = [z.detach() * 1 for z in teacher], labels * 1
+    assert labels.is_inference()
+    loss = kernel.loss(student, teacher, labels)
+    gradients = torch.autograd.grad(loss, student, retain_graph=True)
+    assert_equal([loss.detach(), *gradients], [expected[0], *expected[2:4]])
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_backward_pass_releases_the_saved_tensors(kernel, inference):
+    if kernel.device != "cpu":
+        pytest.skip("NumPy's memory is on the CPU")
+    arrays = [np.ones((3, 40), np.float32), np.ones((3, 40), np.float32), np.zeros(3, np.int64)]
+    alive = [weakref.ref(array) for array in arrays]
+    leaf = torch.ones(3, 1, requires_grad=True)
+    student = torch.from_numpy(arrays[0])
+    with torch.inference_mode(inference):
+        teacher, labels = map(torch.from_numpy, arrays[1:])
+    loss = kernel.loss([student.mul_(leaf)], [teacher], labels)
+    del arrays, student, teacher, labels
+    loss.backward()
+    gc.collect()
+    assert [ref() is None for ref in alive] == [True] * 3
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("changed", ["student", "teacher", "labels"])
+def test_logits_or_labels_changed_before_the_backward_pass_are_an_error(kernel, changed):
+    (z_s,), (z_t,), labels = make_heads(1, 3, 40, device=kernel.device)
+    z_s, z_t = z_s * 1, z_t.detach()
+    loss = kernel.loss([z_s], [z_t], labels)
+    {"student": z_s, "teacher": z_t, "labels": labels}[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_half_precision_logits_of_autocast_give_a_float32_loss(kernel):
     student, teacher, labels = make_heads(1, 6, 12, device=kernel.device)
     weight = torch.eye(12, device=kernel.device, requires_grad=True)
@@ -487,7 +639,7 @@ def operator(kernel):
 @pytest.mark.parametrize("dtype, classes", [(torch.float32, 7), (torch.bfloat16, 100)], ids=str)
 def test_opcheck_passes(operator, kernel, dtype, classes):
     student, teacher, labels = make_heads(2, 3, classes, device=kernel.device, dtype=dtype)
-    arguments = (student, teacher, labels, 4.0, [0.9, 0.45], [0.1, 0.05], [False, True], -100)
+    arguments = (student, teacher, labels, [4.0, 0.9, 0.45, 0.1, 0.05], [], [False, True], -100)
     torch.library.opcheck(operator, arguments)
     _, _, stats = operator(*arguments)
     student, teacher = [z.detach() for z in student], [z.detach() for z in teacher]
@@ -512,8 +664,47 @@ def test_torch_compile_sees_one_operator_and_gives_the_same_bits(operator, kerne
     for batch in (3, 5):  # the second shape is dynamic
         heads = make_heads(2, batch, 40, device=kernel.device)
         assert_equal(evaluate(compiled, *heads), evaluate(kernel.loss, *heads))
-    assert seen[0] == ["mhkd.loss.default"]
+    assert [name for name in seen[0] if "mhkd" in name] == ["mhkd.loss.default"]
+    assert len(seen[0]) < 8  # tau and the weights become tensors
     assert seen[1].count("mhkd.loss.default") == 1  # with guards on its shape
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_torch_compile_takes_a_changing_tau_and_weights_without_compiling_each(
+    operator, kernel, compiler
+):
+    student, teacher, labels = make_heads(2, 4, 40, device=kernel.device)
+    teacher = [z.detach() for z in teacher]
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+
+    def loss(*call, tau, alpha, beta):
+        return mhkd.mhkd_loss(
+            *call, tau=tau, alpha=alpha, beta=beta, return_terms=True, backend="fused"
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for i in range(12):  # more than the limit of compilations
+        kw = {"tau": [4.0, 2.5, 1.0][i % 3] + i // 3, "alpha": 0.9 - i / 50, "beta": 0.5 + i / 10}
+        found, expected = (
+            [value.detach(), terms, *torch.autograd.grad(value, student)]
+            for value, terms in (of(student, teacher, labels, **kw) for of in (compiled, loss))
+        )
+        torch.testing.assert_close(found, expected)
+    assert counter.frame_count == 2  # as plain PyTorch: numbers, then whatever numbers
+
+
+def test_scalars_on_the_cpu_beside_logits_on_a_gpu_are_traced(installed):
+    with FakeTensorMode():
+        z = [torch.empty(3, 8, device="cuda", requires_grad=True)]
+        labels = torch.empty(3, device="cuda", dtype=torch.int64)
+        traced = [torch.empty((), dtype=torch.float64) for _ in range(3)]
+        settings = labels, [0.0] * 3, traced, [False], -100
+        loss, _, stats = torch.ops.mhkd.loss(z, z, *settings)
+        (gradient,) = torch.ops.mhkd.loss_backward(
+            loss, z, z, labels, stats, *settings[1:], [True, False]
+        )
+    assert loss.device.type == gradient.device.type == "cuda"
 
 
 def test_torch_compile_of_a_fresh_process_finds_and_checks_the_kernel(operator, kernel):
@@ -554,6 +745,37 @@ def test_a_label_that_is_no_class_is_an_error(kernel, label):
     labels[1] = label
     with pytest.raises(IndexError, match="out of bounds"):
         kernel.loss(student, teacher, labels)
+
+
+def test_the_backward_operator_checks_its_arguments(operator, kernel):
+    student, teacher, labels = make_heads(2, 3, 5, device=kernel.device)
+    student, teacher = [z.detach() for z in student], [z.detach() for z in teacher]
+    settings = [4.0, 0.9, 0.45, 0.1, 0.05], [], [False, True], -100
+    loss, _, stats = operator(student, teacher, labels, *settings)
+    one, needs = torch.ones_like(loss), [True, True, False, True]
+    backward = torch.ops.mhkd.loss_backward.default
+
+    def run(grad=one, s=student, t=teacher, y=labels, stats=stats, numbers=settings[0],
+            traced=(), marked=settings[2], needs=needs):  # fmt: skip
+        return backward(grad, s, t, y, stats, numbers, list(traced), marked, -100, needs)
+
+    for grad in (one.half(), one.double(), one.cpu(), one[None]):
+        assert_equal(run(grad), run())
+    many = 10 * student
+    wrong = [
+        {"s": many, "t": many, "numbers": [1.0] * 41, "marked": [True] * 20, "needs": [True] * 40},
+        {"s": student[:1]}, {"t": []}, {"y": labels[:2]}, {"y": labels.int()},
+        {"t": [z[:, :3] for z in teacher]}, {"s": [z.long() for z in student]},
+        {"grad": torch.ones(2)}, {"stats": stats[:-1]}, {"stats": stats.double()},
+        {"stats": stats.repeat_interleave(2)[::2]}, {"numbers": [4.0]}, {"traced": [one]},
+        {"needs": needs[:3]}, {"needs": needs * 2}, {"needs": [True] * 4}, {"marked": [False]},
+    ]  # fmt: skip
+    for change in wrong:
+        with pytest.raises(ValueError, match="mhkd_loss: "):
+            run(**change)
+    meta = [z.to("meta") for z in student]
+    with pytest.raises(ValueError, match="2 H needs_grad"):
+        run(s=meta, t=meta, y=labels.to("meta"), stats=stats.to("meta"), needs=needs[:3])
 
 
 # Where the kernel comes from, and whether it is believed
@@ -695,7 +917,7 @@ def test_csrc_alone_is_built_by_another_project(tmp_path):
         "from torch.utils.cpp_extension import load\n"
         "load('fused_loss', glob.glob('csrc/*.cpp'), is_python_module=False)\n"
         "z, y = [torch.zeros(2, 4, requires_grad=True)], torch.tensor([1, 2])\n"
-        "loss, terms, _ = torch.ops.mhkd.loss(z, z, y, 4.0, [0.9], [0.1], [False])\n"
+        "loss, terms, _ = torch.ops.mhkd.loss(z, z, y, [4.0, 0.9, 0.1], [], [False])\n"
         "loss.backward()\n"
         "print(loss.item(), z[0].grad.isfinite().all().item())\n"
     )
