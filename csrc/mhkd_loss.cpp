@@ -4,31 +4,25 @@
 //
 // with kl_h = w_h alpha and ce_h = w_h (1 - alpha) in the paper (equations 1 and 2).
 //
-// Plain PyTorch runs about twenty small operations a head forward and backward, nearly each with a
-// temporary of the size of the logits. Here one operator reads the logits of all heads where they
-// lie:
+// Plain PyTorch runs about twenty operations a head, nearly each with a temporary as large as the
+// logits. Here one operator reads the logits of all heads where they lie:
 //
 //     forward   reads each logit of student and teacher once           2 B K bytes(z)  a head
 //     backward  reads them once more and writes each gradient once     3 B K bytes(z)  a head
 //
-// (4 B K where the teacher's own cross-entropy asks for its gradient too). The probabilities are
-// never stored: the backward computes the exponentials again from six numbers a row, which is
-// cheaper than to write and read them. Where tau is 1, 2 or 4 (on CUDA: 4) one exponential a logit
-// is enough, as exp(x) = exp(x / tau)^tau. The memory beyond the inputs is the gradients. The
-// gradient that comes in multiplies before anything is rounded to a half type. Nothing saved is
-// written to and no state is kept between calls, so the backward can run again, and two runs give
-// the same bits.
+// The backward computes the probabilities again from six numbers a row, which is cheaper than to
+// write and read them. Where tau is 1, 2 or 4 (on CUDA: 4) one exponential a logit is enough, as
+// exp(x) = exp(x / tau)^tau. The gradient that comes in multiplies before anything is rounded to a
+// half type. No state is kept between calls, so the backward can run again, with the same bits.
 //
-// A file per device: mhkd_loss_cpu.cpp, mhkd_loss_cuda.cu. Their shared arithmetic stands in
-// mhkd_loss.h. All is registered in C++: from Python the registration alone would cost more than
-// the loss of a small batch. The folder can be built alone, without or with the .cu file:
-//
-//     torch.utils.cpp_extension.load("fused_loss", glob.glob("csrc/*.c*"), is_python_module=False)
+// A file per device: mhkd_loss_cpu.cpp, mhkd_loss_cuda.cu; mhkd_loss.h is their shared arithmetic.
+// All is registered in C++: from Python that alone costs more than the loss of a small batch. The
+// folder can be built alone, without or with the .cu file, as docs/methods.md shows.
 #include "mhkd_loss.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -50,7 +44,6 @@ namespace MHKD_LIBRARY {
 constexpr int64_t kInterface = 5;
 
 // ---- Checks and shapes ----
-
 // What the memory that the kernels touch depends on. mhkd.py has a sentence for each mistake.
 static void check_arguments(const Call& call) {
   const Tensor &labels = call.labels, &first = call.student[0];
@@ -61,18 +54,16 @@ static void check_arguments(const Call& call) {
       "mhkd_loss: 1 to ", kMaxHeads, " heads, as many of each list");
   TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong && labels.dim() == 1,
       "mhkd_loss: labels must be int64 [B], got ", labels.sym_sizes());
-  for (const TensorList& logits : {call.student, call.teacher}) {
-    for (const Tensor& z : logits) {
-      const auto dtype = z.scalar_type();
-      const bool floating = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
-                            dtype == at::kBFloat16;
-      TORCH_CHECK_VALUE(floating && z.device() == labels.device() && z.dim() == 2 &&
-                            z.sym_size(0) == labels.sym_size(0) && z.sym_size(1) >= 1 &&
-                            z.sym_size(1) == first.sym_size(1),
-          "mhkd_loss: logits must be floating point [B, K] on the labels' device: ", dtype, " ",
-          z.sym_sizes(), " on ", z.device(), ", labels ", labels.sym_sizes());
-    }
-  }
+  call.each([&](const Tensor& z) {
+    const auto dtype = z.scalar_type();
+    const bool floating = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
+                          dtype == at::kBFloat16;
+    TORCH_CHECK_VALUE(floating && z.device() == labels.device() && z.dim() == 2 &&
+                          z.sym_size(0) == labels.sym_size(0) && z.sym_size(1) >= 1 &&
+                          z.sym_size(1) == first.sym_size(1),
+        "mhkd_loss: logits must be floating point [B, K] on the labels' device: ", dtype, " ",
+        z.sym_sizes(), " on ", z.device(), ", labels ", labels.sym_sizes());
+  });
 }
 
 // One number for each row's statistics, then those of RowCount.
@@ -80,36 +71,39 @@ static c10::SymInt stats_size(const Call& call) {
   return call.labels.sym_size(0) * int64_t(call.student.size() * kRowStats) + int64_t(kRowCounts);
 }
 
-// float64 if any logits are, else float32: the dtype of the loss, the terms, the rows' statistics.
+// float64 if any logits are, else float32: the dtype of loss, terms and the rows' statistics.
 static at::ScalarType loss_dtype(const Call& call) {
-  for (const TensorList& logits : {call.student, call.teacher}) {
-    for (const Tensor& z : logits) {
-      if (z.scalar_type() == at::kDouble) return at::kDouble;
-    }
-  }
-  return at::kFloat;
+  at::ScalarType dtype = at::kFloat;
+  call.each([&](const Tensor& z) { dtype = z.scalar_type() == at::kDouble ? at::kDouble : dtype; });
+  return dtype;
 }
 
 static void check_backward(const Call& call, const Tensor& grad_loss, const Tensor& row_stats,
-    const Flags& needs_grad) {
+    c10::SymIntArrayRef grad_strides) {
   check_arguments(call);
   const size_t heads = call.student.size();
-  bool gradients = needs_grad.size() == 2 * heads;  // of a teacher's head only if it is marked
-  for (size_t h = 0; gradients && h < heads; ++h) {
-    gradients = call.teacher_ce[h] || !needs_grad[heads + h];
+  bool good = grad_strides.size() == 2 * heads;
+  for (size_t i = 0; good && i < 2 * heads; ++i) {
+    const bool has_gradient = i < heads || call.teacher_ce[i - heads];
+    const c10::SymInt& stride = grad_strides[i];
+    good = stride == 0 || (has_gradient && stride >= call.student[0].sym_size(1));
   }
-  TORCH_CHECK_VALUE(gradients && grad_loss.sym_numel() == 1 && row_stats.is_contiguous() &&
+  TORCH_CHECK_VALUE(good && grad_loss.sym_numel() == 1 && row_stats.is_contiguous() &&
                         row_stats.device() == call.labels.device() &&
                         row_stats.scalar_type() == loss_dtype(call) &&
                         row_stats.sym_numel() == stats_size(call),
-      "mhkd_loss: the backward takes grad_loss [], row_stats of the forward, 2 H needs_grad, true "
-      "for marked teacher heads alone");
+      "mhkd_loss: the backward takes grad_loss [], row_stats of the forward, grad_strides [2 H], "
+      "which are K or more, or 0, as for a teacher's head that is not marked");
 }
 
 // Without the dispatcher on the CPU: its way to the allocator is long beside a short batch.
-static Tensor empty(const Tensor& labels, at::IntArrayRef sizes, at::ScalarType dtype) {
-  if (labels.is_cpu()) return Tensor(at::detail::empty_cpu(sizes, dtype));
-  return at::empty(sizes, labels.options().dtype(dtype));
+static Tensor empty(const Tensor& labels, c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides,
+    at::ScalarType dtype) {
+  if (!labels.is_cpu()) {
+    return at::empty_strided_symint(sizes, strides, labels.options().dtype(dtype));
+  }
+  return Tensor(at::detail::empty_strided_cpu(
+      C10_AS_INTARRAYREF_SLOW(sizes), C10_AS_INTARRAYREF_SLOW(strides), dtype));
 }
 
 // The logits as a device reads them: of one dtype, the classes of a row adjacent. Rows may have any
@@ -128,20 +122,18 @@ struct Prepared {
     constexpr int64_t most = int64_t(1) << 30;  // classes are counted in int
     TORCH_CHECK_VALUE(classes <= most, "mhkd_loss: at most ", most, " classes, got ", classes);
     logits.reserve(2 * heads);
-    for (const TensorList& side : {call.student, call.teacher}) {
-      for (const Tensor& z : side) {
-        logits.push_back(z.stride(1) == 1 || classes == 1 ? z : z.contiguous());
-        if (z.scalar_type() != dtype) dtype = result;
-      }
-    }
+    call.each([&](const Tensor& z) {
+      logits.push_back(z.stride(1) == 1 || classes == 1 ? z : z.contiguous());
+      if (z.scalar_type() != dtype) dtype = result;
+    });
     for (Tensor& z : logits) {
       if (z.scalar_type() != dtype) z = z.to(dtype);
     }
     for (int64_t h = 0; h < heads; ++h) {
       const Tensor &s = logits[h], &t = logits[heads + h];
-      const double marked = call.teacher_ce[h];
       args.heads[h] = {s.const_data_ptr(), t.const_data_ptr(), nullptr, nullptr, s.stride(0),
-          t.stride(0), {call.number(1 + h), call.number(1 + heads + h), marked}};
+          t.stride(0), 0, 0,
+          {{call.number(1 + h)}, {call.number(1 + heads + h)}, {double(call.teacher_ce[h])}}};
     }
     args.labels = call.labels.const_data_ptr<int64_t>();
     args.label_stride = call.labels.stride(0);
@@ -149,74 +141,64 @@ struct Prepared {
     args.batch = call.labels.size(0);
     args.classes = int(classes);
     args.head_count = int(heads);
-    args.tau = call.number(0);
+    args.tau = {call.number(0)};
+    args.unit = {scale(args.tau.exact)};
   }
 };
 
 Outputs loss(const Call& call, Run* run) {
   check_arguments(call);
+  const auto heads = int64_t(call.student.size());
+  const auto make = [&](c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides) {
+    return empty(call.labels, sizes, strides, loss_dtype(call));
+  };
+  const Outputs out(
+      make({}, {}), make({heads, kTerms}, {kTerms, 1}), make({stats_size(call)}, {1}));
+  if (run == nullptr) return out;
   Prepared ready(call);
-  Arguments& args = ready.args;
-  Tensor loss = empty(call.labels, {}, ready.result);
-  Tensor terms = empty(call.labels, {args.head_count, kTerms}, ready.result);
-  Tensor row_stats = empty(call.labels, {args.rows() * kRowStats + kRowCounts}, ready.result);
-  args.loss = loss.mutable_data_ptr();
-  args.terms = terms.mutable_data_ptr();
-  args.row_stats = row_stats.mutable_data_ptr();
-  run(args, ready.dtype, /*backward=*/false);
-  return {loss, terms, row_stats};
+  ready.args.loss = std::get<0>(out).mutable_data_ptr();
+  ready.args.terms = std::get<1>(out).mutable_data_ptr();
+  ready.args.row_stats = std::get<2>(out).mutable_data_ptr();
+  run(ready.args, ready.dtype, /*backward=*/false);
+  return out;
 }
 
 std::vector<Tensor> loss_backward(const Call& call, const Tensor& grad_loss,
-    const Tensor& row_stats, const Flags& needs_grad, Run* run) {
-  check_backward(call, grad_loss, row_stats, needs_grad);
+    const Tensor& row_stats, c10::SymIntArrayRef grad_strides, Run* run) {
+  check_backward(call, grad_loss, row_stats, grad_strides);
+  const size_t heads = call.student.size();
+  std::vector<Tensor> grads, computed;
+  grads.reserve(2 * heads);
+  for (size_t i = 0; i < 2 * heads; ++i) {
+    if (grad_strides[i] == 0) continue;
+    const Tensor& z = i < heads ? call.student[i] : call.teacher[i - heads];
+    grads.push_back(empty(call.labels, z.sym_sizes(), {grad_strides[i], 1}, z.scalar_type()));
+  }
+  if (run == nullptr || grads.empty() || call.labels.numel() == 0) return grads;
   Prepared ready(call);
   Arguments& args = ready.args;
   // A tensor on the CPU can scale a loss on a GPU.
   const Tensor incoming = grad_loss.to(call.labels.device(), ready.result);
   args.grad_loss = incoming.const_data_ptr();
   args.row_stats = const_cast<void*>(row_stats.const_data_ptr());
-  std::vector<Tensor> grads;
-  const int heads = args.head_count;
-  grads.reserve(2 * heads);
-  for (int i = 0; i < 2 * heads; ++i) {
-    if (!needs_grad[i]) continue;
-    grads.push_back(empty(call.labels, {args.batch, args.classes}, ready.dtype));
-    (i < heads ? args.heads[i].grad_s : args.heads[i - heads].grad_t) =
-        grads.back().mutable_data_ptr();
+  for (size_t i = 0; i < 2 * heads; ++i) {
+    if (grad_strides[i] == 0) continue;
+    const Tensor& grad = grads[computed.size()];
+    const bool same = grad.scalar_type() == ready.dtype;
+    computed.push_back(
+        same ? grad : empty(call.labels, grad.sym_sizes(), grad.sym_strides(), ready.dtype));
+    Head& head = args.heads[i % heads];
+    (i < heads ? head.grad_s : head.grad_t) = computed.back().mutable_data_ptr();
+    (i < heads ? head.stride_grad_s : head.stride_grad_t) = grad.stride(0);
   }
-  if (!grads.empty() && args.batch > 0) run(args, ready.dtype, /*backward=*/true);
-  for (int i = 0, next = 0; i < 2 * heads; ++i) {
-    if (!needs_grad[i]) continue;
-    const auto dtype = (i < heads ? call.student[i] : call.teacher[i - heads]).scalar_type();
-    Tensor& grad = grads[next++];
-    if (dtype != ready.dtype) grad = grad.to(dtype);
-  }
-  return grads;
-}
-
-// Shapes and dtypes alone, for torch.compile.
-
-static Outputs loss_meta(const Call& call) {
-  check_arguments(call);
-  const auto options = call.labels.options().dtype(loss_dtype(call));
-  return {at::empty({}, options), at::empty({int64_t(call.student.size()), kTerms}, options),
-      at::empty_symint({stats_size(call)}, options)};
-}
-
-static std::vector<Tensor> loss_backward_meta(const Call& call, const Tensor& grad_loss,
-    const Tensor& row_stats, const Flags& needs_grad) {
-  check_backward(call, grad_loss, row_stats, needs_grad);
-  std::vector<Tensor> grads;
-  for (size_t i = 0, heads = call.student.size(); i < 2 * heads; ++i) {
-    const Tensor& z = i < heads ? call.student[i] : call.teacher[i - heads];
-    if (needs_grad[i]) grads.push_back(at::empty_symint(z.sym_sizes(), z.options()));
+  run(args, ready.dtype, /*backward=*/true);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (!grads[i].is_same(computed[i])) grads[i].copy_(computed[i]);
   }
   return grads;
 }
 
 // ---- Autograd ----
-
 template <class Signature>
 static auto find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -240,35 +222,33 @@ static Pointer make_node(Args&&... args) {
   }
 }
 
+// The row stride of a gradient: that of logits which are a part of somewhat longer rows (a padded
+// vocabulary). CUDA reads and writes 16 bytes at a time where both are aligned alike.
+static c10::SymInt grad_stride(const Tensor& z) {
+  const c10::SymInt classes = z.sym_size(1), stride = z.sym_stride(0);
+  const bool padded = z.sym_stride(1) == 1 && stride > classes && stride <= classes + classes / 8;
+  return padded ? stride : classes;
+}
+
 static std::string refusal(const char* what) {
   return std::string("mhkd_loss: the fused kernel has no ") + what +
          "; call mhkd_loss with backend=\"reference\"";
 }
 
-// A tensor for the backward. One made in inference mode, as a teacher's logits may be, has no version
-// and cannot be a SavedVariable.
-class Kept {
+// A tensor for the backward. One of inference mode (a teacher's logits) cannot be a SavedVariable.
+struct Kept {
   SavedVariable saved;
-  Tensor inference;
+  Tensor plain;
 
- public:
-  explicit Kept(const Tensor& z) {
-    if (z.is_inference()) {
-      inference = z;
-    } else {
-      saved = SavedVariable(z, /*is_output=*/false);
-    }
-  }
-  Tensor unpack() const { return inference.defined() ? inference : saved.unpack(); }
-  void release() {
-    inference.reset();
-    saved.reset_data();
-  }
+  explicit Kept(const Tensor& z)
+      : saved(z.is_inference() ? Tensor() : z, /*is_output=*/false),
+        plain(z.is_inference() ? z : Tensor()) {}
+  Tensor unpack() const { return plain.defined() ? plain : saved.unpack(); }
+  void release() { saved.reset_data(), plain.reset(); }
 };
 
-// The node of the graph, written by hand: torch::autograd::Function would keep the settings in a
-// dictionary of boxed values and wrap its outputs for every case there is, which costs more than
-// the loss of a small batch.
+// The node of the graph. torch::autograd::Function would keep the settings as boxed values and wrap
+// its outputs for every case there is, which costs more than the loss of a small batch.
 struct MhkdLossBackward : Node {
   std::vector<Kept> logits;  // of the student's heads, then of the teacher's
   Kept labels, row_stats;
@@ -286,14 +266,12 @@ struct MhkdLossBackward : Node {
         teacher_ce(call.teacher_ce),
         ignore_index(call.ignore_index) {
     logits.reserve(2 * call.student.size());
-    for (const TensorList& side : {call.student, call.teacher}) {
-      for (const Tensor& z : side) logits.emplace_back(z);
-    }
+    call.each([&](const Tensor& z) { logits.emplace_back(z); });
   }
 
   variable_list apply(variable_list&& grad_outputs) override {
-    static const auto backward =
-        find_operator<decltype(flat_backward<loss_backward_meta>)>(MHKD_OPERATOR("loss_backward"));
+    using Backward = decltype(flat_backward<loss_backward, nullptr>);
+    static const auto backward = find_operator<Backward>(MHKD_OPERATOR("loss_backward"));
     const size_t heads = logits.size() / 2;
     variable_list result(2 * heads);
     if (!grad_outputs[0].defined()) return result;
@@ -302,17 +280,18 @@ struct MhkdLossBackward : Node {
     std::vector<Tensor> z;
     z.reserve(2 * heads);
     for (const Kept& kept : logits) z.push_back(kept.unpack());
-    Flags needs_grad;  // the divergence sends the teacher no gradient: only a marked head has one
-    needs_grad.reserve(2 * heads);
+    std::vector<c10::SymInt> grad_strides;  // a teacher's head has a gradient if it is marked
+    grad_strides.reserve(2 * heads);
     for (size_t i = 0; i < 2 * heads; ++i) {
-      needs_grad.push_back(task_should_compute_output(i) && (i < heads || teacher_ce[i - heads]));
+      const bool wanted = task_should_compute_output(i) && (i < heads || teacher_ce[i - heads]);
+      grad_strides.push_back(wanted ? grad_stride(z[i]) : c10::SymInt(0));
     }
     const TensorList all(z);
     std::vector<Tensor> grads;
     {
       at::AutoDispatchBelowADInplaceOrView below;
       grads = backward.call(grad_outputs[0], all.slice(0, heads), all.slice(heads, heads),
-          labels.unpack(), stats, numbers, traced, teacher_ce, ignore_index, needs_grad);
+          labels.unpack(), stats, numbers, traced, teacher_ce, ignore_index, grad_strides);
     }
     if (at::GradMode::is_enabled()) {  // create_graph=True: to differentiate them is refused
       const NodePointer refuses = make_node<torch::autograd::Error>(
@@ -320,7 +299,7 @@ struct MhkdLossBackward : Node {
       for (Tensor& grad : grads) torch::autograd::set_history(grad, refuses);
     }
     for (size_t i = 0, next = 0; i < 2 * heads; ++i) {
-      if (needs_grad[i]) result[i] = std::move(grads[next++]);
+      if (grad_strides[i] != 0) result[i] = std::move(grads[next++]);
     }
     return result;
   }
@@ -332,11 +311,10 @@ struct MhkdLossBackward : Node {
     row_stats.release();
   }
 
-  // Compiled autograd would call apply() with tensors of its own. PyTorch 2.6 asks the second.
-  using Args = torch::dynamo::autograd::CompiledNodeArgs;
-  void compiled_args(Args&) const { TORCH_CHECK_NOT_IMPLEMENTED(false, refusal(kCompiled)); }
-  void compiled_args(Args&) { TORCH_CHECK_NOT_IMPLEMENTED(false, refusal(kCompiled)); }
-  static constexpr char kCompiled[] = "compiled autograd";
+  // Without `override`: in PyTorch 2.6, whose own message then appears, the function is not const.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, refusal("compiled autograd"));
+  }
 
   std::string name() const override { return "MhkdLossBackward"; }
 };
@@ -347,13 +325,11 @@ static void refuse_functorch(const c10::OperatorHandle&, torch::jit::Stack*) {
 }
 
 static Outputs loss_autograd(const Call& call) {
-  for (const TensorList& side : {call.student, call.teacher}) {
-    for (const Tensor& z : side) {
-      const bool dual = z._fw_grad(/*level=*/0).defined();
-      TORCH_CHECK_NOT_IMPLEMENTED(!dual, refusal("forward-mode derivative"));
-    }
-  }
-  static const auto forward = find_operator<decltype(flat<loss_meta>)>(MHKD_OPERATOR("loss"));
+  call.each([](const Tensor& z) {
+    const bool dual = z._fw_grad(/*level=*/0).defined();
+    TORCH_CHECK_NOT_IMPLEMENTED(!dual, refusal("forward-mode derivative"));
+  });
+  static const auto forward = find_operator<decltype(flat<loss, nullptr>)>(MHKD_OPERATOR("loss"));
   Outputs out;
   {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -367,27 +343,25 @@ static Outputs loss_autograd(const Call& call) {
 }
 
 // ---- Registration ----
-
 MHKD_TORCH_LIBRARY(MHKD_LIBRARY, m) {
-  // numbers: tau, the kl_weights of the heads, their ce_weights. traced: empty, or scalar tensors in
-  // place of them: torch.compile compiles again for every number that it has not seen.
+  // numbers: tau, kl_weights [H], ce_weights [H]. traced: empty, or scalar tensors in their place:
+  // torch.compile would compile again for every number that it has not seen.
   // terms [H, 3]: KL * tau^2, CE(y, z_S), CE(y, z_T) of each head, without a gradient. row_stats is
   // for the backward.
   m.def("loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor labels, float[] numbers, "
         "Tensor[] traced, bool[] teacher_ce, int ignore_index=-100) -> "
         "(Tensor loss, Tensor terms, Tensor row_stats)");
-  // needs_grad: a bool for each student head, then for each teacher head; as many gradients come
-  // back as are true.
+  // grad_strides [2 H]: row strides of the student's gradients, then of the teacher's; 0: none.
   m.def("loss_backward(Tensor grad_loss, Tensor[] student_logits, Tensor[] teacher_logits, "
         "Tensor labels, Tensor row_stats, float[] numbers, Tensor[] traced, bool[] teacher_ce, "
-        "int ignore_index, bool[] needs_grad) -> Tensor[]");
+        "int ignore_index, SymInt[] grad_strides) -> Tensor[]");
   // mhkd.py takes a library of this number alone: raise it with every change of what it relies on.
   m.def("interface() -> int", [] { return kInterface; });
 }
 
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, Meta, m) {
-  m.impl("loss", flat<loss_meta>);
-  m.impl("loss_backward", flat_backward<loss_backward_meta>);
+  m.impl("loss", flat<loss, nullptr>);
+  m.impl("loss_backward", flat_backward<loss_backward, nullptr>);
 }
 
 TORCH_LIBRARY_IMPL(MHKD_LIBRARY, FuncTorchDynamicLayerFrontMode, m) {

@@ -16,8 +16,7 @@
 #define MHKD_HD inline
 #endif
 
-// The namespace of the operators. The tests build a second library under another name.
-#ifndef MHKD_LIBRARY
+#ifndef MHKD_LIBRARY  // the namespace; the tests build a second library under another name
 #define MHKD_LIBRARY mhkd
 #endif
 
@@ -49,7 +48,6 @@ MHKD_HD int squarings(double tau) {
 }
 
 // ---- One call as the kernels take it ----
-
 // What a row adds to the terms of its head: KL * tau^2, the student's cross-entropy, the teacher's.
 enum Term { kKl, kCe, kCeTeacher, kTerms };
 
@@ -60,15 +58,26 @@ constexpr int kRowStats = int(kRowTerms) + int(kTerms);
 // Rows that count for the divergence, for a cross-entropy; behind the statistics: one over each.
 enum RowCount { kCounted, kLabelled, kRowCounts };
 
+// A number that the host has computed, in both precisions: most GPUs are slow in float64.
+struct Setting {
+  double exact = 0;
+  float single = float(exact);
+
+  template <class A>
+  MHKD_HD A as() const {
+    return std::is_same_v<A, double> ? A(exact) : A(single);
+  }
+};
+
 struct Head {
-  const void *s, *t;           // [B, K] logits
-  void *grad_s, *grad_t;       // [B, K] contiguous, or null
-  int64_t stride_s, stride_t;  // of the rows, in elements
+  const void *s, *t;      // [B, K] logits
+  void *grad_s, *grad_t;  // [B, K], or null
+  int64_t stride_s, stride_t, stride_grad_s, stride_grad_t;  // of the rows, in elements
   // Of the terms in the loss, equations 1 and 2. Where one is 0 its term counts nothing, were it
   // infinite or NaN.
-  double weights[kTerms];
+  Setting weights[kTerms];
 
-  MHKD_HD bool marked() const { return weights[kCeTeacher] != 0; }
+  MHKD_HD bool marked() const { return weights[kCeTeacher].single != 0; }
 
   // From the sums over all rows to the terms, means over those that count (0 / 0 is NaN; where only
   // unlabelled rows count a cross-entropy is 0); their part of the loss.
@@ -80,7 +89,7 @@ struct Head {
       const bool absent = i == kCeTeacher && !marked();
       const double mean = absent || (rows == 0 && counts[kCounted] > 0) ? 0 : sums[i] / rows;
       terms[i] = static_cast<A>(mean);
-      if (weights[i] != 0) loss += weights[i] * mean;
+      if (weights[i].exact != 0) loss += weights[i].exact * mean;
     }
     return loss;
   }
@@ -93,7 +102,7 @@ struct Arguments {
   const int64_t* labels;
   int64_t label_stride, ignore_index, batch;
   int classes, head_count;
-  double tau;
+  Setting tau, unit;      // unit: scale(tau)
   void *loss, *terms;     // outputs of the forward
   const void* grad_loss;  // input of the backward
   void* row_stats;        // [H * B, kRowStats], [kRowCounts]
@@ -124,13 +133,11 @@ struct Row {
 };
 
 // ---- Forward: the sums of a row ----
-
 // Sums over (a part of) a row, of its x_s and x_t:
 //     tau_s = sum 2^x_s    one_s = sum 2^(tau x_s)    cross = sum 2^x_t (x_t - x_s)
-// and tau_t, one_t of the teacher. A row is read once: for another maximum rebase() scales the
-// sums. The unit of the maxima, and of cross, is that of x on CUDA, where x = z * scale - max is a
-// single multiply-add, and that of z on the CPU. Any number near the largest logit will do for
-// max_*.
+// and tau_t, one_t of the teacher. A row is read once: rebase() scales them for another maximum.
+// The unit of the maxima and of cross is that of x on CUDA, where x = z * scale - max is a single
+// multiply-add, and that of z on the CPU. Any number near the largest logit will do for max_*.
 template <class A>
 struct RowSums {
   A max_s, max_t;
@@ -170,7 +177,6 @@ MHKD_HD void finish_row(
 }
 
 // ---- Backward: the gradients of a row ----
-
 // With e = 2^x of the side whose gradient it is and e_t of the teacher:
 //     tau * e - tau_t * e_t + one * e^tau,  minus label at the label
 template <class A>
@@ -197,10 +203,11 @@ MHKD_HD void for_gradients(
     const Arguments& args, const Row<In>& row, const Zero& zero, const Run& run) {
   using A = Arithmetic<In>;
   const Head& head = row.head;
-  const bool kl = head.weights[kKl] != 0, ce = row.labelled && head.weights[kCe] != 0;
+  const A weight_kl = head.weights[kKl].as<A>(), weight_ce = head.weights[kCe].as<A>();
+  const bool kl = weight_kl != 0, ce = row.labelled && weight_ce != 0;
   In *grad_s = static_cast<In*>(head.grad_s), *grad_t = static_cast<In*>(head.grad_t);
-  if (grad_s) grad_s += row.b * args.classes;
-  if (grad_t) grad_t += row.b * args.classes;
+  if (grad_s) grad_s += row.b * head.stride_grad_s;
+  if (grad_t) grad_t += row.b * head.stride_grad_t;
   if (grad_s && !(row.counts && (kl || ce))) {
     zero(grad_s);
     grad_s = nullptr;
@@ -210,11 +217,10 @@ MHKD_HD void for_gradients(
     grad_t = nullptr;
   }
   const A* stats = row.stats;
-  const A* weight = static_cast<const A*>(args.row_stats) + args.rows() * kRowStats;
-  const double incoming = *static_cast<const A*>(args.grad_loss);
-  const A of_kl = A(incoming * weight[kCounted] * head.weights[kKl] * args.tau);
-  const A of_teacher = A(incoming * weight[kLabelled]);
-  const A of_ce = ce ? A(incoming * weight[kLabelled] * head.weights[kCe]) : A(0);
+  const A* one_over = static_cast<const A*>(args.row_stats) + args.rows() * kRowStats;
+  const A incoming = *static_cast<const A*>(args.grad_loss);
+  const A of_kl = incoming * one_over[kCounted] * weight_kl * args.tau.as<A>();
+  const A of_teacher = incoming * one_over[kLabelled], of_ce = ce ? of_teacher * weight_ce : A(0);
   const GradRow<In> s{row.s, grad_s,
       {stats[kMaxS], of_kl * stats[kInvTauS], of_kl * stats[kInvTauT],
           ce ? of_ce * stats[kInvOneS] : A(0), of_ce}};
@@ -227,7 +233,6 @@ MHKD_HD void for_gradients(
 }
 
 // ---- The operators, in mhkd_loss.cpp: all but the numbers themselves ----
-
 struct Call {
   TensorList student, teacher;
   const Tensor& labels;
@@ -236,16 +241,22 @@ struct Call {
   const Flags& teacher_ce;
   int64_t ignore_index;
 
+  template <class Function>
+  void each(const Function& function) const {
+    for (const TensorList& logits : {student, teacher}) {
+      for (const Tensor& z : logits) function(z);
+    }
+  }
   double number(size_t i) const { return traced.empty() ? numbers[i] : traced[i].item<double>(); }
 };
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss, terms, row_stats
 
-// How a device computes a call, forward or backward, whose logits are of this dtype.
+// How a device computes a call whose logits are of this dtype; nullptr: shapes and dtypes alone.
 using Run = void(Arguments& args, at::ScalarType logits, bool backward);
 
 Outputs loss(const Call& call, Run* run);
 std::vector<Tensor> loss_backward(const Call& call, const Tensor& grad_loss,
-    const Tensor& row_stats, const Flags& needs_grad, Run* run);
+    const Tensor& row_stats, c10::SymIntArrayRef grad_strides, Run* run);
 
 // Functions of a Call as the dispatcher calls them, argument by argument.
 template <auto function, auto... more>
@@ -257,9 +268,9 @@ Outputs flat(TensorList student, TensorList teacher, const Tensor& labels, Numbe
 template <auto function, auto... more>
 std::vector<Tensor> flat_backward(const Tensor& grad_loss, TensorList student, TensorList teacher,
     const Tensor& labels, const Tensor& row_stats, Numbers numbers, TensorList traced,
-    const Flags& teacher_ce, int64_t ignore_index, const Flags& needs_grad) {
+    const Flags& teacher_ce, int64_t ignore_index, c10::SymIntArrayRef grad_strides) {
   const Call call{student, teacher, labels, numbers, traced, teacher_ce, ignore_index};
-  return function(call, grad_loss, row_stats, needs_grad, more...);
+  return function(call, grad_loss, row_stats, grad_strides, more...);
 }
 
 }  // namespace MHKD_LIBRARY

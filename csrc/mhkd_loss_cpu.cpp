@@ -1,6 +1,5 @@
 // The fused loss on the CPU: rows in parallel, each by the code for the instructions that this
-// machine has. What is computed and why it is fused stands in mhkd_loss.cpp, the arithmetic of a
-// row in mhkd_loss_cpu_rows.h.
+// machine has, in mhkd_loss_cpu_rows.h. What is fused and why stands in mhkd_loss.cpp.
 #include "mhkd_loss.h"
 
 #include <ATen/Dispatch.h>
@@ -114,20 +113,20 @@ static void forward(const Arguments& args) {
     TORCH_CHECK_INDEX(y >= 0 && y < args.classes, "Target ", y, " is out of bounds.");
     ++counts[kLabelled];
   }
-  const RowKernels<In> kernels = row_kernels<In>(args.tau);
-  const double unit = scale(args.tau);
+  const RowKernels<In> kernels = row_kernels<In>(args.tau.exact);
+  const double tau = args.tau.exact, unit = args.unit.exact;
   for_rows<In>(args, [&](const Row<In>& row) {
     if (!row.counts) {
       std::fill_n(row.stats, kRowStats, T(0));
       return;
     }
     const bool marked = row.labelled && row.head.marked();
-    RowSums<double> sums = kernels.sums[marked](row.s, row.t, args.classes, args.tau);
+    RowSums<double> sums = kernels.sums[marked](row.s, row.t, args.classes, tau);
     // Not in the kernels: a function of the C library that runs after AVX code may be very slow.
     sums.cross *= unit;
     const int64_t k = row.labelled ? row.label : 0;
     const double x_s = (T(row.s[k]) - sums.max_s) * unit, x_t = (T(row.t[k]) - sums.max_t) * unit;
-    finish_row(sums, x_s, x_t, args.tau, row.labelled, marked, row.stats);
+    finish_row(sums, x_s, x_t, tau, row.labelled, marked, row.stats);
   });
 
   // One thread adds up the rows, in order and in float64: the bits do not depend on the number of
@@ -148,11 +147,11 @@ static void forward(const Arguments& args) {
 
 template <class In>
 static void backward(const Arguments& args) {
-  const RowKernels<In> kernels = row_kernels<In>(args.tau);
+  const RowKernels<In> kernels = row_kernels<In>(args.tau.exact);
   for_rows<In>(args, [&](const Row<In>& row) {
     const auto zero = [&](In* grad) { std::fill_n(grad, args.classes, In(0)); };
     const auto run = [&](const auto& side, const auto& teacher, auto part) {
-      kernels.gradients[part](side, teacher, args.classes, args.tau, row.label);
+      kernels.gradients[part](side, teacher, args.classes, args.tau.exact, row.label);
     };
     for_gradients(args, row, zero, run);
   });

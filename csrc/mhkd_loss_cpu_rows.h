@@ -161,7 +161,6 @@ template <class In>
 constexpr int kBuffer = std::is_same_v<In, Arithmetic<In>> ? 1 : kBlock;
 
 // ---- Forward ----
-
 // The sums over some registers of classes, one for each lane.
 template <class T, int kSquarings, bool kMarked>
 struct LaneSums {
@@ -258,7 +257,6 @@ RowSums<double> sum_row(const In* s, const In* t, int classes, double tau) {
 }
 
 // ---- Backward ----
-
 // The gradients of n classes, the label's counted from the first of them.
 template <class T, int kSquarings, Part kPart>
 void grad_block(GradRow<T> s, GradRow<T> t, int n, double tau, int64_t label) {

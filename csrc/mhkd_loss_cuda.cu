@@ -11,11 +11,8 @@
 //   - No host synchronisation, no state outside the call: streams run side by side, CUDA graphs can
 //     record it.
 //
-// docs/measurements.md has the instructions of the loops and the speed that they predict: the file
-// has been compiled and emulated, not timed on a GPU.
-//
-// tests/cuda_emulation.h plays the part of CUDA that is used here, so that this file also runs as
-// plain C++.
+// docs/measurements.md predicts its speed from the machine code: it has been compiled and emulated
+// (as plain C++, with tests/cuda_emulation.h), not timed on a GPU.
 #include "mhkd_loss.h"
 
 #include <ATen/ops/empty.h>
@@ -75,7 +72,6 @@ constexpr int kLoadBytes = 16;  // the widest load of a thread
 constexpr double kLargeSum = 18446744073709551616.;  // 2^64: a logit 44 above the shift, at tau 1
 
 // ---- Loads and stores ----
-
 // Those that share a row: of a warp, of a block, of several blocks.
 struct Threads {
   int mine, count;
@@ -104,10 +100,9 @@ __device__ void store_pack(In* packs, int i, const A* values) {
 }
 
 // A row of both sides, handed out to the threads that share it: packs of 16 aligned bytes, and one
-// by one the classes before and behind them. Rows of odd length start at any address; packs are
-// possible where all pointers reach an aligned address at the same class. Null pointers agree with
-// all. A thread's next packs are on their way, from the constructor on, while the last are worked
-// on.
+// by one the classes before and behind them. Rows may start anywhere; packs are possible where all
+// pointers (but null) reach an aligned address at the same class. The next packs are on their way,
+// from the constructor on, while the last are worked on.
 template <bool kLast, class In>
 struct Packs {
   static constexpr int kSize = Pack<In>::kSize;
@@ -164,7 +159,6 @@ struct Packs {
 };
 
 // ---- Arithmetic of a thread, of a warp, of a block ----
-
 __device__ double fast_exp2(double x) { return exp2(x); }
 __device__ float fast_exp2(float x) {
 #ifdef __CUDA_ARCH__  // one instruction, however this file is compiled: denormal numbers become 0
@@ -233,7 +227,6 @@ __device__ bool group_all(bool condition) {
 }
 
 // ---- Forward ----
-
 template <int kSquarings, bool kMarked, class A>
 __device__ void add_class(A s, A t, A scale, A tau, RowSums<A>& sums) {
   const A x_s = std::fma(s, scale, -sums.max_s), x_t = std::fma(t, scale, -sums.max_t);
@@ -292,9 +285,8 @@ __device__ RowSums<A> guarded_sums(const In* s, const In* t, int classes, A scal
   return sums;
 }
 
-// The last block: means over the rows that count, and the loss. A warp adds up one term of one
-// head, or a number of rows. Other blocks wrote the rows' terms: __ldcg does not take
-// them from this multiprocessor's cache.
+// The last block: means over the rows that count, and the loss. A warp adds up a term of a head, or
+// a number of rows. Other blocks wrote the rows' terms: __ldcg bypasses this processor's cache.
 template <class A, int kBlock>
 __device__ void reduce_rows(const Arguments& args) {
   __shared__ double sums[kMaxHeads * kTerms + kRowCounts];
@@ -305,12 +297,9 @@ __device__ void reduce_rows(const Arguments& args) {
     double sum = 0;
 #pragma unroll 8
     for (int64_t b = threadIdx.x % kWarp; b < args.batch; b += kWarp) {
-      if (i < count) {
-        sum += double(__ldcg(terms + b * kRowStats));
-      } else {
-        const int64_t y = args.labels[b * args.label_stride];
-        sum += double(y != args.ignore_index && (i == count + kCounted || y != kUnlabelled));
-      }
+      const int64_t y = args.labels[b * args.label_stride];
+      const bool counts = y != args.ignore_index && (i == count + kCounted || y != kUnlabelled);
+      sum += i < count ? double(__ldcg(terms + b * kRowStats)) : double(counts);
     }
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) sums[i] = sum;
@@ -340,7 +329,7 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
     if (row.counts) {
       const int64_t label = row.labelled ? row.label : 0;
       MHKD_ASSERT_LABEL(label, args.classes);
-      const A tau = A(args.tau), unit = A(scale(args.tau));
+      const A tau = args.tau.as<A>(), unit = args.unit.as<A>();
       const auto fast = [&](auto of_teacher) {
         return fast_sums<In, kSquarings, kGroup, of_teacher.value>(
             row.s, row.t, args.classes, unit, tau);
@@ -370,7 +359,6 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
 }
 
 // ---- Backward ----
-
 template <int kSquarings, Part kPart, class In, class A = Arithmetic<In>>
 __device__ void grad_row(const GradRow<In>& s, const GradRow<In>& t, int classes, int label,
     A scale, A tau, Threads threads) {
@@ -417,13 +405,12 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, kBlocks<In, kGroup>)
   };
   const auto run = [&](const auto& side, const auto& teacher, auto part) {
     grad_row<kSquarings, part.value, In>(side, teacher, args.classes, int(row.label),
-        A(scale(args.tau)), A(args.tau), threads);
+        args.unit.as<A>(), args.tau.as<A>(), threads);
   };
   for_gradients(args, row, zero, run);
 }
 
 // ---- Launches ----
-
 #ifdef __CUDACC__
 namespace device {
 
@@ -466,7 +453,7 @@ constexpr int kPaperTau = 4;
 
 template <class In>
 static void run_tau(const Arguments& args, bool backward) {
-  args.tau == kPaperTau ? run_rows<In, 2>(args, backward)
+  args.tau.exact == kPaperTau ? run_rows<In, 2>(args, backward)
                         : run_rows<In, kNoSquarings>(args, backward);
 }
 
