@@ -1,0 +1,149 @@
+"""The loss from hidden states: distillation of language models without the logits of all tokens.
+
+linear_mhkd_loss computes mhkd.mhkd_loss chunk by chunk, with the fused loss or plain PyTorch. For a
+vocabulary of 50,000 the logits and their gradients would take most of the memory of a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+import mhkd
+
+# Logits of one head in a chunk. Fewer rows make the matrix products slow, more take more memory.
+CHUNK_LOGITS = 2**23
+
+
+def linear_mhkd_loss(
+    student_hidden: Sequence[Tensor], student_weight: Tensor | Sequence[Tensor],
+    teacher_hidden: Sequence[Tensor], teacher_weight: Tensor | Sequence[Tensor],
+    labels: Tensor | None, *, student_bias: Tensor | Sequence[Tensor] | None = None,
+    teacher_bias: Tensor | Sequence[Tensor] | None = None, tau: float = 4.0, alpha: float = 0.9,
+    beta: float = 0.5, head_weights: Sequence[float] | None = None,
+    kl_weights: Sequence[float] | None = None, ce_weights: Sequence[float] | None = None,
+    ignore_index: int = -100, backend: str = "auto", chunk: int | None = None,
+    accumulate: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """mhkd_loss of the logits hidden @ weight.T + bias of each head, which are never stored whole.
+
+    Equations, options and errors are those of mhkd.mhkd_loss. The student's hidden states, weights
+    and biases get gradients, the teacher's none: there is no teacher_ce. The gradients are computed
+    with the loss, so that one backward pass is possible. They are scaled by the incoming gradient
+    after they have been rounded: with float16 and a loss scale, small ones are lost.
+
+    Args:
+        student_hidden, teacher_hidden: a tensor [..., d] for each head, the final output first. The
+            d of student and teacher may differ.
+        student_weight, teacher_weight: [V, d] for all heads, or a list with one for each.
+        labels: [...], int64, or None, as for mhkd_loss: of the token that each row predicts.
+        student_bias, teacher_bias: [V], or a list with one for each head.
+        chunk: rows whose logits of one head are computed at a time. Default: 2^23 / V.
+        accumulate: dtype in which the gradients of weights and biases are summed over the chunks,
+            by default that of the weight. torch.float32 for bfloat16 weights: 4 bytes instead of 2
+            per weight until the backward pass, and a temporary of 2 bytes per weight.
+
+    Returns:
+        The loss, a scalar: float64 for float64 hidden states, otherwise float32.
+    """
+    heads = len(student_hidden)
+    head_weights = [1.0] + [beta] * (heads - 1) if head_weights is None else head_weights
+    kl_weights = [w * alpha for w in head_weights] if kl_weights is None else kl_weights
+    ce_weights = [w * (1 - alpha) for w in head_weights] if ce_weights is None else ce_weights
+    if labels is None:
+        shape, device = student_hidden[0].shape[:-1], student_hidden[0].device
+        labels, ignore_index = torch.full(shape, mhkd.UNLABELLED, device=device), -100
+    columns = [
+        [x.reshape(-1, x.shape[-1]) for x in student_hidden],  # [N, d]
+        _of_heads(student_weight, heads), _of_heads(student_bias, heads),
+        [x.reshape(-1, x.shape[-1]) for x in teacher_hidden],
+        _of_heads(teacher_weight, heads), _of_heads(teacher_bias, heads), kl_weights, ce_weights,
+    ]  # fmt: skip
+    settings = {"tau": tau, "ignore_index": ignore_index, "backend": backend}
+    return _in_chunks(columns, labels.reshape(-1), chunk, accumulate, settings)
+
+
+def _of_heads(x: Tensor | Sequence[Tensor] | None, heads: int) -> list[Tensor | None]:
+    return [x] * heads if x is None or isinstance(x, Tensor) else list(x)
+
+
+def _in_chunks(columns, labels, chunk, accumulate, settings) -> Tensor:
+    """linear_mhkd_loss with a list of each argument and rows [N, d]."""
+    lengths, rows = [len(column) for column in columns], {len(x) for x in columns[0] + columns[3]}
+    if len({*lengths}) > 1 or rows != {len(labels)}:
+        raise ValueError(
+            f"linear_mhkd_loss: as many of each list and of the rows are needed: heads {lengths}, "
+            f"rows {rows}, labels {len(labels)}"
+        )
+    trained = columns[0] + columns[1] + columns[2] if torch.is_grad_enabled() else []
+    grads = {
+        x: torch.zeros_like(x, dtype=None if i < lengths[0] else accumulate)
+        for i, x in enumerate(trained) if x is not None and x.requires_grad
+    }  # fmt: skip
+    kind = labels.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    chunk = chunk or max(1, CHUNK_LOGITS // len(columns[1][0]))
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        cast = {None: None}  # what the products take: half types under autocast
+        for x in itertools.chain(*columns[1:3], *columns[4:6]):
+            cast[x] = x if x is None or dtype is None else x.to(dtype)
+        # A chunk's terms are means over its rows: it weighs as many of all rows as count in it.
+        counted = labels != settings["ignore_index"]
+        masks = torch.stack((counted, counted & (labels != mhkd.UNLABELLED)))  # [2, N]
+        parts = [part.sum(dim=1) for part in masks.split(chunk, dim=1)]
+        counts = torch.stack(parts).tolist()  # the only synchronisation with a GPU
+        all_kl, all_ce = (sum(column) for column in zip(*counts))
+        double = dtype is None and torch.float64 in {x.dtype for x in columns[0] + columns[3]}
+        loss = labels.new_zeros((), dtype=torch.float64 if double else torch.float32)
+        loss += 0.0 if all_kl else math.nan  # NaN as a mean over no row
+        for start, (n_kl, n_ce) in zip(range(0, len(labels), chunk), counts):
+            for x_s, w_s, b_s, x_t, w_t, b_t, kl, ce in zip(*columns):
+                kl, ce = kl * n_kl / max(1, all_kl), ce * n_ce / max(1, all_ce)
+                if kl == ce == 0:
+                    continue
+                here = slice(start, start + chunk)
+                x = x_s[here].to(dtype or x_s.dtype)
+                z_s = F.linear(x, cast[w_s], cast[b_s]).requires_grad_(bool(grads))  # [chunk, V]
+                z_t = F.linear(x_t[here].to(dtype or x_t.dtype), cast[w_t], cast[b_t])
+                one = {"kl_weights": [kl], "ce_weights": [ce], "teacher_ce": [False], **settings}
+                with torch.set_grad_enabled(bool(grads)):
+                    part = mhkd.mhkd_loss([z_s], [z_t], labels[here], **one)
+                loss = loss + part.detach()
+                if not grads:
+                    continue
+                (grad,) = torch.autograd.grad(part, z_s)
+                if x_s in grads:
+                    grads[x_s][here] += grad @ cast[w_s]
+                if w_s in grads and grads[w_s].dtype == grad.dtype:
+                    grads[w_s].addmm_(grad.T, x)
+                elif w_s in grads:
+                    grads[w_s] += grad.T @ x
+                if b_s in grads:
+                    grads[b_s] += grad.sum(dim=0)
+    return _WithGradients.apply(loss, list(grads.values()), *grads)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients have been computed with it."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *inputs):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_mhkd_loss: a second backward pass is not possible, because the gradients "
+                "are kept once and scaled in place: compute the loss again"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(gradient.mul_(grad_loss) for gradient in gradients)
