@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +215,7 @@ def find_units(
 
     images: a normalised batch [B, 3, S, S] on which a copy of the network runs.
 
-    Detected units: the last submodule that runs at each size of the map, but not inside one that
-    changes the size; with five sizes or more without the first, which is the stem's; of these the
-    first three (section 3.2). If no map shrinks, as in a transformer, blocks at quarters of the
-    depth. Names from timm's feature_info are preferred.
+    They are detected as in `detect_units`. The result for common networks: docs/units.md.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     opaque: set[str] = set()  # submodules of traced or compiled modules: their hooks may not run
@@ -239,34 +236,14 @@ def find_units(
             raise UsageError(f"the submodule '{name}' of the {role} does not run: {hint}")
     if names:
         return tuple(names), find_layouts(seen, images, names)
-    layout = common_layout(seen, images)
-    maps: dict[str, int] = {}  # how often the size is halved, of submodules that run once
-    for name, _, out in seen:
+    layout, shapes = common_layout(seen, images), {}
+    for name, _, out in seen:  # (H, W, C) of the features of submodules that run once
         with contextlib.suppress(UsageError):
             if runs[name] == 1 and is_feature(out) and len(out) == len(images):
-                side, other = mhkd.as_map(out, layout_of(out, images, name, layout)).shape[2:]
-                if side == other > 1:
-                    maps[name] = round(math.log2(images.shape[-1] / side))
-    info = getattr(model, "feature_info", None) or []
-    found = [f["module"] for f in info if isinstance(f, dict) and f.get("module") in maps]
-    if len({maps[name] for name in found}) > 2:
-        found = found[-4:-1] if len(found) > 3 else found
-    else:
-        sizes_in = {n: {maps[m] for m in maps if m.startswith(f"{n}.")} for n in maps}
-        units = [n for n, sizes in sizes_in.items() if len(sizes) < 3]
-        last: dict[int, str] = {}  # by size, in the order of the network
-        for name, size in maps.items():
-            inside = any(name.startswith(f"{unit}.") for unit in units)
-            if not inside and size >= max(last, default=0):
-                last[size] = name
-        found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
-    if len(found) < 3:
-        blocks: dict[tuple, list[str]] = {}  # those of one parent, class and size
-        for name, size in maps.items():
-            key = (name.rpartition(".")[0], type(modules[name]), size)
-            blocks.setdefault(key, []).append(name)
-        most = max(blocks.values(), key=len, default=[])
-        found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
+                C, *size = mhkd.as_map(out, layout_of(out, images, name, layout)).shape[1:]
+                if size[0] == size[1]:
+                    shapes[name] = (*size, C)
+    found = detect_units(model, {*runs}, shapes, images.shape[-1])
     if len(found) < 3:
         why = f"found: {', '.join(found)}" if found else "no submodule returns a feature map"
         why += "; a part of it is traced or compiled" if opaque else ""
@@ -274,6 +251,95 @@ def find_units(
         raise UsageError(f"the units of the {role} were not detected ({why}): {hint}")
     mhkd.log(f"{role} {network}: heads after {', '.join(found)}")
     return tuple(found), find_layouts(seen, images, found)
+
+
+def detect_units(
+    model: nn.Module, runs: set[str], shapes: dict[str, tuple[int, int, int]], side: int
+) -> list[str]:
+    """Names of the first three units; fewer if they are not found.
+
+    A unit is a block, or a container of blocks that all end at its own size. Blocks are submodules
+    of a class that occurs several times, each with several layers. In a network without blocks
+    every submodule is a unit, but not inside one that changes the size. Of each size of the map, in
+    the order of the network, the last unit is taken; with five sizes or more without the first one,
+    which belongs to the stem; of these the first three (paper, section 3.2). If there are fewer
+    sizes, as in a transformer: blocks at quarters of the depth. Names from timm's feature_info are
+    preferred if they are units or consist of several layers.
+
+    Args:
+        runs: names of the submodules that run.
+        shapes: (H, W, C) of the square feature maps of those that run once, in their order.
+        side: of the image.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    layers = layers_in(modules)
+    classes = Counter(type(m) for n, m in modules.items() if n in runs and layers[n] > 1)
+    repeated = {kind for kind, number in classes.items() if number > 1} - {*GENERIC}
+    blocks = [n for n, m in modules.items() if n in runs and layers[n] > 1 and type(m) in repeated]
+    # The last layer inside a block that returns no map, for example a tuple, is not its end. Chains
+    # of blocks inside it can be units: the branches of an HRNet.
+    closed = [name for name in blocks if name not in shapes]
+    ends = [
+        name for name in blocks if name in shapes
+        and (type(modules.get(parent_of(name))) in GENERIC or not is_inside(name, closed))
+    ]  # fmt: skip
+    sizes = {name: round(math.log2(side / H)) for name, (H, _, _) in shapes.items()}
+    units: list[str] = []
+    for name in modules:
+        if name not in shapes or is_inside(name, units):
+            continue
+        if blocks:
+            within = [end for end in ends if end.startswith(f"{name}.")]
+            outer = {sizes[end] for end in within if not is_inside(end, within)}
+            is_unit = name in ends or outer == {sizes[name]}
+        else:
+            is_unit = len({size for n, size in sizes.items() if n.startswith(f"{name}.")}) < 3
+        units += [name] * is_unit
+
+    info = getattr(model, "feature_info", None) or []
+    known = [f["module"] for f in info if isinstance(f, dict) and f.get("module") in shapes][-4:-1]
+    composite = all(layers[name] > 1 and not is_inside(name, units) for name in known)
+    if composite and len({sizes[name] for name in known}) > 2:
+        return known
+    last: dict[int, str] = {}
+    for name, (H, _, _) in shapes.items():
+        if name not in units or sizes[name] < max(last, default=0):
+            continue
+        if H > 1:
+            last[sizes[name]] = name
+        elif blocks and sizes[name] - 1 in last:  # not a class token after larger maps
+            last.setdefault(sizes[name], name)
+    found = list(last.values())[1 if len(last) > 4 else 0 :][:3]
+    if len(found) < 3:
+        alike: dict[tuple, list[str]] = {}
+        for name, shape in shapes.items():
+            if shape[0] > 1 and (name in ends or not blocks):
+                place = "" if blocks else parent_of(name)
+                alike.setdefault((place, type(modules[name]), shape), []).append(name)
+        most = max(alike.values(), key=lambda names: (len(names), -names[0].count(".")), default=[])
+        found = [most[len(most) * i // 4 - 1] for i in (1, 2, 3)] if len(most) > 3 else found
+    return found
+
+
+GENERIC = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # containers of anything
+
+
+def layers_in(modules: Mapping[str, nn.Module]) -> Counter[str]:
+    """The number of layers with weights inside each submodule."""
+    layers: Counter[str] = Counter()
+    for name, module in modules.items():
+        if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            parts = name.split(".")
+            layers.update(".".join(parts[:i]) for i in range(1, len(parts)))
+    return layers
+
+
+def parent_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def is_inside(name: str, others: Iterable[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in others)
 
 
 def find_layouts(seen: list[tuple], image: Tensor, names: Sequence[str]) -> dict[str, str]:
@@ -301,7 +367,7 @@ def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str
     shape = tuple(feature.shape)
     if len(shape) == 3:
         square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
-        for n in (0, 1, 2, 5) if square else ():
+        for n in (0, 1, 2, 4, 5) if square else ():
             if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
                 return f"tokens+{n}"
         where = f"the submodule '{name}' returns {shape}"
