@@ -23,8 +23,8 @@ line, 8 processes and devices. Sections 1 to 3 are the method; they depend on no
 "Paper, section 3.1" in comments refers to the publication. Copied alone, this file provides the
 networks, MultiHead, mhkd_loss and kd_loss with PyTorch as the only requirement. Training also needs
 mhkd_runs.py (folders of runs), mhkd_record.py (what identifies a run), mhkd_teacher.py (where the
-teacher comes from) and mhkd_cli.py (the command line). Other modules beside this file are imported
-when an option asks for them.
+teacher comes from), mhkd_images.py (where the images come from) and mhkd_cli.py (the command line).
+Other modules beside this file are imported when an option asks for them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def sibling(name: str, optional: bool = False) -> Any:
         return None
     raise UsageError(
         f"{name}.py is needed for this and was not found: copy it beside mhkd.py (training needs "
-        "mhkd_cli.py, mhkd_record.py, mhkd_runs.py and mhkd_teacher.py)"
+        "mhkd_cli.py, mhkd_images.py, mhkd_record.py, mhkd_runs.py and mhkd_teacher.py)"
     )
 
 
@@ -1846,81 +1846,10 @@ def one_ahead(items: Iterator) -> Iterator:
 # labels [N]; the number of training images, which come first; class names; facts for the record.
 Source = tuple[Any, ...]
 
-DIGIT_NAMES = [str(digit) for digit in range(10)]
-TORCHVISION = {  # class, and the files that belong into --data
-    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz, or the folder cifar-10-batches-py from it,"),
-    "cifar100": ("CIFAR100", "cifar-100-python.tar.gz, or the folder cifar-100-python from it,"),
-    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
-}
-SIZES = {  # number of classes, number of images, one of the class names
-    "cifar10": (10, 60_000, "airplane"),
-    "cifar100": (100, 60_000, "aquarium_fish"),
-    "svhn": (10, 99_289, "7"),
-}
 
-
-def from_torchvision(config: Config) -> Source:
-    """CIFAR or SVHN from torchvision's files, downloaded if missing, or from folders of images.
-
-    The images are sorted by label and pixels, so that both give the same runs.
-    """
-    root = Path(config.data)
-    if (root / "train").is_dir():
-        found = sibling("mhkd_images").from_folder(config, side=32)
-        decoded, labels, count, classes, *facts = found
-        *size, known = SIZES[config.dataset]
-        if size != [len(classes), len(labels)] or known not in classes:
-            names = ", ".join(classes[:3])
-            raise UsageError(
-                f"'{root}' has {len(classes)} classes ({names}, ...) and {len(labels)} images, not "
-                f"{size[0]} ({known}, ...) and {size[1]}, so it is not "
-                f"{config.dataset}: use --dataset folder"
-            )
-        images = decoded(list(range(len(labels))))
-    else:
-        images, labels, count, classes = read_torchvision(config.dataset, root)
-        facts = []
-    order: list[int] = []
-    for start, stop in ((0, count), (count, len(labels))):
-        for label in range(len(classes)):  # the pixels of all classes at once take gigabytes
-            indices = start + (labels[start:stop] == label).nonzero()[:, 0]
-            order += sorted(indices.tolist(), key=lambda i: images[i].numpy().tobytes())
-    sorted_indices = torch.tensor(order)
-    return lambda i: images[sorted_indices[i]], labels[sorted_indices], count, classes, *facts
-
-
-def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, list[str]]:
-    (name, files), svhn = TORCHVISION[dataset], dataset == "svhn"
-    datasets = import_optional("torchvision.datasets", "torchvision", f"--dataset {dataset}")
-    splits = [{"train": True}, {"train": False}]
-    if svhn:
-        import_optional("scipy.io", "scipy", f"--dataset {dataset}")
-        splits = [{"split": "train"}, {"split": "test"}]
-    what = f"{name} is not in '{root}' and could not be downloaded"
-    with explain(what, f"put {files} there, or try --dataset digits, which needs no data"):
-        with sibling("mhkd_runs").locked(root, "another process is reading the data"):
-            # Complete files are not downloaded again.
-            sets = [getattr(datasets, name)(root, **split, download=True) for split in splits]
-    images = torch.cat([torch.from_numpy(part.data) for part in sets])
-    labels = torch.cat([torch.as_tensor(s.labels if svhn else s.targets) for s in sets]).long()
-    if svhn:  # [N, 3, 32, 32]
-        return images.permute(0, 2, 3, 1).contiguous(), labels, len(sets[0]), DIGIT_NAMES
-    return images, labels, len(sets[0]), list(sets[0].classes)
-
-
-def from_digits(config: Config) -> Source:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,437 for training, 360 for test."""
-    datasets = import_optional("sklearn.datasets", "scikit-learn", "--dataset digits")
-    digits = datasets.load_digits()
-    grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
-    images = grey[..., None].repeat(1, 1, 1, 3)  # [1797, 8, 8, 3]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).roll(-360)
-    labels = torch.from_numpy(digits.target).long()[order]
-    return lambda indices: images[order[indices]], labels, 1437, DIGIT_NAMES
-
-
-def from_folder(config: Config) -> Source:
-    return sibling("mhkd_images").from_folder(config)
+def reader(name: str) -> Callable[[Config], Source]:
+    """A function of mhkd_images.py that reads a data set."""
+    return lambda config: getattr(sibling("mhkd_images"), name)(config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1948,11 +1877,15 @@ SVHN = {"epochs": 150, "lr_steps": (80, 110, 135), "batch_size": 200, "lr": 0.00
 DIGITS = {"epochs": 30, "lr_steps": (19, 23, 26), "crop_padding": 2, "flip": False}
 DIGITS |= {"image_size": 16, "head_width": 64, "head_stride": 2}
 DATASETS: dict[str, DataSet] = {
-    "cifar100": DataSet(from_torchvision, {}, ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))),
-    "cifar10": DataSet(from_torchvision, {}, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
-    "svhn": DataSet(from_torchvision, SVHN, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
-    "folder": DataSet(from_folder, mapped=True),
-    "digits": DataSet(from_digits, DIGITS, ((0.305674,) * 3, (0.318702,) * 3)),
+    "cifar100": DataSet(
+        reader("from_torchvision"), {}, ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    ),
+    "cifar10": DataSet(
+        reader("from_torchvision"), {}, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    ),
+    "svhn": DataSet(reader("from_torchvision"), SVHN, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
+    "folder": DataSet(reader("from_folder"), mapped=True),
+    "digits": DataSet(reader("from_digits"), DIGITS, ((0.305674,) * 3, (0.318702,) * 3)),
 }
 
 
@@ -1997,7 +1930,7 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         raise UsageError(f"there are {len(train)} training and {len(val)} validation images")
     if (B := config.batch_size) > len(train):
         raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
-    mean, std = normalisation(config) or measure(images, train)
+    mean, std = normalisation(config) or sibling("mhkd_images").measure(images, train)
     prefetch = sibling("mhkd_images").prefetch if dataset.mapped else None
     return Data(
         images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(),
@@ -2023,19 +1956,6 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
         if of_library := sibling("mhkd_custom").library_weights(getattr(config, first)):
             return of_library[:2]
     return known
-
-
-def measure(images: Tensor, indices: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exact."""
-    count = torch.zeros(3, 256, dtype=torch.float64)
-    for part in indices.split(100):
-        for channel, pixels in enumerate(images[part].unbind(dim=3)):
-            count[channel] += torch.bincount(pixels.flatten(), minlength=256)
-    value = torch.arange(256, dtype=torch.float64) / 255
-    fraction = count / count.sum(dim=1, keepdim=True)
-    mean = fraction @ value
-    std = (fraction * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
-    return tuple(tuple(round(v, 6) for v in values.tolist()) for values in (mean, std))
 
 
 # --------------------------------------------------------------------------------------------------
