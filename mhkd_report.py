@@ -87,6 +87,7 @@ class Row:
     method: str
     options: dict[str, Any]  # those that differ from the recipe
     weights: tuple[float, float, float] | None  # see final_weights()
+    views: dict[str, Any]  # VIEWS that differ from the recipe
     runs: dict[int, dict[str, Any]]  # by seed
 
     def values(self, name: str = "accuracy") -> list[float]:
@@ -98,7 +99,8 @@ class Row:
         return [self.runs[seed]["accuracy"] - base.runs[seed]["accuracy"] for seed in seeds]
 
 
-OF_TEACHER = {name for name in Config.__dataclass_fields__ if name.startswith("teacher_")}
+VIEWS = {"view_seed", "teacher_store", "teacher_views"}
+OF_TEACHER = {name for name in Config.__dataclass_fields__ if name.startswith("teacher_")} - VIEWS
 OF_TEACHER |= {"student_units"}
 ORDER = ("ce", "kd", "fitnet", "cc", "rkd", "crd", "lsh", "dhkd", "mhkd", "crd+mhkd")
 OTHERWISE = {"teacher_weights", "mean", "std"}  # shown as hash and normalisation
@@ -122,7 +124,7 @@ class Group:
         for run in runs:
             for name, value in run["config"]["options"].items():
                 values.setdefault(name, set()).add(str(value))
-        in_name = {name for name, found in values.items() if len(found) > 1} | IN_NAME
+        in_name = {name for name, found in values.items() if len(found) > 1} | IN_NAME | VIEWS
         rows: dict[str, Row] = {}
         for run in runs:
             c, differs = run["config"], run["differs"]
@@ -130,7 +132,8 @@ class Group:
             own = {n: v for n, v in differs.items() if n in in_name}
             name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])
             options = {n: v for n, v in differs.items() if n in c["options"]}
-            new = Row(name, c["method"], options, final_weights(c["options"]), {})
+            views = {n: v for n, v in differs.items() if n in VIEWS}
+            new = Row(name, c["method"], options, final_weights(c["options"]), views, {})
             if rows.setdefault(name, new).runs.setdefault(c["seed"], run) is not run:
                 self.twice.append(run["name"])
         methods = [*ORDER, *sorted({row.method for row in rows.values()} - {*ORDER})]
@@ -140,8 +143,19 @@ class Group:
         return next((r for r in self.rows if r.method == "ce"), None)
 
     def kd_of(self, row: Row) -> Row | None:
-        """The row of kd with the same temperature and weights of the final outputs."""
-        return next((r for r in self.rows if r.method == "kd" and r.weights == row.weights), None)
+        """The row of kd with the same temperature, weights of the final outputs, and views."""
+        same = row.weights, row.views
+        return next(
+            (r for r in self.rows if r.method == "kd" and (r.weights, r.views) == same), None
+        )
+
+    def with_more_views(self, row: Row) -> Row | None:
+        """The same with all views instead of fewer, or with those of the run's own seed."""
+        views = {n: v for n, v in row.views.items() if "teacher_views" in row.views}
+        views.pop("teacher_views", None)
+        same = row.method, row.options, views
+        found = (r for r in self.rows if r is not row and (r.method, r.options, r.views) == same)
+        return next(found, None)
 
     def differences(self, base_of: Any) -> dict[str, list[float]]:
         """Each row minus its base, base_of(row), for the rows that have one."""
@@ -160,7 +174,7 @@ def shown(settings: Mapping[str, Any]) -> list[str]:
 
 def recipe_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """What differs from the recipe, without method, teacher and normalisation."""
-    others = OF_TEACHER.union(run["config"]["options"], OTHERWISE)
+    others = OF_TEACHER.union(run["config"]["options"], OTHERWISE, VIEWS)
     return {name: value for name, value in run["differs"].items() if name not in others}
 
 
@@ -255,11 +269,13 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
         for claim, row, base in primary:
             add(f"primary: {claim}", row, base, 1 - 0.05 / len(PRIMARY))
         pairs = [(row, base) for row in group.rows for base in (group.kd_of(row), group.alone())]
+        pairs += [(row, group.with_more_views(row)) for row in group.rows]
         pairs += [(find("mhkd" + BEST), find(f"mhkd:units={unit}" + BEST)) for unit in (1, 2, 3)]
         for row, base in pairs:
             if row and row.minus(base) and (row, base) not in [claim[1:] for claim in primary]:
                 add(f"{group.student}: {row.name} above {base.name}", row, base, 0.95)
-        by_accuracy = sorted(group.rows, key=lambda row: statistics.mean(row.values()))
+        own = [row for row in group.rows if not row.views]
+        by_accuracy = sorted(own, key=lambda row: statistics.mean(row.values()))
         best = {row.method: row for row in by_accuracy}
         if best.keys() >= {"kd", "mhkd"}:
             row, base = best["mhkd"], best["kd"]
@@ -272,8 +288,8 @@ def find_row(group: Group, pair: str, name: str) -> Row | None:
     """The row of a group that a name in SMALL_ROWS describes."""
     config = tables.config_of(pair, name, 0, tables.STUDY_STUDENT)
     options = {n: v for n, v in config.differs.items() if n in config.options}
-    same = (config.method, json.loads(json.dumps(options)))
-    return next((row for row in group.rows if (row.method, row.options) == same), None)
+    same = (config.method, json.loads(json.dumps(options)), {})
+    return next((r for r in group.rows if (r.method, r.options, r.views) == same), None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -378,7 +394,8 @@ def row_in_paper(run: Mapping[str, Any]) -> str | None:
     number, one = tables.CLASSES.get(run["config"]["dataset"], (0, ""))
     if len(run["class_accuracy"]) != number or one not in run["class_accuracy"]:
         return None
-    if {*run["differs"]} - {"units", "teacher_weights", "teacher_seed"}:  # which are no recipe
+    no_recipe = {"units", "teacher_weights", "teacher_seed", "view_seed", "teacher_store"}
+    if {*run["differs"]} - no_recipe:
         return None
     return ":".join(map(str, [run["config"]["method"], *run["differs"].get("units", [])]))
 

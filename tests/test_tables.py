@@ -715,6 +715,34 @@ def test_the_report_of_one_main_job_names_the_two_commands_that_complete_it(tmp_
     assert rows_of(complete)["mhkd, gamma 0.5"][3:] == ["+1.00, n=1", "+1.00, n=1"]
 
 
+def test_runs_of_other_views_are_rows_of_their_own_and_are_compared(tmp_path, report):
+    shared = "kd" + tables.EQUAL + ":teacher_store=float32"
+    names = ["kd" + tables.EQUAL, shared, shared + ":teacher_views=16"]
+    study(tmp_path, {name: [30 + i, 30.4 + i, 30.2 + i] for i, name in enumerate(names)})
+    text = "\n".join(report().values())
+    rows = [line for line in text.splitlines() if line.startswith("| kd, ")]
+    assert ["view_seed 0" in row for row in rows] == [False, True, True]
+    assert [row.count("| 3 |") for row in rows] == [1, 1, 1]
+    claims = [line for line in text.splitlines() if " above " in line and "view_seed" in line]
+    assert len(claims) == 2 and all("+1.00" in claim for claim in claims)
+    bases = [claim.partition(" above ")[2].partition("|")[0] for claim in claims]
+    assert sorted(base.count("view_seed") for base in bases) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "settings, counts",
+    [
+        ({"teacher_store": "float32"}, True),
+        ({"teacher_store": "float32", "teacher_views": 8}, False),
+    ],
+)
+def test_runs_with_a_store_count_for_the_papers_tables_and_with_fewer_views_not(
+    tmp_path, report, settings, counts
+):
+    record(tmp_path, 75.0, teacher="vgg13", student="vgg8", method="kd", **settings)
+    assert ("75.00, n=1 / 72.98" in str(report())) is counts
+
+
 def test_the_best_test_accuracy_is_not_shown(tmp_path, report):
     record(tmp_path, 70.0, **PAIR, method="kd", epochs=3)
     record(tmp_path, 70.0, **PAIR, method="mhkd", epochs=3)
