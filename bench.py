@@ -186,6 +186,9 @@ class Step:
         if config.teacher_store:
             statistics = {"normalisation": [data.mean, data.std]}
             self.distiller.store = mhkd_teacher.open_store(config, data, self.distiller, statistics)
+        if config.compile:  # as train() does
+            for network in filter(None, (self.distiller.student, self.distiller.teacher)):
+                network.compile(dynamic=False)
         parameters = [p for p in self.distiller.parameters() if p.requires_grad]
         settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
         self.optimizer = torch.optim.SGD(parameters, 1e-3, **settings)  # low, for random labels
@@ -265,6 +268,7 @@ def bench_step(args, device: torch.device) -> dict:
             options = {"head_width": args.head_width, "head_stride": args.head_stride}
             settings["options"] = {n: v for n, v in options.items() if v}
             settings["options"] |= {"teacher_heads": "pretrained"} if args.teacher_store else {}
+        settings["compile"] = args.compile
         config = mhkd.Config(*pair.split(":"), **settings)
         data = random_data(config, 20 * config.batch_size, device)
         ways = {"step": Step(config, data)}
@@ -323,6 +327,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     step.add_argument("--head-stride", type=int, help="of mhkd (default: 1)")
     step.add_argument("--batch-size", type=int, default=64, help="images (default: 64)")
     step.add_argument("--rounds", type=int, default=20, help="steps of each (default: 20)")
+    step.add_argument("--compile", action="store_true", help="torch.compile our networks")
     step.set_defaults(run=bench_step)
     for command in (loss, step):
         command.add_argument("--device", help="cpu or cuda (default: cuda if available)")

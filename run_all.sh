@@ -10,6 +10,8 @@
 #   ./run_all.sh views    the study of stored teacher outputs, 86 runs, after small
 #   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report
 #   ./run_all.sh records  copy the records of finished runs to results/
+#   ./run_all.sh gpu      the first run on a GPU: kernel, its tests, benchmarks, two epochs; eight
+#                         minutes at most, no network; the report is OUT/report.md (default: runs/gpu)
 #   ./run_all.sh test     set up the environment and run the tests
 #   ./run_all.sh setup    set up the environment: dependencies and the compiled loss
 #
@@ -145,11 +147,78 @@ commas() { # "a b c" as a,b,c
     echo "$*"
 }
 
-usage() { sed -n '2,26s/^# \{0,1\}//p' "$0"; }
+# Without setup, which may need the network. Every part has a time limit, so that none stops another.
+gpu() {
+    python=${PYTHON:-python3} OUT=${OUT:-runs/gpu} DATA=${DATA:-data} failed=0
+    mkdir -p "$OUT"
+    report=$OUT/report.md
+    available=$("$python" -c 'import torch; print(torch.cuda.is_available())' || true)
+    {
+        printf '# Run on a GPU\n\n%s, commit %s\n\n```text\n' "$(date -u '+%F %R UTC')" \
+            "$(git describe --always --dirty 2>/dev/null || echo unknown)"
+        uname -srm
+        grep -m 1 'model name' /proc/cpuinfo || true
+        nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+        nvcc --version | tail -n 1 || true
+        "$python" -V
+        "$python" -c 'import torch; print("PyTorch", torch.__version__, "CUDA", torch.version.cuda)'
+        printf '```\n'
+    } >"$report" 2>&1 || true
+
+    local small='import torch, mhkd, mhkd_fused
+problem = mhkd_fused.check("cuda", mhkd._reference_loss)
+assert not problem, problem'
+    local step=("$python" bench.py step --methods mhkd --rounds 10 --pairs)
+    local main=resnet32x4:shufflenetv2
+    local pairs=wrn_40_2:wrn_16_2,resnet110:resnet20,vgg13:vgg8,vgg13:mobilenetv2,$main
+    local job=("$python" mhkd.py --epochs 2 --overwrite --out "$OUT" --teacher resnet32x4)
+    job+=(--student shufflenetv2)
+    # Without CIFAR-100 on this machine the digits of scikit-learn, which need no download.
+    if [ -d "$DATA/cifar-100-python" ]; then job+=(--data "$DATA"); else job+=(--dataset digits); fi
+    part build 90 "$python" setup.py build_ext --inplace --force
+    part tests 70 "$python" -m pytest -q -rs tests/test_fused_loss.py tests/test_linear_loss.py -k cuda
+    part memcheck 30 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -c "$small"
+    part racecheck 30 compute-sanitizer --tool racecheck --error-exitcode 1 "$python" -c "$small"
+    part loss 90 "$python" -c 'import bench; bench.SECONDS = 1.0; bench.main()' loss \
+        --json "$OUT/loss.json"
+    part step-float32 35 "${step[@]}" "$pairs" --precision float32 --json "$OUT/float32.json"
+    part step-bfloat16 35 "${step[@]}" "$pairs" --precision bfloat16 --json "$OUT/bfloat16.json"
+    part step-compile 45 "${step[@]}" "$main" --precision bfloat16 --compile
+    part main-job 50 "${job[@]}"
+    echo "run_all.sh: the report is $report"
+    return $failed
+}
+
+part() { # name, seconds, command: run it and append the result to the report of gpu
+    local name=$1 limit=$2 log=$OUT/$1.log status=0 start=$SECONDS state
+    shift 2
+    if [ "$available" != True ]; then
+        state='no GPU'
+    elif ! command -v "$1" >/dev/null; then
+        state="there is no $1"
+    else
+        printf '+ %s\n' "$*"
+        timeout --kill-after=2 "$limit" "$@" >"$log" 2>&1 || status=$?
+        case $status in
+            0) state=passed ;;
+            124 | 137) state='stopped at its limit' ;;
+            *) state="failed, exit status $status" ;;
+        esac
+        if [ "$status" != 0 ]; then failed=1; fi
+    fi
+    echo "$name: $state"
+    {
+        printf '\n## %s: %s\n\n%d s, limit %d s\n' "$name" "$state" $((SECONDS - start)) "$limit"
+        if [ -e "$log" ]; then printf '\n```text\n%s\n```\n' "$(tail -n 60 "$log")"; fi
+    } >>"$report"
+}
+
+usage() { sed -n '2,27s/^# \{0,1\}//p' "$0"; }
 
 case "${1:-help}" in
     setup) setup ;;
     demo) setup; demo ;;
+    gpu) gpu ;;
     test) setup; run "$python" -m pytest -q "${@:2}" ;;
     small | views | table1 | table2 | table3) setup; tables "$@" ;;
     all) setup; tables table1,table2,table3 "${@:2}" ;;
@@ -161,6 +230,7 @@ case "${1:-help}" in
     *)
         echo "run_all.sh: there is no target '$1'; the targets are demo, small, table1, table2," \
             "table3, all, views, records, test, setup" >&2
+            "table3, all, records, gpu, test, setup" >&2
         usage >&2
         exit 2
         ;;

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import warnings
 import weakref
 from collections import Counter, namedtuple
@@ -1032,6 +1033,46 @@ def test_the_machine_code_keeps_to_the_instructions_and_registers_promised(tmp_p
         assert most <= allowed + more and max(others) <= allowed_others + more, (name, costs)
         checked[kind] += 1
     assert checked == {"forward": 12, "backward": 12}
+
+
+# run_all.sh gpu
+
+PARTS = ["build", "tests", "memcheck", "racecheck", "loss", "step-float32", "step-bfloat16"]
+PARTS += ["step-compile", "main-job"]
+
+
+def run_gpu(out, **environment):
+    if not (ROOT / "run_all.sh").exists():
+        pytest.skip("no run_all.sh")
+    environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable, **environment}
+    done = subprocess.run(["./run_all.sh", "gpu"], cwd=ROOT, env=environment, capture_output=True)
+    report = (out / "report.md").read_text()
+    states = dict(re.findall("^## (\\S+): (.*)$", report, re.M))
+    limits = [int(limit) for limit in re.findall("limit (\\d+) s", report)]
+    assert list(states) == PARTS and len(limits) == len(PARTS)
+    assert sum(limits) <= 480 and "PyTorch" in report
+    return done.returncode, states, report
+
+
+def test_without_a_gpu_each_part_says_so(tmp_path):
+    code, states, _ = run_gpu(tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert code == 0 and set(states.values()) == {"no GPU"}
+
+
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
+    """With an interpreter that claims a GPU and can do nothing else but step."""
+    script = 'case "$*" in *is_available*) echo True ;; *version*) echo PyTorch ;;'
+    script += " *step*) echo done ;; *) echo broken >&2; exit 3 ;; esac\n"
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\n{script}")
+    fake.chmod(0o755)
+    code, states, report = run_gpu(tmp_path / "out", PYTHON=str(fake))
+    assert code == 1
+    assert {states[part] for part in PARTS if "step" in part} == {"passed"}
+    assert {states[part] for part in ("build", "tests", "loss", "main-job")} == {
+        "failed, exit status 3"
+    }
+    assert "broken" in report and "done" in report
 
 
 # CUDA alone
