@@ -229,8 +229,7 @@ case "${1:-help}" in
     help | -h | --help) usage ;;
     *)
         echo "run_all.sh: there is no target '$1'; the targets are demo, small, table1, table2," \
-            "table3, all, views, records, test, setup" >&2
-            "table3, all, records, gpu, test, setup" >&2
+            "table3, all, views, records, gpu, test, setup" >&2
         usage >&2
         exit 2
         ;;
