@@ -1398,7 +1398,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
 
     Returns:
         The content of result.json. "accuracy", in percent of the test images, is that of the
-        student after the last epoch, saved without heads and loaded into the plain network.
+        student in student.pt (config.keep), saved without heads and loaded into the plain network.
 
     Raises:
         UsageError, mhkd_runs.RunError: a mistake in the input; nothing has been overwritten.
