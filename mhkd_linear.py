@@ -103,21 +103,17 @@ def _in_chunks(columns, labels, chunk, accumulate, settings) -> Tensor:
         loss = labels.new_zeros((), dtype=torch.float64 if double else torch.float32)
         loss += 0.0 if all_kl else math.nan  # NaN as a mean over no row
         for start, (n_kl, n_ce) in zip(range(0, len(labels), chunk), counts):
+            here = slice(start, start + chunk)
             for x_s, w_s, b_s, x_t, w_t, b_t, kl, ce in zip(*columns):
                 kl, ce = kl * n_kl / max(1, all_kl), ce * n_ce / max(1, all_ce)
                 if kl == ce == 0:
                     continue
-                here = slice(start, start + chunk)
                 x = x_s[here].to(dtype or x_s.dtype)
-                z_s = F.linear(x, cast[w_s], cast[b_s]).requires_grad_(bool(grads))  # [chunk, V]
-                z_t = F.linear(x_t[here].to(dtype or x_t.dtype), cast[w_t], cast[b_t])
+                student = x, cast[w_s], cast[b_s]
+                teacher = x_t[here].to(dtype or x_t.dtype), cast[w_t], cast[b_t]
                 one = {"kl_weights": [kl], "ce_weights": [ce], "teacher_ce": [False], **settings}
-                with torch.set_grad_enabled(bool(grads)):
-                    part = mhkd.mhkd_loss([z_s], [z_t], labels[here], **one)
-                loss = loss + part.detach()
-                if not grads:
-                    continue
-                (grad,) = torch.autograd.grad(part, z_s)
+                part, grad = _of_chunk(student, teacher, labels[here], one, bool(grads))
+                loss += part
                 if x_s in grads:
                     grads[x_s][here] += grad @ cast[w_s]
                 if w_s in grads and grads[w_s].dtype == grad.dtype:
@@ -126,7 +122,16 @@ def _in_chunks(columns, labels, chunk, accumulate, settings) -> Tensor:
                     grads[w_s] += grad.T @ x
                 if b_s in grads:
                     grads[b_s] += grad.sum(dim=0)
+                del grad  # before the next logits take its place
     return _WithGradients.apply(loss, list(grads.values()), *grads)
+
+
+def _of_chunk(student, teacher, labels, options, differentiate) -> tuple[Tensor, Tensor | None]:
+    """The loss of one head's logits [chunk, V] and the gradient of the student's."""
+    z_s = F.linear(*student).requires_grad_(differentiate)
+    with torch.set_grad_enabled(differentiate):
+        loss = mhkd.mhkd_loss([z_s], [F.linear(*teacher)], labels, **options)
+    return loss.detach(), torch.autograd.grad(loss, z_s)[0] if differentiate else None
 
 
 class _WithGradients(torch.autograd.Function):
