@@ -980,7 +980,7 @@ class Batch:
 
     student: Outputs
     teacher: Outputs | None
-    labels: Tensor  # [B]
+    labels: Tensor  # [B]; UNLABELLED for images without a label
     indices: Tensor  # [B], of the training set
     metrics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # scalars for the log
 
@@ -997,6 +997,7 @@ class Method(nn.Module):
     final_options: dict[str, Option] = {}  # of its terms on the final outputs
     priority = 0  # the joined method with the highest priority gives the terms on the final outputs
     needs_teacher = True
+    needs_labels = False  # of all images: it refuses unlabelled ones
     needs_penultimate = False  # of both networks
     on_teacher = False  # it trains something on the frozen teacher; there is no student
 
@@ -1033,7 +1034,7 @@ class Method(nn.Module):
 
     def final_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Loss terms on the final outputs. Default: the cross-entropy."""
-        return {"ce": F.cross_entropy(batch.student.logits, batch.labels)}
+        return {"ce": mean_cross_entropy(batch.student.logits, batch.labels)}
 
     def own_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Loss terms that the method adds."""
@@ -1046,6 +1047,12 @@ class Method(nn.Module):
     def backward(self, terms: dict, student: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         """Set the gradients of the student's parameters and of all others that are trained."""
         sum(terms.values()).backward()
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the labelled rows of logits [B, K]; 0 if there are none."""
+    total = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
+    return total / (labels != UNLABELLED).sum().clamp(min=1)
 
 
 class CrossEntropy(Method):
@@ -1241,6 +1248,22 @@ def find_methods(method: str) -> dict[str, type[Method]]:
     return {name: METHODS[name] for name in names}
 
 
+def takes_unlabelled(method: str) -> bool:
+    """Whether a method trains on unlabelled images, too. Without it they are left out.
+
+    Raises:
+        UsageError: it needs the labels of all images.
+    """
+    methods = find_methods(method)
+    for name, kind in methods.items():
+        if kind.needs_labels:
+            raise UsageError(
+                f"--method {name} needs the labels of all images, and some are unlabelled: move "
+                "these out of the data, or use kd or mhkd"
+            )
+    return all(kind.needs_teacher and not kind.on_teacher for kind in methods.values())
+
+
 def method_options(methods: Mapping[str, type[Method]]) -> dict[str, Option]:
     """The options of joined methods: those of the last one's final terms and of all own terms."""
     *_, last = methods.values()
@@ -1267,7 +1290,7 @@ class Distiller(nn.Module):
         super().__init__()
         K, methods = len(data.classes), find_methods(config.method)
         x = data.center_crop(data.train[:2]).cpu()  # real images, to inspect the networks
-        self.config = config
+        self.config, self.labelled_fraction = config, data.labelled_fraction
         # The student comes first: its initial weights depend on the seed, not on the method.
         torch.manual_seed(config.seed)
         on_teacher = any(method.on_teacher for method in methods.values())
@@ -1340,7 +1363,8 @@ class Distiller(nn.Module):
             terms |= method.own_terms(batch)
         hits = student.logits.argmax(dim=1) == labels
         metrics = {"loss": sum(terms.values()), **terms, **batch.metrics}
-        metrics["train_accuracy"] = 100 * hits.float().mean()
+        # Of the labelled images: a batch may have none, so divided by their fraction in all.
+        metrics["train_accuracy"] = 100 * hits.float().mean() / self.labelled_fraction
         return terms, {name: metric.detach() for name, metric in metrics.items()}
 
     def targets(self, images: Tensor, indices: Tensor) -> Outputs:
@@ -1414,6 +1438,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 f"the data are '{data.name}' with {data.size} pixels, the configuration has "
                 f"{config.dataset} with {config.image_size}"
             )
+        if data.labelled_fraction < 1 and not takes_unlabelled(config.method):
+            data = data.labelled()
         found = sibling("mhkd_teacher")
         teacher, path, of_teacher = found.find_teacher(config, data)  # may call train() for it
         heads, of_teacher["teacher_heads_sha256"] = found.find_heads(config, data, path)  # likewise
@@ -1710,6 +1736,7 @@ def load_student(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 class Data:
     """A data set in memory: images uint8 [N, M, M, 3], labels int64 [N], indices of its parts.
 
+    Training images may be unlabelled: their label is UNLABELLED.
     M >= size, the side that the networks see. mean and std of each channel are on the 0-1 scale.
     The images may stay in host memory or in a file; all other tensors are on `device`.
     """
@@ -1723,13 +1750,15 @@ class Data:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    sha256: str  # of all images and labels
+    sha256: str  # of all labelled images and their labels
     name: str = ""  # in DATASETS
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the record
     prefetch: Callable[[Tensor, Tensor], None] | None = None  # for images mapped from a file
+    unlabelled_sha256: str | None = None  # of the unlabelled images, if any
 
     def __post_init__(self) -> None:
         self.device, self.train_labels = self.labels.device, self.labels[self.train]
+        self.labelled_fraction = (self.train_labels != UNLABELLED).double().mean().item()
         # On the 0-255 scale, and sent to the device once: for each batch the host would wait.
         statistics = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
         self.mean_255, self.std_255 = (255 * values for values in statistics)
@@ -1743,6 +1772,12 @@ class Data:
         moved = {name: getattr(self, name).to(device) for name in names}
         prefetch = None if fits and device.type != "cpu" else self.prefetch
         return dataclasses.replace(self, **moved, prefetch=prefetch)
+
+    def labelled(self) -> Data:
+        """The same without unlabelled training images."""
+        facts = {name: fact for name, fact in self.facts.items() if name != "unlabelled"}
+        train = self.train[self.train_labels != UNLABELLED]
+        return dataclasses.replace(self, train=train, facts=facts, unlabelled_sha256=None)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images [B, S, S, 3], 0 to 255, to float32 [B, 3, S, S]."""
@@ -1844,6 +1879,7 @@ def one_ahead(items: Iterator) -> Iterator:
 
 # What a data set provides: a function from a list of indices to images uint8 [n, M, M, 3]; all
 # labels [N]; the number of training images, which come first; class names; facts for the record.
+# Unlabelled training images come last, with the label UNLABELLED, and are not in that number.
 Source = tuple[Any, ...]
 
 
@@ -1899,11 +1935,13 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         wait_for_all()  # the main process downloads and decodes first
     dataset = DATASETS[config.dataset]
     images_at, labels, count, classes, *facts = dataset.load(config)
+    end = len(labels) - int((labels == UNLABELLED).sum())  # of the labelled images
     parts = []  # the subsets: the same images for every run, in the order of the data set
-    for size, most in ((count, config.subset), (len(labels) - count, config.test_subset)):
+    for size, most in ((count, config.subset), (end - count, config.test_subset)):
         indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))
         parts.append(indices[:most].sort().values)
-    chosen, count = [*parts[0].tolist(), *(count + parts[1]).tolist()], len(parts[0])
+    chosen = torch.cat([parts[0], count + parts[1], torch.arange(end, len(labels))]).tolist()
+    count, end = len(parts[0]), len(parts[0]) + len(parts[1])
     images, labels = images_at(chosen), labels[chosen]
     if is_main():
         wait_for_all()
@@ -1920,21 +1958,26 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         of_class = (labels[:count] == label).nonzero()[:, 0]
         number = round(config.val_fraction * len(of_class))
         held_out.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
-    train, test = torch.arange(count), torch.arange(count, len(labels))
+    train, test = torch.arange(count), torch.arange(count, end)
     val = torch.cat(held_out).sort().values
     train = train[~torch.isin(train, val)]
-    digest = hashlib.sha256(repr((images.shape, classes, count)).encode())
-    for part in (labels, *images.split(1000)):
-        digest.update(part.numpy())
+    digests = []
+    for begin, stop in ((0, end), (end, len(labels))):
+        pixels = images[begin:stop]
+        digests.append(hashlib.sha256(repr((pixels.shape, classes, count)).encode()))
+        for part in (labels[begin:stop], *pixels.split(1000)):
+            digests[-1].update(part.numpy())
+    sha256, of_unlabelled = (digest.hexdigest() for digest in digests)
     if len(train) < 2 or config.val_fraction and not len(val):
         raise UsageError(f"there are {len(train)} training and {len(val)} validation images")
+    mean, std = normalisation(config) or sibling("mhkd_images").measure(images, train)
+    train = torch.cat([train, torch.arange(end, len(labels))])
     if (B := config.batch_size) > len(train):
         raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
-    mean, std = normalisation(config) or sibling("mhkd_images").measure(images, train)
     prefetch = sibling("mhkd_images").prefetch if dataset.mapped else None
     return Data(
-        images, labels, train, val, test, classes, S, mean, std, digest.hexdigest(),
-        config.dataset, facts[0] if facts else {}, prefetch,
+        images, labels, train, val, test, classes, S, mean, std, sha256, config.dataset,
+        facts[0] if facts else {}, prefetch, of_unlabelled if end < len(labels) else None,
     ).to(torch.device(device))  # fmt: skip
 
 
@@ -1972,6 +2015,7 @@ PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
 TWO = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
 INSIDE = (lambda v: 0 < v < 1, "above 0 and below 1")
 BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+PART = (lambda v: 0 < v < 1, "above 0 and below 1")
 FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
 CHANNELS = (lambda v: len(v) == 3 and all(0 <= x <= 1 for x in v), "three numbers from 0 to 1")
@@ -2022,6 +2066,8 @@ class Config:
     test_subset: int | None = field("data", None, "test images to use (default: all)", int, COUNT)
     val_fraction: float = field(
         "data", 0.0, "fraction of the training images held out for validation", float, BELOW_1)
+    test_fraction: float | None = field("data", None, "fraction of each class that is held out for "
+        "the test, for --dataset folder without train/ (default: none)", float, PART)
     crop_padding: int | None = field(
         "data", None, "pixels around images for random crops (default: 4; digits 2)", int, PADDING)
     crop_scale: float = field(
@@ -2077,6 +2123,8 @@ class Config:
     teacher_weights: str | None = field("runtime", None,
         "checkpoint of the teacher (default: train it first)", str, (len, "a file"))
     data: str = field("runtime", "data", "folder of the data, also for downloads")
+    unlabelled: str | None = field("runtime", None, "folder of images without labels, with "
+        "--dataset folder (default: DATA/unlabelled if it exists)", str, (len, "a folder"))
     out: str = field("runtime", "runs", "folder of the run folders")
     device: str | None = field(
         "runtime", None, "cpu, cuda, cuda:1 or mps (default: cuda, else mps, else cpu)")
@@ -2117,6 +2165,11 @@ class Config:
             raise UsageError("--momentum is an option of --optimizer sgd, not of adamw")
         if self.schedule == "cosine" and (self.lr_steps or self.lr_decay != Config.lr_decay):
             raise UsageError("--lr-steps and --lr-decay are options of --schedule steps")
+        for name in ("test_fraction", "unlabelled"):
+            if getattr(self, name) is not None and self.dataset != "folder":
+                raise UsageError(f"{flag_of(name)} is for --dataset folder, not {self.dataset}")
+        if self.unlabelled is not None and not takes_unlabelled(self.method):
+            raise UsageError(f"--method {self.method} cannot use --unlabelled: leave it out")
         if any(m.on_teacher for m in methods.values()) and self.student != self.teacher:
             raise UsageError("--method heads has no student: give the teacher as --student, too")
         for name in filter(None, (self.student, self.teacher)):
@@ -2209,6 +2262,7 @@ class Config:
         own = {"student_units": None, "options": {}, "method": "ce", "seed": self.teacher_seed}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
         own |= {"view_seed": None, "warmup": self.warmup * epochs / self.epochs}
+        own |= {"unlabelled": None}
         own |= {"epochs": epochs, "lr": self.teacher_lr, "lr_steps": self._scaled_steps(epochs)}
         return self.replace(**own)
 
@@ -2225,6 +2279,7 @@ class Config:
         own |= {"teacher_epochs": None, "teacher_lr": None}
         own |= {"view_seed": None, "teacher_store": None, "teacher_views": None}
         own |= {"warmup": self.warmup * epochs / self.epochs, "ema": None, "keep": "last"}
+        own |= {"unlabelled": None}
         return self.replace(**own, options={name: o[name] for name in HEAD_OPTIONS})
 
     def _scaled_steps(self, epochs: int) -> tuple[int, ...] | None:

@@ -37,7 +37,7 @@ class BenchmarkMethod(mhkd.Method):
     def final_terms(self, batch: Batch) -> dict[str, Tensor]:
         o, z_s, terms = self.options, batch.student.logits, {}
         if o.gamma:
-            terms["ce"] = o.gamma * F.cross_entropy(z_s, batch.labels)
+            terms["ce"] = o.gamma * mhkd.mean_cross_entropy(z_s, batch.labels)
         if o.kd_weight:
             kl = mhkd.kd_loss(z_s, batch.teacher.logits, o.tau, backend=self.config.backend)
             terms["kd"] = o.kd_weight * kl
@@ -266,6 +266,7 @@ class CRDLoss(nn.Module):
 class ContrastiveDistillation(BenchmarkMethod):
     """Contrastive representation distillation (Tian et al. 2020) of the penultimate features."""
 
+    needs_labels = True  # its negatives are of other classes
     needs_penultimate = True
     options = EMBED_DIM | {
         "crd_weight": Option(0.8, "weight of the CRD term", rule=NOT_NEGATIVE),
@@ -316,6 +317,7 @@ class FeatureMimicking(mhkd.Method):
     is between the two layers, so they are merged into one classifier afterwards.
     """
 
+    needs_labels = True  # to see which samples the teacher classifies correctly
     needs_penultimate = True
     options = {
         "lsh_weight": Option(6.0, "weight of the LSH term", rule=NOT_NEGATIVE),

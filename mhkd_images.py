@@ -41,38 +41,40 @@ def resized_side(image_size: int) -> int:
 def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
     """The images in train/<class>/ and test/<class>/ (or val/, valid/), at any depth.
 
-    They are decoded once, into a file below --out. Returns a mhkd.Source and facts for the record:
-    how many files and folders are left out, by reason, and the unreadable images.
+    Without train/ they are in <class>/, of which --test-fraction is held out for the test. Those in
+    unlabelled/, or --unlabelled, are training images without a label, unless the method ignores
+    them. All are decoded once, into a file below --out. Returns a mhkd.Source and facts for the
+    record: how many files and folders are left out, by reason; the unreadable images; the number
+    of unlabelled images.
+
+    side: to which images are resized, for CIFAR, which has no unlabelled images.
     """
     root, left_out = Path(config.data), defaultdict(list)
-    others = [root / name for name in ("test", "val", "valid") if (root / name).is_dir()]
-    parts, names = [root / "train", (others or [root / "test"])[0]], []
-    left_out["folders that are not used"] = others[1:]
-    for part in parts:
-        if not part.is_dir():
-            raise UsageError(f"there is no folder '{part}': --data must contain train/ and test/")
-        entries = list(visible(part, left_out))
-        names.append(sorted(entry.name for entry in entries if entry.is_dir()))
-        left_out["outside of class folders"] += [e for e in entries if not e.is_dir()]
-    classes = names[0]
-    if names[1] != classes:
-        differ = ", ".join(sorted({*classes} ^ {*names[1]})[:10])
-        raise UsageError(f"'{parts[0]}' and '{parts[1]}' differ in their classes: {differ}")
+    unlabelled = Path(config.unlabelled or root / "unlabelled")
+    if config.test_fraction is None:
+        top, (classes, folders, files) = root / "train", find_parts(root, left_out)
+    else:
+        top, (classes, folders, files) = root, divide(root, config.test_fraction, left_out)
     if len(classes) < 2:
-        raise UsageError(f"'{parts[0]}' has {len(classes)} class folders: a classifier needs two")
-    folders = [part / name for part in parts for name in classes]
-    files = [(f, i) for i, d in enumerate(folders) for f in sorted(images_below(d, left_out))]
+        raise UsageError(f"'{top}' has {len(classes)} class folders: a classifier needs two")
+    if config.unlabelled and not unlabelled.is_dir():
+        raise UsageError(f"there is no folder '{unlabelled}', which --unlabelled names")
+    if side is None and unlabelled.is_dir() and mhkd.takes_unlabelled(config.method):
+        found = sorted(images_below(unlabelled, left_out))
+        files += [(file, mhkd.UNLABELLED) for file in found]
+        if not found:
+            raise UsageError(f"'{unlabelled}' contains no images that can be used: remove it")
     counts, notes = {}, []
     for reason, paths in left_out.items():
         if paths:
             counts[reason] = len(paths)
-            some = ", ".join(str(path.relative_to(root)) for path in sorted(paths)[:3])
+            some = ", ".join(os.path.relpath(path, root) for path in sorted(paths)[:3])
             notes.append(f"{len(paths)} {reason} ({some}{', ...' if len(paths) > 3 else ''})")
     if notes:
         mhkd.log(f"note: in '{root}' these are left out: {'; '.join(notes)}")
     side, cache = side or resized_side(config.image_size), Path(config.out) / "cache"
     images, unreadable = None, set()
-    if getattr(config, "skip_unreadable", False):
+    if config.skip_unreadable:
         images, unreadable = decode([file for file, _ in files], side, cache, skip_unreadable=True)
         files = [(file, i) for file, i in files if file not in unreadable]
     for i in {*range(len(folders))} - {i for _, i in files}:
@@ -84,9 +86,73 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
         return decode([files[i][0] for i in chosen], side, cache)[0]
 
     facts = {"left_out": counts}
-    facts["unreadable"] = sorted(file.relative_to(root).as_posix() for file in unreadable)
-    labels = torch.tensor([i % len(classes) for _, i in files])
-    return load, labels, sum(i < len(classes) for _, i in files), classes, facts
+    facts["unreadable"] = sorted(Path(os.path.relpath(f, root)).as_posix() for f in unreadable)
+    if number := sum(i == mhkd.UNLABELLED for _, i in files):
+        facts["unlabelled"] = number
+    labels = torch.tensor([i if i == mhkd.UNLABELLED else i % len(classes) for _, i in files])
+    return load, labels, sum(0 <= i < len(classes) for _, i in files), classes, facts
+
+
+# What the next two functions return: names of the classes; folders of the classes, those of the
+# training images first, then those of the test images; and each file with the index of its folder.
+Split = tuple[list[str], list[Path], list[tuple[Path, int]]]
+
+
+def find_parts(root: Path, left_out: dict[str, list[Path]]) -> Split:
+    """The images of train/<class>/ and test/<class>/. Raises OSError."""
+    others = [root / name for name in ("test", "val", "valid") if (root / name).is_dir()]
+    parts, names = [root / "train", (others or [root / "test"])[0]], []
+    left_out["folders that are not used"] = others[1:]
+    for part in parts:
+        if not part.is_dir():
+            raise UsageError(
+                f"there is no folder '{part}': --data must contain train/ and test/, or folders of "
+                "classes, which --test-fraction 0.2 divides"
+            )
+        names.append(class_names(part, left_out))
+    classes = names[0]
+    if "unlabelled" in classes:
+        raise UsageError(
+            f"'{parts[0] / 'unlabelled'}' would be a class: move it to '{root / 'unlabelled'}' if "
+            "its images have no labels, else rename it"
+        )
+    if names[1] != classes:
+        differ = ", ".join(sorted({*classes} ^ {*names[1]})[:10])
+        raise UsageError(f"'{parts[0]}' and '{parts[1]}' differ in their classes: {differ}")
+    folders = [part / name for part in parts for name in classes]
+    files = [(f, i) for i, d in enumerate(folders) for f in sorted(images_below(d, left_out))]
+    return classes, folders, files
+
+
+def divide(root: Path, fraction: float, left_out: dict[str, list[Path]]) -> Split:
+    """The images of <class>/, of which a fraction is for the test. Raises OSError.
+
+    Which ones depends only on the names of the files, so that most images stay in their part if
+    others are added.
+    """
+    for name in ("train", "test", "val", "valid"):
+        if (root / name).is_dir():
+            what = f"--test-fraction is for folders of classes, and '{root / name}' exists"
+            raise UsageError(f"{what}: leave it out")
+    if not root.is_dir():
+        raise UsageError(f"there is no folder '{root}', which --data names")
+    classes = [name for name in class_names(root, left_out) if name != "unlabelled"]
+    folders, train, test = [root / name for name in classes] * 2, [], []
+    for i, folder in enumerate(folders[: len(classes)]):
+        files = list(images_below(folder, left_out))
+        files.sort(key=lambda f: hashlib.sha256(f.relative_to(folder).as_posix().encode()).digest())
+        if len(files) == 1:
+            raise UsageError(f"'{folder}' has one image: training and test need one each")
+        number = min(max(1, round(fraction * len(files))), len(files) - 1)
+        test += [(file, len(classes) + i) for file in sorted(files[:number])]
+        train += [(file, i) for file in sorted(files[number:])]
+    return classes, folders, train + test
+
+
+def class_names(folder: Path, left_out: dict[str, list[Path]]) -> list[str]:
+    entries = list(visible(folder, left_out))
+    left_out["outside of class folders"] += [entry for entry in entries if not entry.is_dir()]
+    return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 def visible(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[Path]:

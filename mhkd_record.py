@@ -31,6 +31,8 @@ def record_of(config: Config, data: Data, of_teacher: Mapping[str, Any]) -> dict
     differs = dict(config.differs)
     if mhkd.world_size() > 1:  # batch norm sees each process's part of the batch alone
         differs["processes"] = mhkd.world_size()
+    if data.unlabelled_sha256:
+        differs["unlabelled"] = data.facts["unlabelled"]
     if config.teacher_weights:
         differs["teacher_weights"] = of_teacher["teacher_sha256"][:8]
     return {
@@ -40,6 +42,7 @@ def record_of(config: Config, data: Data, of_teacher: Mapping[str, Any]) -> dict
         **of_teacher,
         **code_hashes(config),
         "data_sha256": data.sha256,
+        "unlabelled_sha256": data.unlabelled_sha256,
         "data_facts": data.facts,
         "normalisation": {"mean": data.mean, "std": data.std},
     }
@@ -79,7 +82,7 @@ def name_of(config: Config, differs: Mapping[str, Any], data_sha256: str = "") -
 
 def environment(config: Config, device: torch.device) -> dict[str, Any]:
     """What a result may depend on besides the configuration."""
-    names = ("data", "out", "teacher_weights", "compile")
+    names = ("data", "unlabelled", "out", "teacher_weights", "compile")
     return {
         **machine(device),
         "mhkd": mhkd.__version__,

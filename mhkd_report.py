@@ -86,7 +86,7 @@ class Row:
     name: str
     method: str
     options: dict[str, Any]  # those that differ from the recipe
-    weights: tuple[float, float, float] | None  # see final_weights()
+    weights: Any  # see final_weights(), and the number of unlabelled images
     views: dict[str, Any]  # VIEWS that differ from the recipe
     runs: dict[int, dict[str, Any]]  # by seed
 
@@ -104,7 +104,7 @@ OF_TEACHER = {name for name in Config.__dataclass_fields__ if name.startswith("t
 OF_TEACHER |= {"student_units"}
 ORDER = ("ce", "kd", "fitnet", "cc", "rkd", "crd", "lsh", "dhkd", "mhkd", "crd+mhkd")
 OTHERWISE = {"teacher_weights", "mean", "std"}  # shown as hash and normalisation
-IN_NAME = {"units", "gamma", "kd_weight"}  # options that are always part of a row's name
+IN_NAME = {"units", "gamma", "kd_weight", "unlabelled"}  # always part of a row's name
 
 
 class Group:
@@ -132,8 +132,9 @@ class Group:
             own = {n: v for n, v in differs.items() if n in in_name}
             name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])
             options = {n: v for n, v in differs.items() if n in c["options"]}
+            weights = final_weights(c["options"]), differs.get("unlabelled")
             views = {n: v for n, v in differs.items() if n in VIEWS}
-            new = Row(name, c["method"], options, final_weights(c["options"]), views, {})
+            new = Row(name, c["method"], options, weights, views, {})
             if rows.setdefault(name, new).runs.setdefault(c["seed"], run) is not run:
                 self.twice.append(run["name"])
         methods = [*ORDER, *sorted({row.method for row in rows.values()} - {*ORDER})]
@@ -143,7 +144,7 @@ class Group:
         return next((r for r in self.rows if r.method == "ce"), None)
 
     def kd_of(self, row: Row) -> Row | None:
-        """The row of kd with the same temperature, weights of the final outputs, and views."""
+        """The row of kd with the same temperature, final weights, unlabelled images and views."""
         same = row.weights, row.views
         return next(
             (r for r in self.rows if r.method == "kd" and (r.weights, r.views) == same), None
@@ -174,7 +175,7 @@ def shown(settings: Mapping[str, Any]) -> list[str]:
 
 def recipe_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """What differs from the recipe, without method, teacher and normalisation."""
-    others = OF_TEACHER.union(run["config"]["options"], OTHERWISE, VIEWS)
+    others = OF_TEACHER.union(run["config"]["options"], OTHERWISE, VIEWS, ["unlabelled"])
     return {name: value for name, value in run["differs"].items() if name not in others}
 
 
@@ -374,11 +375,11 @@ def completion(group: Group, folder: Path) -> str:
     commands = []
     for run in group.rows[-1].runs.values():
         here, c = run["environments"][-1], {**run["config"], "out": str(folder)}
-        c |= {"data": here["data"], "teacher_weights": here.get("teacher_weights")}
+        c |= {n: here.get(n) for n in ("data", "teacher_weights", "unlabelled")}
         c = {n: tuple(v) if isinstance(v, list) else v for n, v in c.items()}
         c = {n: v for n, v in c.items() if n in Config.__dataclass_fields__}
         own = {n: v for n, v in c["options"].items() if n in tables.options_of("kd")}
-        changes = {"ce": {"options": {}}, "kd": {"options": own}}
+        changes = {"ce": {"options": {}, "unlabelled": None}, "kd": {"options": own}}
         if c["teacher_weights"]:  # whose normalisation the student used
             changes["ce"] |= {n: tuple(v) for n, v in run.get("normalisation", {}).items()}
         for method, given in changes.items():

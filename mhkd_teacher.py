@@ -48,7 +48,8 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
     mhkd.log(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
     if accuracy < 200 / len(data.classes):
         mhkd.log("note: this is near chance: check the order of the classes, --mean and --std")
-    alone = config.replace(method="ce", teacher=None, options={}, teacher_weights=None)
+    without = dict.fromkeys(("teacher", "teacher_weights", "unlabelled"))
+    alone = config.replace(method="ce", options={}, **without)
     result = (
         Path(config.out) / mhkd_record.name_of(alone, alone.differs, data.sha256) / "result.json"
     )
@@ -97,7 +98,7 @@ def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping
     names = ["image_size", "crop_padding", "crop_scale", "flip", "augment", "precision"]
     names += ["val_fraction", "teacher_units", "view_seed", "teacher_store"]
     key = {name: getattr(config, name) for name in names}
-    hashes = ("data", "teacher", "teacher_code", "teacher_heads")
+    hashes = ("data", "unlabelled", "teacher", "teacher_code", "teacher_heads")
     key |= {name: record.get(f"{name}_sha256") for name in hashes} | {"name": config.teacher}
     key |= {"normalisation": record["normalisation"], "device": data.device.type, "sizes": sizes}
     key["code"] = mhkd_record.code_sha256([FeatureExtractor, AuxHeads, Data, epoch_batches])
