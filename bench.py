@@ -4,6 +4,7 @@
     python bench.py step                     # training steps and what they consist of
     python bench.py step --pairs resnet32x4:shufflenetv2 --threads 1 --precision bfloat16
     python bench.py step --teacher-store     # steps that store the teacher's outputs or read them
+    python bench.py networks runs/A runs/B   # milliseconds per image of trained networks
 
 Implementations run alternately in one process on the same inputs. A time is the median. A ratio of
 steps is the median of the ratios of adjacent steps, which other load on the machine slows equally.
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 
 import mhkd
 import mhkd_record
+import mhkd_runs
 import mhkd_teacher
 
 # --------------------------------------------------------------------------------------------------
@@ -298,6 +301,33 @@ def bench_step(args, device: torch.device) -> dict:
     return {"rows": rows, "rounds": args.rounds}
 
 
+# --------------------------------------------------------------------------------------------------
+# bench.py networks
+# --------------------------------------------------------------------------------------------------
+
+
+def bench_networks(args, device: torch.device) -> dict:
+    """Milliseconds per image of the networks of runs, also written to RUN/speed.json."""
+    calls, rows = {}, {}
+    for folder in args.runs:
+        path = folder / "student.pt"
+        student = mhkd.load_student(path).to(device)
+        rows[folder] = {"student_sha256": mhkd_runs.sha256_of(path), "milliseconds": {}}
+        for batch in (1, 64):
+            x = torch.rand(batch, 3, student.image_size, student.image_size, device=device)
+            calls[folder, batch] = functools.partial(student.model, x)
+    with torch.inference_mode():
+        taken = in_turn(calls, [()], device, args.rounds, 0.5)
+    print("ms per image, batches of 1 and 64:")
+    for (folder, batch), times in taken.items():
+        rows[folder]["milliseconds"][str(batch)] = 1e3 * statistics.median(times) / batch
+    here = mhkd_record.environment(mhkd.Config(student="resnet8", method="ce"), device)
+    for folder, row in rows.items():
+        mhkd_runs.write_json(folder / "speed.json", row | {"environment": here})
+        print(f"{folder}: {', '.join(f'{ms:.3g}' for ms in row['milliseconds'].values())}")
+    return {"rows": {str(folder): row for folder, row in rows.items()}, "rounds": args.rounds}
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -329,15 +359,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     step.add_argument("--rounds", type=int, default=20, help="steps of each (default: 20)")
     step.add_argument("--compile", action="store_true", help="torch.compile our networks")
     step.set_defaults(run=bench_step)
-    for command in (loss, step):
+    networks = commands.add_parser("networks", help="milliseconds per image of trained networks")
+    networks.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    networks.add_argument("--rounds", type=int, default=20, help="calls of each (default: 20)")
+    networks.set_defaults(run=bench_networks)
+    for command in (loss, step, networks):
         command.add_argument("--device", help="cpu or cuda (default: cuda if available)")
         command.add_argument("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
         command.add_argument("--json", type=Path, help="also write the results to this file")
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    return mhkd.command_line("bench.py", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     machine = {"device": args.device, "precision": getattr(args, "precision", "auto")}
     config = mhkd.Config(student="resnet8", method="ce", **machine)
@@ -351,4 +389,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,11 +14,15 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import mhkd
 import mhkd_runs
@@ -32,13 +36,15 @@ from mhkd_tables import BEST, PAIR_A, PAIR_B, PRIMARY
 
 KEYS = """name config differs teacher_sha256 teacher_accuracy data_sha256 student_sha256 accuracy
     class_accuracy epochs seconds environments""".split()
+SPEED_KEYS = ("student_sha256", "milliseconds", "environment")
 
 
 def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The records directly below a folder, and a sentence for each file that cannot be used.
 
-    Each also gets its "key", its "curve" (test accuracies by epoch), the "train_accuracy" of the
-    last epoch (None without a log), and whether it still "has_student".
+    Each also gets its "folder", its "key", its "curve" (test accuracies by epoch), the
+    "train_accuracy" of the last epoch (None without a log), its "speed" (see bench.py networks; {}
+    if it was not measured), and whether it still "has_student".
     """
     runs, unusable = [], []
     for path in sorted(Path(folder).glob("*/result.json")):
@@ -50,6 +56,7 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
             data = run["environments"][-1]["data"]
             key = tables.key_of(run["config"], data, run["teacher_sha256"])
             same = student.is_file() and mhkd_runs.sha256_of(student) == run["student_sha256"]
+            speed = mhkd_runs.read_json(path.with_name("speed.json"), *SPEED_KEYS) or {}
         except (UsageError, mhkd_runs.RunError, OSError) as error:
             unusable.append(str(error))
             continue
@@ -63,6 +70,8 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             unusable.append(f"'{log}' is damaged ({error}): its curve is left out")
         run |= {"key": key, "curve": curve, "train_accuracy": train, "has_student": same}
+        of_other = speed.get("student_sha256") != run["student_sha256"]
+        run |= {"folder": path.parent, "speed": {} if of_other else speed}
         runs.append(run)
     return runs, unusable
 
@@ -317,6 +326,7 @@ def report(folder: str | Path) -> str:
     parts = ["# What has run", EXPLANATION]
     for group, picture in zip(groups, draw(folder, groups)):
         parts += [group_table(group), picture, completion(group, folder)]
+    parts += ["# Networks", network_table(groups, runs)] if groups else []
     if text := claims(runs):
         parts += ["# Claims of the second study", CLAIMS, text]
     papers = [text for table in tables.TABLES.values() if (text := paper_table(table, runs))]
@@ -388,6 +398,64 @@ def completion(group: Group, folder: Path) -> str:
                     config = Config(**c | given | {"method": method})
                     commands.append(f"    {tables.command_of(config)}")
     return "\n".join(["These commands complete the comparison:\n", *commands]) if commands else ""
+
+
+def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) -> str:
+    """Size, cost and accuracy of teachers and students, without empty columns."""
+    by_weights = {run["student_sha256"]: run for run in runs}
+    titles = ["", "parameters", "multiply-adds", "MB", "ms (batch 1)", "ms (batch 64)"]
+    lines: dict[tuple[str, ...], None] = {}  # two groups may have the same teacher
+    measured, folders = set(), []
+
+    def add(name: str, network: str, run: Any, file: Path | None, accuracy: str, of: Any) -> None:
+        size = size_of(network, len(of["class_accuracy"]), of["config"]["image_size"])
+        parameters, multiply_adds = (f"{n / 1e6:.3g} M" for n in size) if size else ("", "")
+        megabytes = f"{file.stat().st_size / 1e6:.3g}" if file and file.is_file() else ""
+        speed = run["speed"] if run else {}
+        times = [f"{speed['milliseconds'][n]:.3g}" if speed else "" for n in ("1", "64")]
+        cells = [name, parameters, multiply_adds, megabytes, *times, accuracy]
+        lines[tuple(cells)] = None
+        if speed:
+            here = speed["environment"]
+            keys = ("hardware", "device", "threads", "torch")
+            measured.add(", ".join(f"{key} {here.get(key)}" for key in keys))
+        elif run and run["has_student"]:
+            folders.append(str(run["folder"]))
+
+    for group in groups:
+        one = group.one
+        if group.teacher:
+            run, given = by_weights.get(one["teacher_sha256"]), one["environments"][-1]
+            path = run["folder"] / "student.pt" if run else given.get("teacher_weights")
+            accuracy = f"{one['teacher_accuracy']:.2f}"
+            file = Path(path) if path else None
+            add(f"{group.teacher}, teacher", group.teacher, run, file, accuracy, one)
+        for row in group.rows:
+            run = next(iter(row.runs.values()))
+            file, accuracy = run["folder"] / "student.pt", mean_and_std(row.values())
+            add(f"{group.student}, {row.name}", group.student, run, file, accuracy, run)
+    columns = zip([*titles, "test accuracy, %"], *lines)
+    table = [*zip(*(column for column in columns if any(column[1:])))]
+    text = [markdown(table[0], table[1:]), "Multiply-adds and ms (milliseconds) are for one image."]
+    if measured:
+        text[-1] += f" Times: {'; '.join(sorted(measured))}."
+    else:
+        command = shlex.join(["python", "bench.py", "networks", *dict.fromkeys(folders)])
+        text.append(f"This command adds the milliseconds:\n\n    {command}" if folders else "")
+    return "\n\n".join(filter(None, text))
+
+
+@functools.cache
+def size_of(network: str, classes: int, side: int) -> tuple[int, int] | None:
+    """Parameters, and multiply-adds for one image; None if the network cannot be built."""
+    for device in ("meta", "cpu"):  # without memory and computation, if that works
+        with contextlib.suppress(Exception), torch.device(device), torch.no_grad():
+            model = mhkd.build_model(network, classes, "random", side).eval()
+            with FlopCounterMode(display=False) as counter:
+                model(torch.zeros(1, 3, side, side))
+            number = sum(p.numel() for p in model.parameters())
+            return number, counter.get_total_flops() // 2
+    return None
 
 
 def row_in_paper(run: Mapping[str, Any]) -> str | None:

@@ -632,7 +632,7 @@ def test_other_recipes_and_other_images_are_in_no_table_of_the_paper(settings, t
     record(tmp_path, 70.0, **PAIR, method="kd", **settings)
     parts = report()
     assert not any("Table" in heading or "paper" in heading for heading in parts)
-    assert len(parts) == 3  # the runs themselves are there
+    assert len(parts) == 4  # the runs themselves are there
     record(tmp_path, 70.0, **PAIR, method="kd")
     assert any("Table 1" in heading for heading in report())
 
@@ -822,3 +822,33 @@ def test_the_records_of_the_first_study_can_be_read(tmp_path):
     assert mhkd_report.estimate(differences["mhkd"]) == "-0.09 ± 0.12 [-0.36, +0.18]"
     assert {"fitnet", "crd", "lsh", "student alone"}.isdisjoint(differences)
     assert "crd+mhkd" in differences and mhkd_report.claims(runs) == ""
+
+
+def test_unlabelled_images_are_in_the_name_of_a_row_which_is_compared_with_kd_on_the_same(
+    tmp_path, report
+):
+    settings = {**PAIR, "dataset": "folder"}
+    for method, accuracy, number in (
+        ("ce", 60.0, 0), ("kd", 62.0, 0), ("kd", 65.0, 500), ("mhkd", 66.0, 500),
+    ):  # fmt: skip
+        folder = record(tmp_path, accuracy, **settings, method=method)
+        content = mhkd_runs.read_json(folder / "result.json")
+        if number:
+            content["differs"]["unlabelled"] = number
+            content["environments"][0]["unlabelled"] = "some/unlabelled"
+        mhkd_runs.write_json(folder / "result.json", content)
+    rows = rows_of(report()["folder 'photos': wrn_40_2 → wrn_16_2"])
+    assert rows["kd, unlabelled 500"][3] == "+5.00, n=1"
+    assert rows["mhkd, unlabelled 500"][3:] == ["+6.00, n=1", "+1.00, n=1"]
+    assert rows["kd"][3:] == ["+2.00, n=1", ""]
+
+
+def test_the_commands_that_complete_a_comparison_name_the_unlabelled_images_for_kd_alone(tmp_path):
+    settings = {**PAIR, "dataset": "folder"}
+    folder = record(tmp_path, 66.0, **settings, method="mhkd")
+    content = mhkd_runs.read_json(folder / "result.json")
+    content["environments"][0]["unlabelled"] = "some/unlabelled"
+    mhkd_runs.write_json(folder / "result.json", content)
+    text = mhkd_report.report(tmp_path)
+    alone, kd = re.findall(r"^    (python mhkd\.py .*)$", text, re.MULTILINE)
+    assert "--unlabelled" not in alone and "--unlabelled some/unlabelled" in kd
