@@ -309,7 +309,10 @@ def bench_step(args, device: torch.device) -> dict:
 def bench_networks(args, device: torch.device) -> dict:
     """Milliseconds per image of the networks of runs, also written to RUN/speed.json."""
     calls, rows = {}, {}
-    for folder in args.runs:
+    finished = [folder for folder in args.runs if (folder / "result.json").is_file()]
+    if not finished:
+        raise mhkd.UsageError(f"there is no finished run in {', '.join(map(str, args.runs))}")
+    for folder in finished:
         path = folder / "student.pt"
         student = mhkd.load_student(path).to(device)
         rows[folder] = {"student_sha256": mhkd_runs.sha256_of(path), "milliseconds": {}}
@@ -360,7 +363,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     step.add_argument("--compile", action="store_true", help="torch.compile our networks")
     step.set_defaults(run=bench_step)
     networks = commands.add_parser("networks", help="milliseconds per image of trained networks")
-    networks.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    networks.add_argument(
+        "runs", nargs="+", type=Path, help="folders of runs; other paths are skipped"
+    )
     networks.add_argument("--rounds", type=int, default=20, help="calls of each (default: 20)")
     networks.set_defaults(run=bench_networks)
     for command in (loss, step, networks):

@@ -1975,9 +1975,12 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     if (B := config.batch_size) > len(train):
         raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
     prefetch = sibling("mhkd_images").prefetch if dataset.mapped else None
+    known = dict(facts[0]) if facts else {}
+    if end < len(labels):
+        known["unlabelled"] = len(labels) - end
     return Data(
         images, labels, train, val, test, classes, S, mean, std, sha256, config.dataset,
-        facts[0] if facts else {}, prefetch, of_unlabelled if end < len(labels) else None,
+        known, prefetch, of_unlabelled if end < len(labels) else None,
     ).to(torch.device(device))  # fmt: skip
 
 

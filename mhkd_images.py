@@ -44,8 +44,7 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
     Without train/ they are in <class>/, of which --test-fraction is held out for the test. Those in
     unlabelled/, or --unlabelled, are training images without a label, unless the method ignores
     them. All are decoded once, into a file below --out. Returns a mhkd.Source and facts for the
-    record: how many files and folders are left out, by reason; the unreadable images; the number
-    of unlabelled images.
+    record: how many files and folders are left out, by reason, and the unreadable images.
 
     side: to which images are resized, for CIFAR, which has no unlabelled images.
     """
@@ -87,8 +86,6 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
 
     facts = {"left_out": counts}
     facts["unreadable"] = sorted(Path(os.path.relpath(f, root)).as_posix() for f in unreadable)
-    if number := sum(i == mhkd.UNLABELLED for _, i in files):
-        facts["unlabelled"] = number
     labels = torch.tensor([i if i == mhkd.UNLABELLED else i % len(classes) for _, i in files])
     return load, labels, sum(0 <= i < len(classes) for _, i in files), classes, facts
 

@@ -231,3 +231,22 @@ def test_stored_teacher_outputs_are_those_of_the_same_unlabelled_images(parted, 
     assert (one["data_facts"]["unlabelled"], other["data_facts"]["unlabelled"]) == (5, 6)
     stored = [torch.load(path)["rows"] for path in tmp_path.glob("runs/cache/teacher-*/view-*.pt")]
     assert sorted(map(len, stored)) == [19, 20]
+
+
+def test_a_data_set_of_a_users_program_may_have_unlabelled_images(tmp_path, monkeypatch):
+    def source(config):
+        images = torch.randint(256, (30, 16, 16, 3), dtype=torch.uint8)
+        labels = torch.tensor([0, 1] * 10 + [mhkd.UNLABELLED] * 10)
+        return lambda indices: images[indices], labels, 16, ["cat", "dog"]
+
+    monkeypatch.setitem(mhkd.DATASETS, "mine", mhkd.DataSet(source))
+    settings = {"student": "resnet8", "teacher": "resnet14", "dataset": "mine", "image_size": 16}
+    settings |= {"batch_size": 8, "epochs": 1, "out": str(tmp_path), "device": "cpu"}
+    data = mhkd.load_data(mhkd.Config(**settings, method="rkd"))
+    assert (len(data.train), len(data.test), data.facts) == (26, 4, {"unlabelled": 10})
+    result = mhkd.train(mhkd.Config(**settings, method="rkd"), data)
+    assert result["differs"]["unlabelled"] == 10
+    alone = mhkd.train(mhkd.Config(**settings, method="ce"), data)
+    assert "unlabelled" not in alone["differs"] and alone["data_facts"] == {}
+    with pytest.raises(mhkd.UsageError, match="--method crd needs the labels of all images"):
+        mhkd.train(mhkd.Config(**settings, method="crd"), data)
