@@ -1290,7 +1290,7 @@ class Distiller(nn.Module):
         super().__init__()
         K, methods = len(data.classes), find_methods(config.method)
         x = data.center_crop(data.train[:2]).cpu()  # real images, to inspect the networks
-        self.config, self.labelled_fraction = config, data.labelled_fraction
+        self.config, self.some_unlabelled = config, data.labelled_fraction < 1
         # The student comes first: its initial weights depend on the seed, not on the method.
         torch.manual_seed(config.seed)
         on_teacher = any(method.on_teacher for method in methods.values())
@@ -1363,8 +1363,9 @@ class Distiller(nn.Module):
             terms |= method.own_terms(batch)
         hits = student.logits.argmax(dim=1) == labels
         metrics = {"loss": sum(terms.values()), **terms, **batch.metrics}
-        # Of the labelled images: a batch may have none, so divided by their fraction in all.
-        metrics["train_accuracy"] = 100 * hits.float().mean() / self.labelled_fraction
+        metrics["train_accuracy"] = 100 * hits.float().mean()
+        if self.some_unlabelled:  # means_of() divides by it: a batch may have no label
+            metrics["labelled_fraction"] = (labels != UNLABELLED).float().mean()
         return terms, {name: metric.detach() for name, metric in metrics.items()}
 
     def targets(self, images: Tensor, indices: Tensor) -> Outputs:
@@ -1583,7 +1584,10 @@ def seed_of(*parts: Any) -> int:
 def means_of(
     steps: list[Tensor], names: Iterable[str], parameters: list[Tensor], epoch: int
 ) -> dict[str, float]:
-    """Means over an epoch's steps and all processes. They and the weights must be finite."""
+    """Means over an epoch's steps and all processes. They and the weights must be finite.
+
+    The training accuracy becomes that of the labelled images.
+    """
     names = list(names)
     metrics = average_over_processes(torch.stack(steps)).cpu().double()  # [steps, metrics]
     bad = (~metrics.isfinite()).nonzero()
@@ -1598,7 +1602,10 @@ def means_of(
         raise UsageError(
             f"the weights are not finite in epoch {epoch}, after its last step: try a lower --lr"
         )
-    return dict(zip(names, metrics.mean(dim=0).tolist()))
+    means = dict(zip(names, metrics.mean(dim=0).tolist()))
+    if "labelled_fraction" in means:
+        means["train_accuracy"] /= means["labelled_fraction"] or 1
+    return means
 
 
 @torch.no_grad()
