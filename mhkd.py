@@ -2025,7 +2025,6 @@ PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
 TWO = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
 INSIDE = (lambda v: 0 < v < 1, "above 0 and below 1")
 BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
-PART = (lambda v: 0 < v < 1, "above 0 and below 1")
 FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
 CHANNELS = (lambda v: len(v) == 3 and all(0 <= x <= 1 for x in v), "three numbers from 0 to 1")
@@ -2077,7 +2076,7 @@ class Config:
     val_fraction: float = field(
         "data", 0.0, "fraction of the training images held out for validation", float, BELOW_1)
     test_fraction: float | None = field("data", None, "fraction of each class that is held out for "
-        "the test, for --dataset folder without train/ (default: none)", float, PART)
+        "the test, for --dataset folder without train/ (default: none)", float, INSIDE)
     crop_padding: int | None = field(
         "data", None, "pixels around images for random crops (default: 4; digits 2)", int, PADDING)
     crop_scale: float = field(
@@ -2286,10 +2285,9 @@ class Config:
         own |= {"student_units": self.teacher_units, "teacher_weights": str(teacher_weights)}
         own |= {"seed": self.teacher_seed, "epochs": epochs, "lr": self.teacher_lr}
         own["lr_steps"] = self._scaled_steps(epochs)
-        own |= {"teacher_epochs": None, "teacher_lr": None}
+        own |= {"teacher_epochs": None, "teacher_lr": None, "unlabelled": None}
         own |= {"view_seed": None, "teacher_store": None, "teacher_views": None}
         own |= {"warmup": self.warmup * epochs / self.epochs, "ema": None, "keep": "last"}
-        own |= {"unlabelled": None}
         return self.replace(**own, options={name: o[name] for name in HEAD_OPTIONS})
 
     def _scaled_steps(self, epochs: int) -> tuple[int, ...] | None:

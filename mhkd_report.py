@@ -163,8 +163,9 @@ class Group:
         """The same with all views instead of fewer, or with those of the run's own seed."""
         views = {n: v for n, v in row.views.items() if "teacher_views" in row.views}
         views.pop("teacher_views", None)
-        same = row.method, row.options, views
-        found = (r for r in self.rows if r is not row and (r.method, r.options, r.views) == same)
+        same = row.method, row.options, row.weights, views
+        rows = ((r, (r.method, r.options, r.weights, r.views)) for r in self.rows)
+        found = (r for r, its in rows if r is not row and its == same)
         return next(found, None)
 
     def differences(self, base_of: Any) -> dict[str, list[float]]:
