@@ -400,7 +400,7 @@ class Outputs:
         """The same in float32."""
         features = {unit: feature.float() for unit, feature in self.features.items()}
         penultimate = None if self.penultimate is None else self.penultimate.float()
-        return Outputs(self.logits.float(), features, penultimate)
+        return Outputs(self.logits.float(), features, penultimate, [z.float() for z in self.heads])
 
 
 class AuxHeads(nn.ModuleDict):
@@ -1441,9 +1441,16 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             )
         if data.labelled_fraction < 1 and not takes_unlabelled(config.method):
             data = data.labelled()
-        found = sibling("mhkd_teacher")
-        teacher, path, of_teacher = found.find_teacher(config, data)  # may call train() for it
-        heads, of_teacher["teacher_heads_sha256"] = found.find_heads(config, data, path)  # likewise
+        if (
+            data.labelled_fraction < 1 and world_size() > 1
+        ):  # each would weight its labels by itself
+            raise UsageError(
+                "unlabelled images cannot be used with several processes: use one process, or move "
+                "them out of the data"
+            )
+        teachers = sibling("mhkd_teacher")
+        teacher, path, of_teacher = teachers.find_teacher(config, data)  # may call train() for it
+        heads, of_teacher["teacher_heads_sha256"] = teachers.find_heads(config, data, path)
         record = sibling("mhkd_record").record_of(config, data, of_teacher)
         folder = Path(config.out) / record["name"]
         with runs.locked(folder, f"another process is training in '{folder}'"):
@@ -1464,7 +1471,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             student = distiller.student.model  # what is tested and saved
             if config.ema:
                 state["average"] = average = AveragedModel(
-                    student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+                    student, multi_avg_fn=moving_average(config.ema), use_buffers=True
                 )
                 student = average.module
             if config.keep == "best":
@@ -1477,7 +1484,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     torch.manual_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
             if config.teacher_store:
-                distiller.store = found.open_store(config, data, distiller, record)
+                distiller.store = teachers.open_store(config, data, distiller, record)
             if config.tensorboard:
                 run.show_in_tensorboard()
             N = len(data.train)
@@ -1535,6 +1542,20 @@ def make_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim.
         return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
     settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
     return torch.optim.SGD(parameters, config.lr, **settings)
+
+
+def moving_average(decay: float) -> Callable:
+    """For AveragedModel: the exponential moving average; integer buffers are copied."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averages: list[Tensor], current: list[Tensor], steps: Any) -> None:  # of one dtype
+        if averages[0].is_floating_point():
+            average(averages, current, steps)
+        else:
+            for old, new in zip(averages, current):
+                old.copy_(new)
+
+    return update
 
 
 def learning_rate(config: Config, at: float, images: int) -> float:
@@ -2078,15 +2099,18 @@ class Config:
     test_fraction: float | None = field("data", None, "fraction of each class that is held out for "
         "the test, for --dataset folder without train/ (default: none)", float, INSIDE)
     crop_padding: int | None = field(
-        "data", None, "pixels around images for random crops (default: 4; digits 2)", int, PADDING)
+        "data", None, "pixels around images for random crops, for --image-size below "
+        "64 (default: 4; digits 2)", int, PADDING)
     crop_scale: float = field(
-        "data", 0.08, "least area of a crop as a fraction, from 64 pixels", float, FACTOR)
+        "data", 0.08, "minimum area of a random resized crop, as a fraction; for --image-size from "
+        "64", float, FACTOR)
     flip: bool | None = field("data", None, "random mirror images (default: yes; digits no)", bool)
     augment: str = field("data", "crop", "random crop and mirror image (crop), then one operation "
         "on colour or shape (trivial: TrivialAugment) or two (rand: RandAugment)", str,
         one_of("crop", "trivial", "rand"))
     mean: Sequence[float] | None = field("data", None, "mean of the channels on the scale 0 to 1, "
-        "for both networks (default: of the teacher's file, else of the data)", numbers, CHANNELS)
+        "for both networks (default: of the teacher's file, of pretrained weights, or of the data)",
+        numbers, CHANNELS)
     std: Sequence[float] | None = field(
         "data", None, "standard deviation of the channels, with --mean", numbers, STDS)
     epochs: int | None = field(
@@ -2101,21 +2125,23 @@ class Config:
     optimizer: str = field("training", "sgd", "sgd or adamw", str, one_of("sgd", "adamw"))
     schedule: str = field("training", "steps", "learning rate over the run: steps (--lr-steps) or "
         "cosine (to 0)", str, one_of("steps", "cosine"))
-    warmup: float = field("training", 0.0, "epochs, also fractions, of a linear rise of the "
-        "learning rate from 0", float, NOT_NEGATIVE)
-    clip_grad: float | None = field("training", None, "largest norm of the gradient of all trained "
+    warmup: float = field("training", 0.0, "epochs of linear warm-up of the learning rate, also "
+        "fractions", float, NOT_NEGATIVE)
+    clip_grad: float | None = field("training", None, "maximum norm of the gradient of all trained "
         "parameters (default: no limit)", float, POSITIVE)
     momentum: float | None = field(
         "training", None, "momentum of SGD (default: 0.9)", float, BELOW_1)
     weight_decay: float | None = field(
         "training", None, "weight decay (default: 0.0005; adamw 0.05)", float, NOT_NEGATIVE)
     ema: float | None = field("training", None, "decay of an exponential moving average of the "
-        "student's weights, which is tested and saved, e.g. 0.999 (default: none)", float, INSIDE)
-    keep: str = field("training", "last", "epoch of the saved student: last, or best, that of the "
-        "highest validation accuracy", str, one_of("last", "best"))
+        "weights, which is tested and saved, e.g. 0.999; also for a teacher that is trained here "
+        "(default: none)", float, INSIDE)
+    keep: str = field("training", "last", "epoch of the saved student or teacher: last, or best, "
+        "that of the highest validation accuracy", str, one_of("last", "best"))
     seed: int = field("training", 0, "seed of weights, batch order and augmentation", int, SEED)
     view_seed: int | None = field("training", None, "seed of the augmentation of each image and "
-        "epoch (default: drawn with the batch order from --seed; 0 with --teacher-store)",
+        "epoch (default: drawn with the batch order from --seed; 0 with --teacher-store or "
+        "--teacher-views)",
         int, SEED)
     teacher_store: str | None = field("training", None, "store the teacher's outputs in OUT/cache "
         "and read them in later epochs and runs: float32 (exact) or float16 (half the size)",
@@ -2154,14 +2180,14 @@ class Config:
         self.method = "+".join(methods)
         if not self.student:
             raise UsageError("--student is missing: python mhkd.py --teacher vgg13 --student vgg8")
+        if self.view_seed is None and (self.teacher_store or self.teacher_views):
+            self.view_seed = 0
         if not any(method.needs_teacher for method in methods.values()):
             for name in fields:
                 if name.startswith("teacher"):
                     setattr(self, name, fields[name]["option"].default)
         elif not self.teacher:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
-        if self.view_seed is None and (self.teacher_store or self.teacher_views):
-            self.view_seed = 0
         if self.teacher and self.teacher_weights is not None:
             self.teacher_seed, self.teacher_init = 0, "random"  # the teacher is not trained
             if self.teacher_epochs or self.teacher_lr:
@@ -2202,6 +2228,9 @@ class Config:
         self.options = {name: values.pop(name) for name in declared}
         for name, value in values.items():
             setattr(self, name, value)
+        unused = "crop_scale" if self.image_size < RESIZED_CROP_FROM else "crop_padding"
+        if values[unused] != usual[unused]:
+            raise UsageError(f"{flag_of(unused)} has no effect with --image-size {self.image_size}")
         if self.warmup > self.epochs:
             raise UsageError(f"--warmup {self.warmup:g} is longer than the {self.epochs} epochs")
         # The usual number of epochs is that of the full schedule, to which the milestones scale.
@@ -2270,7 +2299,8 @@ class Config:
         epochs = self.teacher_epochs or self.epochs
         own = {"student_units": None, "options": {}, "method": "ce", "seed": self.teacher_seed}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
-        own |= {"view_seed": None, "warmup": self.warmup * epochs / self.epochs}
+        own |= {"view_seed": None, "teacher_store": None, "teacher_views": None}
+        own |= {"warmup": self.warmup * epochs / self.epochs}
         own |= {"unlabelled": None}
         own |= {"epochs": epochs, "lr": self.teacher_lr, "lr_steps": self._scaled_steps(epochs)}
         return self.replace(**own)
@@ -2283,7 +2313,7 @@ class Config:
         epochs, o = self.options["teacher_heads_epochs"], self.options
         own = {"student": self.teacher, "student_init": "random", "method": "heads"}
         own |= {"student_units": self.teacher_units, "teacher_weights": str(teacher_weights)}
-        own |= {"seed": self.teacher_seed, "epochs": epochs, "lr": self.teacher_lr}
+        own |= {"seed": self.teacher_seed, "epochs": epochs, "lr": None}
         own["lr_steps"] = self._scaled_steps(epochs)
         own |= {"teacher_epochs": None, "teacher_lr": None, "unlabelled": None}
         own |= {"view_seed": None, "teacher_store": None, "teacher_views": None}

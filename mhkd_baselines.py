@@ -306,7 +306,8 @@ def mean_of_counted(rows: Tensor, counted: Tensor | None) -> Tensor:
     """The mean of the values [B] where `counted`, without waiting for the device."""
     if counted is None:
         return rows.mean()
-    return torch.where(counted, rows, 0).sum() / counted.sum().clamp(min=1)
+    number = mhkd.average_over_processes(counted.sum().float())  # gradients are averaged, too
+    return torch.where(counted, rows, 0).sum() / number.clamp(min=1 / mhkd.world_size())
 
 
 class FeatureMimicking(mhkd.Method):
@@ -358,7 +359,8 @@ class FeatureMimicking(mhkd.Method):
     @torch.no_grad()
     def prepare(self, teacher: FeatureExtractor, batches: Callable[[], Iterator]) -> None:
         """b = - the (lower) median of W f_t over the training set: half of the bits are set."""
-        features = torch.cat([teacher(images).penultimate for images, _, _ in batches()])  # [N, C]
+        features = [mhkd.gather_from_processes(teacher(x).penultimate) for x, _, _ in batches()]
+        features = torch.cat(features)  # [N, C]
         parts = self.weight.split(max(1, self.HASH_VALUES // len(features)))  # some bits at a time
         medians = [(part @ features.T).median(dim=1).values for part in parts]
         self.bias.copy_(-torch.cat(medians))

@@ -37,6 +37,8 @@ def add_option(group: Any, name: str, option: Option) -> None:
         mhkd.numbers: "FLOAT,FLOAT",
     }
     metavar = kinds.get(option.parse, option.parse.__name__.upper())
+    if option.rule and option.rule[1].startswith("one of "):
+        metavar = "{" + option.rule[1].removeprefix("one of ").replace(", ", "|") + "}"
     optional = {"nargs": "?", "const": "float32"} if name == "teacher_store" else {}
     group.add_argument(
         flag, type=option.parse, default=None, help=help, metavar=metavar, **optional

@@ -60,6 +60,12 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
         raise UsageError(f"there is no folder '{unlabelled}', which --unlabelled names")
     if side is None and unlabelled.is_dir() and mhkd.takes_unlabelled(config.method):
         found = sorted(images_below(unlabelled, left_out))
+        labelled = {os.path.realpath(file) for file, _ in files}
+        if both := [file for file in found if os.path.realpath(file) in labelled]:
+            raise UsageError(
+                f"'{both[0]}' is an unlabelled image and also a labelled or a test image: "
+                "keep unlabelled images in a folder of their own"
+            )
         files += [(file, mhkd.UNLABELLED) for file in found]
         if not found:
             raise UsageError(f"'{unlabelled}' contains no images that can be used: remove it")

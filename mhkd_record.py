@@ -13,6 +13,7 @@ import inspect
 import json
 import platform
 import subprocess
+import symtable
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -101,18 +102,28 @@ def folder_name(who: Iterable[Any], differs: Mapping[str, Any]) -> str:
     return name
 
 
-def code_sha256(roots: Iterable[Any], more: str = "") -> str:
-    """The hash of what classes and functions compute, or of Python files.
+IMAGES = "sibling('mhkd_images')"  # the only module whose functions mhkd.py calls in a step
 
-    Includes the functions, classes and constants of their own module that they use. Comments,
-    docstrings, annotations, errors and strings with spaces (messages) do not count.
+
+def code_sha256(roots: Iterable[Any], more: str = "") -> str:
+    """The hash of what classes and functions compute, or of Python files. See parts_of_code()."""
+    found = {"": more, **parts_of_code(roots)}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
+    """The hash of each part of the code by its name: of `roots` and of what they use.
+
+    That are the functions, classes and constants of their own modules, of mhkd and of mhkd_images.
+    Comments, docstrings, annotations, errors and strings with spaces (messages) do not count.
     """
-    todo, found = list(roots), {"": more}
-    modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)} | {"mhkd"}
+    todo, found = list(roots), {}
+    modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
+    modules |= {"mhkd", "mhkd_images"}
     while todo:
         thing = todo.pop()
         is_file = isinstance(thing, Path)
-        name = thing.name if is_file else thing.__qualname__
+        name = thing.name if is_file else f"{thing.__module__}.{thing.__qualname__}"
         if name in found:
             continue
         if is_file:
@@ -120,13 +131,16 @@ def code_sha256(roots: Iterable[Any], more: str = "") -> str:
         else:
             trees = definitions_in(thing.__module__).get(thing.__name__, [])
         known = {} if is_file else vars(sys.modules[thing.__module__])
+        used = () if is_file else globals_in(thing.__module__).get(thing.__name__, ())
         digest = hashlib.sha256()
         for place, node in computation_of(trees):
             part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
             digest.update(f"{place} {part}\n".encode())
             value = None
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                value = known.get(node.id)
+                value = known.get(node.id) if node.id in used else None  # a local name is none
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == IMAGES:
+                value = getattr(mhkd.sibling("mhkd_images", optional=True), node.attr, None)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = known.get(node.value.id)
                 if isinstance(owner, types.ModuleType) and owner.__name__ in modules:
@@ -136,7 +150,27 @@ def code_sha256(roots: Iterable[Any], more: str = "") -> str:
             elif isinstance(node, ast.Name) and isinstance(value, (int, float, str)):
                 found[node.id] = repr(value)
         found[name] = digest.hexdigest()
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return found
+
+
+@functools.cache
+def globals_in(module: str) -> dict[str, set[str]]:
+    """For each class and function of a module the names that it takes from the module."""
+    found: dict[str, set[str]] = {}
+
+    def names_of(table: symtable.SymbolTable) -> set[str]:
+        names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        return names.union(*map(names_of, table.get_children()))
+
+    def visit(table: symtable.SymbolTable) -> None:
+        for part in table.get_children():
+            found.setdefault(part.get_name(), set()).update(names_of(part))
+            visit(part)
+
+    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
+        source = inspect.getsource(sys.modules[module])
+        visit(symtable.symtable(source, module, "exec"))
+    return found
 
 
 @functools.cache

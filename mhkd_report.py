@@ -96,7 +96,7 @@ class Row:
     method: str
     options: dict[str, Any]  # those that differ from the recipe
     weights: Any  # see final_weights(), and the number of unlabelled images
-    views: dict[str, Any]  # VIEWS that differ from the recipe
+    views: dict[str, Any]  # view seed and number of views, if they differ from the recipe
     runs: dict[int, dict[str, Any]]  # by seed
 
     def values(self, name: str = "accuracy") -> list[float]:
@@ -142,7 +142,7 @@ class Group:
             name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])
             options = {n: v for n, v in differs.items() if n in c["options"]}
             weights = final_weights(c["options"]), differs.get("unlabelled")
-            views = {n: v for n, v in differs.items() if n in VIEWS}
+            views = {n: v for n, v in differs.items() if n in VIEWS - {"teacher_store"}}
             new = Row(name, c["method"], options, weights, views, {})
             if rows.setdefault(name, new).runs.setdefault(c["seed"], run) is not run:
                 self.twice.append(run["name"])

@@ -215,6 +215,8 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
             methods = mhkd.find_methods(config.method).values()
             if config.teacher and not any(method.needs_maps(config) for method in methods):
                 config = config.replace(**store)
+            elif store and config.view_seed is None:  # all runs see the same images
+                config = config.replace(view_seed=0)
             others.append(config)
             if config.teacher and "teacher_weights" not in fields:
                 teachers.append(study_teacher if of_study else config.of_teacher())

@@ -46,7 +46,8 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
     else:
         accuracy = mhkd_runs.read_json(Path(path).with_name("result.json"), "accuracy")["accuracy"]
     mhkd.log(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
-    if accuracy < 200 / len(data.classes):
+    chance = 100 / len(data.classes)
+    if accuracy < min(2 * chance, chance + 10):
         mhkd.log("note: this is near chance: check the order of the classes, --mean and --std")
     without = dict.fromkeys(("teacher", "teacher_weights", "unlabelled"))
     alone = config.replace(method="ce", options={}, **without)
@@ -102,7 +103,7 @@ def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping
     key |= {name: record.get(f"{name}_sha256") for name in hashes} | {"name": config.teacher}
     key |= {"normalisation": record["normalisation"], "device": data.device.type, "sizes": sizes}
     key["code"] = mhkd_record.code_sha256([FeatureExtractor, AuxHeads, Data, epoch_batches])
-    if ":" in config.teacher:
+    if ":" in config.teacher or config.augment != "crop":
         here = mhkd_record.environment(config, data.device)
         key["libraries"] = here.get("timm"), here.get("torchvision")
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -99,6 +99,15 @@ def test_the_average_of_weights_and_buffers_is_tested_and_saved(tmp_path, monkey
     assert entry["test_accuracy"] == result["accuracy"]
 
 
+def test_integer_buffers_are_not_averaged():
+    module = torch.nn.BatchNorm1d(1)
+    module.register_buffer("index", torch.arange(1000))
+    average = mhkd.AveragedModel(module, multi_avg_fn=mhkd.moving_average(0.9995), use_buffers=True)
+    for _ in range(20):
+        average.update_parameters(module)
+    assert torch.equal(average.module.index, torch.arange(1000))
+
+
 def test_the_student_of_the_best_validation_epoch_is_kept(tmp_path):
     options = [*ALONE, *VAL, "--epochs", "12", "--lr-steps", "12"]
     assert run(tmp_path, *options, "--keep", "best") == 0

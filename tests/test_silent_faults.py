@@ -168,6 +168,17 @@ def test_an_edited_loss_is_noticed_and_an_edited_comment_or_message_is_not(
     assert runs_again or "another method code" in done.stderr
 
 
+def test_the_hash_covers_crops_and_augmentation_and_not_the_training_loop_and_its_messages():
+    config = mhkd.Config("vgg8", "vgg8")
+    methods = mhkd.find_methods(config.method).values()
+    parts = mhkd_record.parts_of_code([*methods, mhkd.Distiller, mhkd.Data, mhkd.epoch_batches])
+    wanted = "mhkd.augment mhkd.draw_epoch mhkd._reference_loss mhkd.AuxHead mhkd.watch "
+    wanted += "mhkd_images.augment mhkd_images.resized_crop mhkd_images.draw_boxes"
+    assert {*wanted.split()} <= parts.keys()
+    others = "train finish line_of Best learning_rate progress_bar runtime load_data"
+    assert parts.keys().isdisjoint(f"mhkd.{name}" for name in others.split())
+
+
 def test_the_hash_of_a_method_is_the_same_in_every_process_and_differs_between_methods():
     code = "import mhkd, mhkd_record as record\n"
     code += "print(record.code_hashes(mhkd.Config('vgg8', 'vgg8'))['method_code_sha256'])"

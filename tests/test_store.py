@@ -297,6 +297,17 @@ def test_what_cannot_be_stored_is_refused_before_a_teacher_is_trained(
     assert not os.listdir(tmp_path)
 
 
+def test_a_network_alone_sees_the_same_images_as_runs_with_the_store():
+    settings = {"dataset": "digits", "teacher": "resnet14", "student": "resnet8"}
+    for method in ("kd", "ce"):
+        for name, value in (("teacher_store", "float32"), ("teacher_views", 5)):
+            config = mhkd.Config(**settings, method=method, **{name: value})
+            assert config.view_seed == 0
+            if method == "kd":
+                assert config.of_teacher().view_seed is None
+    assert config.teacher_views is None
+
+
 def test_a_network_alone_ignores_the_store_and_its_teacher_is_trained_as_ever(tmp_path, capsys):
     assert run(tmp_path / "plain", *PAIR, "--method", "kd") == 0
     assert run(tmp_path / "stored", *PAIR, "--method", "kd", *STORE) == 0

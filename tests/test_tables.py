@@ -140,6 +140,7 @@ def test_the_store_is_used_by_the_methods_that_it_can_serve(capsys):
     stored = {c.method for _, c in lines if c.teacher_store}
     assert stored == {"kd", "cc", "rkd", "crd"}
     assert {c.method for _, c in lines} == stored | {"ce", "fitnet", "mhkd", "crd+mhkd"}
+    assert {c.view_seed for _, c in lines} == {0}  # all students see the same images
     lines = plan(capsys, "table1", *narrowed, "--teacher-heads", "pretrained")
     assert {"mhkd", "crd+mhkd"} < {c.method for _, c in lines if c.teacher_store}
 

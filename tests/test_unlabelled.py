@@ -163,6 +163,17 @@ def test_unlabelled_images_that_cannot_be_used_are_an_error_that_says_what_to_do
         load(parted)
 
 
+@pytest.mark.parametrize("folder", ["", "train", "train/cat", "test"])
+def test_labelled_and_test_images_are_not_taken_for_unlabelled_ones(parted, folder):
+    with pytest.raises(mhkd.UsageError, match="an unlabelled image and also a labelled or a test"):
+        load(parted, unlabelled=str(parted / folder))
+
+
+def test_a_class_folder_is_not_taken_for_a_folder_of_unlabelled_images(photos):
+    with pytest.raises(mhkd.UsageError, match="an unlabelled image and also a labelled or a test"):
+        load(photos, test_fraction=0.2, unlabelled=str(photos / "cat"))
+
+
 def test_ce_does_not_read_unlabelled_images(parted):
     (parted / "unlabelled" / "a.png").write_text("no image")
     *_, facts = mhkd_images.from_folder(config(parted, method="ce", teacher=None))
