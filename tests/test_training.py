@@ -530,6 +530,8 @@ OTHER |= {
     "lsh_samples": "all",
     "dhkd_head": "linear",
 }
+OTHER |= {"augment": "trivial", "optimizer": "adamw", "schedule": "cosine", "warmup": 1.0}
+OTHER |= {"clip_grad": 1.0, "ema": 0.9, "view_seed": 1}
 
 
 def changed(config, names):
@@ -554,8 +556,13 @@ def name_of(sha256="0" * 64, **values):
 def test_every_value_that_differs_gives_another_run_name():
     names = [name_of(), name_of(student_units=UNITS), name_of(method="crd+mhkd")]
     config = mhkd.Config("resnet32x4", "vgg8")
-    fields = [name for name in RECORDED if name not in ("options", "mean", "std")]
+    apart = ("options", "mean", "std", "test_fraction", "keep", "teacher_store")
+    fields = [name for name in RECORDED if name not in apart]
+    names += [name_of(val_fraction=0.3, keep=epoch) for epoch in ("last", "best")]
+    stored = ("float32", "float16")
+    names += [name_of(method="kd", teacher_store=dtype) for dtype in stored]
     names += [name_of(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))]
+    names += [name_of(dataset="folder", test_fraction=fraction) for fraction in (None, 0.2, 0.3)]
     names += [name_of(**values) for values in changed(config, fields)]
     for method in ("mhkd", "fitnet", "cc", "rkd", "crd", "lsh", "dhkd"):
         usual = config.replace(method=method)

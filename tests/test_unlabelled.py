@@ -264,3 +264,22 @@ def test_a_data_set_of_a_users_program_may_have_unlabelled_images(tmp_path, monk
     assert "unlabelled" not in alone["differs"] and alone["data_facts"] == {}
     with pytest.raises(mhkd.UsageError, match="--method crd needs the labels of all images"):
         mhkd.train(mhkd.Config(**settings, method="crd"), data)
+
+
+@pytest.mark.parametrize("options", [
+    ["--method", "kd"], ["--method", "mhkd", "--teacher-heads", "pretrained"],
+    ["--method", "kd", "--teacher-store"], ["--method", "mhkd", "--augment", "trivial"],
+], ids=["kd", "pretrained heads", "store", "augment"])  # fmt: skip
+def test_kd_and_mhkd_train_on_unlabelled_images(options, parted, tmp_path):
+    out = tmp_path / "out"
+    common = ["--dataset", "folder", "--data", parted, "--image-size", "16", "--epochs", "2"]
+    common += ["--batch-size", "4", "--device", "cpu", "--student", "resnet8"]
+    common += ["--teacher", "resnet14", "--backend", "reference"]
+    if "mhkd" in options:
+        common += ["--head-width", "8", "--head-stride", "2"]
+    assert run(out, *common, *options) == 0
+    (folder,) = out.glob(f"*-resnet14-resnet8-{options[1]}-*unlabelled=5*")
+    log = (folder / "log.jsonl").read_text().splitlines()
+    assert len(log) == 2 and all('"labelled_fraction"' in line for line in log)
+    (teacher,) = out.glob("*-resnet14-ce-*")
+    assert "labelled_fraction" not in (teacher / "log.jsonl").read_text()
