@@ -28,9 +28,9 @@ def linear_mhkd_loss(
     teacher_bias: Tensor | Sequence[Tensor] | None = None, tau: float = 4.0, alpha: float = 0.9,
     beta: float = 0.5, head_weights: Sequence[float] | None = None,
     kl_weights: Sequence[float] | None = None, ce_weights: Sequence[float] | None = None,
-    ignore_index: int = -100, backend: str = "auto", chunk: int | None = None,
-    accumulate: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+    ignore_index: int = -100, return_terms: bool = False, backend: str = "auto",
+    chunk: int | None = None, accumulate: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """mhkd_loss of the logits hidden @ weight.T + bias of each head, which are never stored whole.
 
     Equations, options and errors are those of mhkd.mhkd_loss. The student's hidden states, weights
@@ -50,7 +50,8 @@ def linear_mhkd_loss(
             per weight until the backward pass, and a temporary of 2 bytes per weight.
 
     Returns:
-        The loss, a scalar: float64 for float64 hidden states, otherwise float32.
+        The loss, a scalar: float64 for float64 hidden states, otherwise float32. With
+        `return_terms` also the terms [H, 3], see mhkd.mhkd_loss; the teacher's is 0.
     """
     heads = len(student_hidden)
     head_weights = [1.0] + [beta] * (heads - 1) if head_weights is None else head_weights
@@ -66,15 +67,17 @@ def linear_mhkd_loss(
         _of_heads(teacher_weight, heads), _of_heads(teacher_bias, heads), kl_weights, ce_weights,
     ]  # fmt: skip
     settings = {"tau": tau, "ignore_index": ignore_index, "backend": backend}
-    return _in_chunks(columns, labels.reshape(-1), chunk, accumulate, settings)
+    settings["return_terms"] = return_terms
+    loss, terms = _in_chunks(columns, labels.reshape(-1), chunk, accumulate, settings)
+    return (loss, terms) if return_terms else loss
 
 
 def _of_heads(x: Tensor | Sequence[Tensor] | None, heads: int) -> list[Tensor | None]:
     return [x] * heads if x is None or isinstance(x, Tensor) else list(x)
 
 
-def _in_chunks(columns, labels, chunk, accumulate, settings) -> Tensor:
-    """linear_mhkd_loss with a list of each argument and rows [N, d]."""
+def _in_chunks(columns, labels, chunk, accumulate, settings) -> tuple[Tensor, Tensor]:
+    """linear_mhkd_loss and its terms, with a list of each argument and rows [N, d]."""
     lengths, rows = [len(column) for column in columns], {len(x) for x in columns[0] + columns[3]}
     if len({*lengths}) > 1 or rows != {len(labels)}:
         raise ValueError(
@@ -102,18 +105,26 @@ def _in_chunks(columns, labels, chunk, accumulate, settings) -> Tensor:
         double = dtype is None and torch.float64 in {x.dtype for x in columns[0] + columns[3]}
         loss = labels.new_zeros((), dtype=torch.float64 if double else torch.float32)
         loss += 0.0 if all_kl else math.nan  # NaN as a mean over no row
+        terms = loss.expand(lengths[0], 3).clone()  # [H, 3]
         for start, (n_kl, n_ce) in zip(range(0, len(labels), chunk), counts):
             here = slice(start, start + chunk)
-            for x_s, w_s, b_s, x_t, w_t, b_t, kl, ce in zip(*columns):
-                kl, ce = kl * n_kl / max(1, all_kl), ce * n_ce / max(1, all_ce)
-                if kl == ce == 0:
+            of_all = n_kl / max(1, all_kl), n_ce / max(1, all_ce), 0.0  # weights of its terms
+            for h, (x_s, w_s, b_s, x_t, w_t, b_t, kl, ce) in enumerate(zip(*columns)):
+                kl, ce = kl * of_all[0], ce * of_all[1]
+                counts_nothing = kl == ce == 0
+                if n_kl == 0 or (counts_nothing and not settings["return_terms"]):
                     continue
                 x = x_s[here].to(dtype or x_s.dtype)
                 student = x, cast[w_s], cast[b_s]
                 teacher = x_t[here].to(dtype or x_t.dtype), cast[w_t], cast[b_t]
-                one = {"kl_weights": [kl], "ce_weights": [ce], "teacher_ce": [False], **settings}
-                part, grad = _of_chunk(student, teacher, labels[here], one, bool(grads))
+                one = {"kl_weights": [kl], "ce_weights": [ce], "teacher_ce": [False]} | settings
+                part, found, grad = _of_chunk(
+                    student, teacher, labels[here], one, bool(grads) and not counts_nothing
+                )
                 loss += part
+                terms[h] += found[0] * found.new_tensor(of_all)
+                if grad is None:
+                    continue
                 if x_s in grads:
                     grads[x_s][here] += grad @ cast[w_s]
                 if w_s in grads and grads[w_s].dtype == grad.dtype:
@@ -123,15 +134,18 @@ def _in_chunks(columns, labels, chunk, accumulate, settings) -> Tensor:
                 if b_s in grads:
                     grads[b_s] += grad.sum(dim=0)
                 del grad  # before the next logits take its place
-    return _WithGradients.apply(loss, list(grads.values()), *grads)
+    return _WithGradients.apply(loss, list(grads.values()), *grads), terms
 
 
-def _of_chunk(student, teacher, labels, options, differentiate) -> tuple[Tensor, Tensor | None]:
-    """The loss of one head's logits [chunk, V] and the gradient of the student's."""
+def _of_chunk(
+    student, teacher, labels, options, differentiate
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss and terms of one head's logits [chunk, V], and the gradient of the student's."""
     z_s = F.linear(*student).requires_grad_(differentiate)
     with torch.set_grad_enabled(differentiate):
-        loss = mhkd.mhkd_loss([z_s], [F.linear(*teacher)], labels, **options)
-    return loss.detach(), torch.autograd.grad(loss, z_s)[0] if differentiate else None
+        z_t = [F.linear(*teacher)]
+        loss, terms = mhkd.mhkd_loss([z_s], z_t, labels, **options | {"return_terms": True})
+    return loss.detach(), terms, torch.autograd.grad(loss, z_s)[0] if differentiate else None
 
 
 class _WithGradients(torch.autograd.Function):

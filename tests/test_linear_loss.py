@@ -97,6 +97,16 @@ def test_all_options_are_those_of_mhkd_loss(backend, kw):
     compare((student, teacher, labels), chunk=4, backend=backend, **kw)
 
 
+@pytest.mark.parametrize("chunk", [2, None])
+@pytest.mark.parametrize("kw", [{}, {"kl_weights": [1, 0], "ce_weights": [0, 0]}])
+def test_terms_are_those_of_mhkd_loss(backend, chunk, kw):
+    call, kw = make(), {"return_terms": True, "backend": backend, **kw}
+    loss, terms = chunked(*call, chunk=chunk, **kw)
+    torch.testing.assert_close((loss, terms), materialised(*call, **kw))
+    call[2].fill_(-100)
+    assert chunked(*call, chunk=chunk, **kw)[1].isnan().all()
+
+
 @pytest.mark.parametrize("labels", [-100, mhkd.UNLABELLED, None])
 def test_batches_without_a_label_or_a_row_that_counts(backend, labels):
     student, teacher, old = make()
