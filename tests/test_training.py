@@ -472,6 +472,29 @@ def test_each_of_two_processes_has_its_share_of_every_batch_and_draws_of_its_own
             assert torch.equal(a[order], b[indices.argsort()])
 
 
+def _biases(environment, folder):
+    """A run of lsh as one of some processes, which saves the biases that it measures."""
+    import mhkd_baselines
+
+    os.environ.update(environment)
+    prepare = mhkd_baselines.FeatureMimicking.prepare
+
+    def spy(self, teacher, batches):
+        prepare(self, teacher, batches)
+        torch.save(self.bias, folder / f"bias{environment['RANK']}.pt")
+
+    mhkd_baselines.FeatureMimicking.prepare = spy
+    options = [*PAIR, "--method", "lsh", "--epochs", "1", "--out", str(folder / "out")]
+    assert mhkd.main(options) == 0
+
+
+def test_lsh_measures_its_biases_over_the_images_of_all_processes(tmp_path):
+    processes = [fork(_biases, environment, tmp_path) for environment in environments(2)]
+    assert [end_of(process) for process in processes] == [0, 0]
+    one, other = (torch.load(tmp_path / f"bias{i}.pt") for i in range(2))
+    assert torch.equal(one, other) and one.isfinite().all() and one.std() > 0
+
+
 def test_world_size_alone_makes_no_run_one_of_several_processes_and_train_returns_its_result(
     tmp_path, monkeypatch
 ):

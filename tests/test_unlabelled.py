@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import pixels, run, save_image
+from conftest import end_of, environments, pixels, run, save_image, start
 from test_training import read
 
 import mhkd
@@ -283,3 +283,15 @@ def test_kd_and_mhkd_train_on_unlabelled_images(options, parted, tmp_path):
     assert len(log) == 2 and all('"labelled_fraction"' in line for line in log)
     (teacher,) = out.glob("*-resnet14-ce-*")
     assert "labelled_fraction" not in (teacher / "log.jsonl").read_text()
+
+
+def test_several_processes_refuse_unlabelled_images_which_each_would_weight_by_itself(
+    parted, tmp_path
+):
+    options = ["--dataset", "folder", "--data", parted, "--image-size", "16", "--epochs", "1"]
+    options += ["--batch-size", "4", "--device", "cpu", "--student", "resnet8", "--method", "rkd"]
+    options += ["--teacher", "resnet14", "--out", tmp_path / "out"]
+    said = [tmp_path / f"{i}.txt" for i in range(2)]
+    both = [start(*options, output=o, environment=e) for o, e in zip(said, environments(2))]
+    assert [end_of(process) for process in both] == [1, 1]
+    assert "unlabelled images cannot be used with several processes" in said[0].read_text()
