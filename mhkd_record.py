@@ -123,7 +123,9 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
     while todo:
         thing = todo.pop()
         is_file = isinstance(thing, Path)
-        name = thing.name if is_file else f"{thing.__module__}.{thing.__qualname__}"
+        # `python mhkd.py` has the classes of mhkd in __main__.
+        module = "" if is_file else thing.__module__.replace("__main__", "mhkd")
+        name = thing.name if is_file else f"{module}.{thing.__qualname__}"
         if name in found:
             continue
         if is_file:

@@ -579,9 +579,10 @@ def name_of(sha256="0" * 64, **values):
 def test_every_value_that_differs_gives_another_run_name():
     names = [name_of(), name_of(student_units=UNITS), name_of(method="crd+mhkd")]
     config = mhkd.Config("resnet32x4", "vgg8")
-    apart = ("options", "mean", "std", "test_fraction", "keep", "teacher_store")
+    apart = ("options", "mean", "std", "test_fraction", "keep", "teacher_store", "crop_scale")
     fields = [name for name in RECORDED if name not in apart]
     names += [name_of(val_fraction=0.3, keep=epoch) for epoch in ("last", "best")]
+    names += [name_of(image_size=64, crop_scale=scale) for scale in (0.08, 0.3)]
     stored = ("float32", "float16")
     names += [name_of(method="kd", teacher_store=dtype) for dtype in stored]
     names += [name_of(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))]
