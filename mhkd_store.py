@@ -33,15 +33,10 @@ class Store:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        sizes: Mapping[str, int],
-        count: int,
-        views: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, folder: Path, sizes: Mapping[str, int], count: int, views: int,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
         log: Callable[[str], None] = print,
-    ):
+    ):  # fmt: skip
         self.folder, self.sizes, self.count, self.dtype = folder, dict(sizes), count, dtype
         self.device, self.log, self.disabled = device, log, False
         self.nbytes = views * count * sum(sizes.values()) * dtype.itemsize
