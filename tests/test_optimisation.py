@@ -155,6 +155,7 @@ def test_the_teacher_gets_the_same_options_and_pretrained_heads_a_warmup_in_prop
     assert (teacher.epochs, teacher.warmup, teacher.lr) == (10, 1.0, 0.001)
     heads = config.of_heads("teacher.pt")
     assert (heads.epochs, heads.warmup, heads.ema, heads.keep) == (10, 1.0, None, "last")
+    assert config.replace(teacher_lr=1e-5).of_heads("teacher.pt").lr == 0.001  # the recipe's
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,8 @@ def test_milestones_that_would_coincide_are_an_epoch_apart(epochs, steps):
         (["--optimizer", "adamw", "--momentum", "0.9"], "--momentum is an option of --optimizer"),
         (["--schedule", "cosine", "--lr-steps", "1"], "--schedule steps"),
         (["--optimizer", "adam"], "one of sgd, adamw"),
+        (["--crop-scale", "0.5"], "--crop-scale has no effect with --image-size 16"),
+        (["--image-size", "64", "--crop-padding", "3"], "--crop-padding has no effect with"),
         (["--clip-grad", "0"], "--clip-grad must be a number above 0"),
     ],
 )
