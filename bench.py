@@ -194,8 +194,8 @@ class Step:
             for network in filter(None, (self.distiller.student, self.distiller.teacher)):
                 network.compile(dynamic=False)
         parameters = [p for p in self.distiller.parameters() if p.requires_grad]
-        settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
-        self.optimizer = torch.optim.SGD(parameters, 1e-3, **settings)  # low, for random labels
+        low = config.replace(lr=1e-3)  # for random labels
+        self.optimizer = mhkd.make_optimizer(low, parameters)
 
     def batches(self):
         store = self.distiller.store

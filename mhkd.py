@@ -1443,7 +1443,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             data = data.labelled()
         if (
             data.labelled_fraction < 1 and world_size() > 1
-        ):  # each would weight its labels by itself
+        ):  # each would average over its own labels
             raise UsageError(
                 "unlabelled images cannot be used with several processes: use one process, or move "
                 "them out of the data"
@@ -1891,7 +1891,7 @@ def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tens
             crop = sibling("mhkd_images").resized_crop
             images = crop(images, crops[mine], flipped[mine], config.image_size)
         if config.augment != "crop":
-            images = sibling("mhkd_images").augment(images, config.augment, seeds[mine])
+            images = sibling("mhkd_images").apply_policy(images, config.augment, seeds[mine])
         images = data.normalise(images)
         yield images, data.labels[data.train[order[mine]]], order[mine]
 
@@ -2299,11 +2299,7 @@ class Config:
         epochs = self.teacher_epochs or self.epochs
         own = {"student_units": None, "options": {}, "method": "ce", "seed": self.teacher_seed}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
-        own |= {"view_seed": None, "teacher_store": None, "teacher_views": None}
-        own |= {"warmup": self.warmup * epochs / self.epochs}
-        own |= {"unlabelled": None}
-        own |= {"epochs": epochs, "lr": self.teacher_lr, "lr_steps": self._scaled_steps(epochs)}
-        return self.replace(**own)
+        return self.replace(**self._apart(epochs), **own, lr=self.teacher_lr)
 
     def of_heads(self, teacher_weights: str | Path) -> Config:
         """The run that trains the teacher's heads: the same recipe, a schedule in proportion.
@@ -2313,18 +2309,19 @@ class Config:
         epochs, o = self.options["teacher_heads_epochs"], self.options
         own = {"student": self.teacher, "student_init": "random", "method": "heads"}
         own |= {"student_units": self.teacher_units, "teacher_weights": str(teacher_weights)}
-        own |= {"seed": self.teacher_seed, "epochs": epochs, "lr": None}
-        own["lr_steps"] = self._scaled_steps(epochs)
-        own |= {"teacher_epochs": None, "teacher_lr": None, "unlabelled": None}
-        own |= {"view_seed": None, "teacher_store": None, "teacher_views": None}
-        own |= {"warmup": self.warmup * epochs / self.epochs, "ema": None, "keep": "last"}
-        return self.replace(**own, options={name: o[name] for name in HEAD_OPTIONS})
+        own |= {"seed": self.teacher_seed, "lr": None, "teacher_epochs": None, "teacher_lr": None}
+        own |= {"ema": None, "keep": "last", "options": {name: o[name] for name in HEAD_OPTIONS}}
+        return self.replace(**self._apart(epochs), **own)
 
-    def _scaled_steps(self, epochs: int) -> tuple[int, ...] | None:
-        """The milestones for another number of epochs; None if they are those of the recipe."""
-        if "lr_steps" in self.differs:
-            return scaled(self.lr_steps, epochs / self.epochs)
-        return None
+    def _apart(self, epochs: int) -> dict[str, Any]:
+        """What differs in a run on the teacher: its epochs, schedule, images and views."""
+        factor, given = epochs / self.epochs, "lr_steps" in self.differs
+        return {
+            "epochs": epochs,
+            "lr_steps": scaled(self.lr_steps, factor) if given else None,  # None: the recipe's
+            "warmup": self.warmup * factor,
+            **dict.fromkeys(("unlabelled", "view_seed", "teacher_store", "teacher_views")),
+        }
 
     def recorded(self) -> dict[str, Any]:
         """The values that distinguish runs, as JSON returns them."""

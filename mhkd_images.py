@@ -343,7 +343,7 @@ def resized_crop(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> T
     return images.permute(0, 2, 3, 1)
 
 
-def augment(images: Tensor, policy: str, seeds: Tensor) -> Tensor:
+def apply_policy(images: Tensor, policy: str, seeds: Tensor) -> Tensor:
     """TrivialAugment or RandAugment of torchvision on images [B, S, S, 3], 0 to 255.
 
     Each image is changed with random numbers from its own seed, whatever else is in the batch.

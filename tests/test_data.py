@@ -554,7 +554,7 @@ def test_each_image_is_augmented_by_torchvision_from_its_own_seed(policy, name):
     v2 = pytest.importorskip("torchvision.transforms.v2")
     images, seeds = torch.from_numpy(pixels(9, 20, 20, 3)), torch.arange(9) + 2**61
     state = torch.get_rng_state()
-    found = mhkd_images.augment(images, policy, seeds)
+    found = mhkd_images.apply_policy(images, policy, seeds)
     assert torch.equal(torch.get_rng_state(), state)
     for image, seed, changed in zip(images, seeds, found):
         with torch.random.fork_rng():
@@ -563,7 +563,7 @@ def test_each_image_is_augmented_by_torchvision_from_its_own_seed(policy, name):
         assert torch.equal(changed, wanted)
     assert sum(map(torch.equal, images, found)) < 4  # some operations change nothing
     some = torch.tensor([4, 1])
-    assert torch.equal(mhkd_images.augment(images[some], policy, seeds[some]), found[some])
+    assert torch.equal(mhkd_images.apply_policy(images[some], policy, seeds[some]), found[some])
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -585,7 +585,7 @@ def test_augmentation_follows_crop_and_flip_and_is_drawn_with_the_view(tmp_path,
     assert not torch.equal(trivial, view("trivial", epoch=2))
     assert not torch.equal(trivial, view("crop"))
     unchanged = lambda images, policy, seeds: images  # noqa: E731
-    monkeypatch.setattr(mhkd_images, "augment", unchanged)
+    monkeypatch.setattr(mhkd_images, "apply_policy", unchanged)
     assert torch.equal(view("trivial"), view("crop"))
 
 

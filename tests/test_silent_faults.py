@@ -173,7 +173,7 @@ def test_the_hash_covers_crops_and_augmentation_and_not_the_training_loop_and_it
     methods = mhkd.find_methods(config.method).values()
     parts = mhkd_record.parts_of_code([*methods, mhkd.Distiller, mhkd.Data, mhkd.epoch_batches])
     wanted = "mhkd.augment mhkd.draw_epoch mhkd._reference_loss mhkd.AuxHead mhkd.watch "
-    wanted += "mhkd_images.augment mhkd_images.resized_crop mhkd_images.draw_boxes"
+    wanted += "mhkd_images.apply_policy mhkd_images.resized_crop mhkd_images.draw_boxes"
     assert {*wanted.split()} <= parts.keys()
     others = "train finish line_of Best learning_rate progress_bar runtime load_data"
     assert parts.keys().isdisjoint(f"mhkd.{name}" for name in others.split())
