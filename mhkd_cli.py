@@ -95,8 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"fused loss on {device}: {problem or 'agrees with plain PyTorch'}")
             return
         config = Config(**values)
-        if parsed.teacher and not config.teacher:
-            mhkd.log(f"note: --teacher has no effect with --method {config.method}")
+        if not config.teacher:  # --teacher-store also sets the view seed, so it has one
+            names = [n for n in values if n.startswith("teacher") and n != "teacher_store"]
+            for flag in map(mhkd.flag_of, names):
+                mhkd.log(f"note: {flag} has no effect with --method {config.method}")
         mhkd.keep_freed_memory()
         mhkd.train(config)
 

@@ -192,6 +192,7 @@ assert not problem, problem'
 part() { # name, seconds, command: run it and append the result to the report of gpu
     local name=$1 limit=$2 log=$OUT/$1.log status=0 start=$SECONDS state
     shift 2
+    rm -f "$log" # of an earlier run
     if [ "$available" != True ]; then
         state='no GPU'
     elif ! command -v "$1" >/dev/null; then

@@ -34,6 +34,10 @@ train() {
 lite0=examples/efficientnet_lite.py:lite0
 train --method ce --student $lite0 --data "$out/teacher" --epochs "${TEACHER_EPOCHS:-10}" --ema 0.999
 weights=("$out"/runs/*lite0-ce-*/student.pt)
+if [ ${#weights[@]} != 1 ]; then
+    echo "few_labels.sh: there are several teachers in $out/runs: use another OUT" >&2
+    exit 1
+fi
 equal=(--gamma 1 --kd-weight 1 --teacher $lite0 --teacher-weights "${weights[0]}" --teacher-store)
 heads=(--teacher-heads pretrained --head-width 64 --head-stride 2)
 for seed in ${SEEDS:-0 1 2}; do
