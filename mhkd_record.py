@@ -114,7 +114,7 @@ def code_sha256(roots: Iterable[Any], more: str = "") -> str:
 def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
     """The hash of each part of the code by its name: of `roots` and of what they use.
 
-    That are the functions, classes and constants of their own modules, of mhkd and of mhkd_images.
+    It follows functions, classes and constants of their own modules, of mhkd and of mhkd_images.
     Comments, docstrings, annotations, errors and strings with spaces (messages) do not count.
     """
     todo, found = list(roots), {}

@@ -308,7 +308,8 @@ def find_row(group: Group, pair: str, name: str) -> Row | None:
 # --------------------------------------------------------------------------------------------------
 
 EXPLANATION = """\
-Accuracies are those of the last epoch, in percent: mean (standard deviation) of n seeds.
+Accuracies are those of student.pt (of the last epoch unless keep is "best"), in percent: mean
+(standard deviation) of n seeds.
 Differences of test accuracy are paired by seed: mean ± standard error [95 % interval by Student's
 t]. KD of the same weights has the row's weights of cross-entropy and KL on the final outputs."""
 CLAIMS = """\
