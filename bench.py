@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import mhkd
-import mhkd_cli
+import mhkd_config
 import mhkd_record
 import mhkd_runs
 import mhkd_teacher
@@ -378,7 +378,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    return mhkd_cli.command_line("bench.py", lambda: run(args))
+    return mhkd_config.command_line("bench.py", lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,13 +18,13 @@ The loss on each pair of heads is that of ordinary distillation on the final out
 divergence between softened probabilities, and the cross-entropy. After training the heads are
 dropped.
 
-Sections: 1 networks, 2 heads, 3 loss, 4 methods, 5 training, 6 data, 7 configuration and command
-line, 8 processes and devices. Sections 1 to 3 are the method; they depend on nothing below them.
-"Paper, section 3.1" in comments refers to the publication. Copied alone, this file provides the
-networks, MultiHead, mhkd_loss and kd_loss with PyTorch as the only requirement. Training also needs
-mhkd_runs.py (folders of runs), mhkd_record.py (what identifies a run), mhkd_teacher.py (where the
-teacher comes from), mhkd_images.py (where the images come from) and mhkd_cli.py (the command line).
-Other modules beside this file are imported when an option asks for them.
+Sections: 1 networks, 2 heads, 3 loss, 4 methods, 5 training, 6 batches, 7 processes and devices.
+Sections 1 to 3 are the method; they depend on nothing below them. "Paper, section 3.1" in comments
+refers to the publication. Copied alone, this file provides the networks, MultiHead, mhkd_loss and
+kd_loss with PyTorch as the only requirement. Training also needs mhkd_config.py (settings and the
+command line), mhkd_data.py (data sets), mhkd_record.py (what is recorded of a run), mhkd_runs.py
+(folders of runs) and mhkd_teacher.py (where the teacher comes from). Other modules beside this file
+are imported when an option asks for them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ import datetime
 import difflib
 import hashlib
 import importlib
-import json
 import math
 import os
 import sys
@@ -50,7 +49,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -58,13 +57,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+if TYPE_CHECKING:
+    from mhkd_config import Config
+
 __version__ = "0.3.0"
 
 
 class UsageError(ValueError):
     """A mistake in the input. The message is one sentence that says what to do."""
 
-    user_error = True  # mhkd_cli.command_line() prints the message without a traceback
+    user_error = True  # mhkd_config.command_line() prints the message without a traceback
 
 
 @contextlib.contextmanager
@@ -99,8 +101,26 @@ def sibling(name: str, optional: bool = False) -> Any:
         return None
     raise UsageError(
         f"{name}.py is needed for this and was not found: copy it beside mhkd.py (training needs "
-        "mhkd_cli.py, mhkd_images.py, mhkd_record.py, mhkd_runs.py and mhkd_teacher.py)"
+        "mhkd_config.py, mhkd_data.py, mhkd_record.py, mhkd_runs.py and mhkd_teacher.py)"
     )
+
+
+def import_optional(module: str, package: str, purpose: str) -> Any:
+    """Import an optional dependency, or say how to install it."""
+    # Also catches what a torchvision that was built for another PyTorch raises.
+    with explain(f"{purpose} needs {package}", f"pip install {package}"):
+        return importlib.import_module(module)
+
+
+# Public names that other modules define.
+ELSEWHERE = {"Config": "mhkd_config", "load_data": "mhkd_data", "load_student": "mhkd_deploy"}
+ELSEWHERE |= {"DataSet": "mhkd_data", "DATASETS": "mhkd_data"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ELSEWHERE:
+        return getattr(sibling(ELSEWHERE[name]), name)
+    raise AttributeError(f"module 'mhkd' has no attribute '{name}'")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1264,13 +1284,6 @@ def takes_unlabelled(method: str) -> bool:
     return all(kind.needs_teacher and not kind.on_teacher for kind in methods.values())
 
 
-def method_options(methods: Mapping[str, type[Method]]) -> dict[str, Option]:
-    """The options of joined methods: those of the last one's final terms and of all own terms."""
-    *_, last = methods.values()
-    own = {name: option for m in methods.values() for name, option in m.options.items()}
-    return {**last.final_options, **own}
-
-
 # --------------------------------------------------------------------------------------------------
 # 5. Training
 # --------------------------------------------------------------------------------------------------
@@ -1428,12 +1441,12 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
     Raises:
         UsageError, mhkd_runs.RunError: a mistake in the input; nothing has been overwritten.
     """
-    runs = sibling("mhkd_runs")
+    runs, records = sibling("mhkd_runs"), sibling("mhkd_record")
     with runtime(config) as device:
         for name in filter(None, (config.student, config.teacher)):
             if ":" in name:
                 sibling("mhkd_custom").check(name)
-        data = data or load_data(config, device)
+        data = data or sibling("mhkd_data").load_data(config, device)
         if (data.name, data.size) != (config.dataset, config.image_size):
             raise UsageError(
                 f"the data are '{data.name}' with {data.size} pixels, the configuration has "
@@ -1451,7 +1464,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         teachers = sibling("mhkd_teacher")
         teacher, path, of_teacher = teachers.find_teacher(config, data)  # may call train() for it
         heads, of_teacher["teacher_heads_sha256"] = teachers.find_heads(config, data, path)
-        record = sibling("mhkd_record").record_of(config, data, of_teacher)
+        record = records.record_of(config, data, of_teacher)
         folder = Path(config.out) / record["name"]
         with runs.locked(folder, f"another process is training in '{folder}'"):
             wait_for_all()
@@ -1475,8 +1488,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 )
                 student = average.module
             if config.keep == "best":
-                state["best"] = Best()
-            run.restore(state, sibling("mhkd_record").environment(config, device))
+                state["best"] = records.Best()
+            run.restore(state, records.environment(config, device))
             begin = f"continues after epoch {len(run.log)} of" if run.log else "starts:"
             log(f"'{folder}' {begin} {config.epochs} epochs on {device}")
             if not run.log:
@@ -1534,7 +1547,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 kept, content = state["best"].epoch, state["best"].student
             else:
                 kept, content = config.epochs, distiller.plain_state(student)
-            return finish(run, config, data, distiller, content, kept)
+            return records.finish(run, config, data, distiller, content, kept)
 
 
 def make_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -1567,24 +1580,6 @@ def learning_rate(config: Config, at: float, images: int) -> float:
     if at < config.warmup:
         factor *= min(1, (at + config.batch_size / images) / config.warmup)
     return config.lr * factor
-
-
-class Best:
-    """The student of the epoch with the highest validation accuracy, the first of equal ones."""
-
-    def __init__(self) -> None:
-        self.accuracy, self.epoch, self.student = -1.0, 0, {}
-
-    def update(self, entry: Mapping[str, Any], student: dict[str, Any]) -> None:
-        if entry["val_accuracy"] > self.accuracy:
-            student = {n: t.clone() if isinstance(t, Tensor) else t for n, t in student.items()}
-            self.accuracy, self.epoch, self.student = entry["val_accuracy"], entry["epoch"], student
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -1708,55 +1703,8 @@ def line_of(config: Config, entry: dict[str, Any]) -> str:
     )
 
 
-KEPT = {"last": "the last one", "best": "that of the highest validation accuracy"}
-
-
-def finish(
-    run: Any, config: Config, data: Data, distiller: Distiller, student: dict[str, Any], epoch: int
-) -> dict[str, Any]:
-    """Save the plain student of an epoch, load it again, and record the loaded one's accuracy."""
-    if is_main():
-        name = config.student
-        if ":" in name:
-            name = sibling("mhkd_custom").absolute_name(name)
-        content = {"model": student, "name": name, "classes": data.classes}
-        content |= {"image_size": config.image_size, "mean": [*data.mean], "std": [*data.std]}
-        content["resize"] = data.images.shape[1]
-        for method in distiller.methods:
-            content |= method.saved()
-        plain = build_model(config.student, len(data.classes), "random", config.image_size)
-        path = run.save_student(content)
-        deployed = sibling("mhkd_runs").load_weights(plain, path).to(data.device)
-        best = max(run.log, key=lambda entry: entry["test_accuracy"])
-        result = {
-            **evaluate(deployed, data),
-            "accuracy_is": f"of the student of epoch {epoch}, saved and loaded into the plain "
-            f"network; the epoch is {KEPT[config.keep]}",
-            "kept_epoch": epoch,
-            "best_test_accuracy": best["test_accuracy"],  # chosen by the test images
-            "best_test_epoch": best["epoch"],
-            "parameters": sum(p.numel() for p in deployed.parameters()),
-            "epochs": len(run.log),
-            "seconds": round(sum(entry["seconds"] for entry in run.log), 3),
-        }
-        if len(data.val):
-            best = max(run.log, key=lambda entry: entry["val_accuracy"])
-            result |= {"best_val_epoch": best["epoch"], "best_val_accuracy": best["val_accuracy"]}
-            result["test_accuracy_at_best_val_epoch"] = best["test_accuracy"]
-        run.finish(result, config.keep_checkpoint)
-        accuracy = run.result["accuracy"]
-        log(f"'{path}': {accuracy:.2f} % on the test images after epoch {epoch}")
-    wait_for_all()
-    return sibling("mhkd_runs").read_json(run.folder / "result.json")
-
-
-def load_student(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load a student.pt for use, see mhkd_deploy.Deployed. model: the network, if not by name."""
-    return sibling("mhkd_deploy").load_student(path, model)
-
-
 # --------------------------------------------------------------------------------------------------
-# 6. Data: all images as one uint8 tensor; batched augmentation
+# 6. Batches: all images as one uint8 tensor; batched augmentation
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1905,463 +1853,8 @@ def one_ahead(items: Iterator) -> Iterator:
             yield item
 
 
-# What a data set provides: a function from a list of indices to images uint8 [n, M, M, 3]; all
-# labels [N]; the number of training images, which come first; class names; facts for the record.
-# Unlabelled training images come last, with the label UNLABELLED, and are not in that number.
-Source = tuple[Any, ...]
-
-
-def reader(name: str) -> Callable[[Config], Source]:
-    """A function of mhkd_images.py that reads a data set."""
-    return lambda config: getattr(sibling("mhkd_images"), name)(config)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSet:
-    """A data set for --dataset. Add one by `DATASETS[name] = DataSet(...)`, see docs/methods.md.
-
-    Args:
-        load: returns a Source for a Config.
-        recipe: its values of Config and of method options that differ from those of CIFAR-100.
-        statistics: mean and std of each channel. Default: measured on the training images.
-        mapped: whether the images are mapped from a file, and already have the final size.
-    """
-
-    load: Callable[[Config], Source]
-    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    mapped: bool = False
-
-
-# Recipes: sections 4.1 (CIFAR-100) and 4.2 (SVHN). Milestones are those of the full schedule.
-# Statistics of CIFAR: the CRD benchmark's; of SVHN: the authors' code; of digits: measured.
-CIFAR = {"epochs": 240, "lr_steps": (150, 180, 210), "batch_size": 64, "lr": 0.05, "beta": 0.5}
-CIFAR |= {"crop_padding": 4, "flip": True, "image_size": 32, "head_width": 256, "head_stride": 1}
-SVHN = {"epochs": 150, "lr_steps": (80, 110, 135), "batch_size": 200, "lr": 0.001, "beta": 5.0}
-DIGITS = {"epochs": 30, "lr_steps": (19, 23, 26), "crop_padding": 2, "flip": False}
-DIGITS |= {"image_size": 16, "head_width": 64, "head_stride": 2}
-DATASETS: dict[str, DataSet] = {
-    "cifar100": DataSet(
-        reader("from_torchvision"), {}, ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-    ),
-    "cifar10": DataSet(
-        reader("from_torchvision"), {}, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-    ),
-    "svhn": DataSet(reader("from_torchvision"), SVHN, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
-    "folder": DataSet(reader("from_folder"), mapped=True),
-    "digits": DataSet(reader("from_digits"), DIGITS, ((0.305674,) * 3, (0.318702,) * 3)),
-}
-
-
-def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
-    """The data set of a configuration, resized, split, with its normalisation, on a device.
-
-    Raises:
-        UsageError, mhkd_runs.RunError: it is missing and cannot be downloaded, or is damaged.
-    """
-    if not is_main():
-        wait_for_all()  # the main process downloads and decodes first
-    dataset = DATASETS[config.dataset]
-    images_at, labels, count, classes, *facts = dataset.load(config)
-    end = len(labels) - int((labels == UNLABELLED).sum())  # of the labelled images
-    parts = []  # the subsets: the same images for every run, in the order of the data set
-    for size, most in ((count, config.subset), (end - count, config.test_subset)):
-        indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-        parts.append(indices[:most].sort().values)
-    chosen = torch.cat([parts[0], count + parts[1], torch.arange(end, len(labels))]).tolist()
-    count, end = len(parts[0]), len(parts[0]) + len(parts[1])
-    images, labels = images_at(chosen), labels[chosen]
-    if is_main():
-        wait_for_all()
-    S = config.image_size
-    if images.shape[1] != S and not dataset.mapped:
-        original, images = images, torch.empty(len(images), S, S, 3, dtype=torch.uint8)
-        for old, new in zip(original.split(1000), images.split(1000)):
-            old = old.permute(0, 3, 1, 2).float()
-            resized = F.interpolate(old, (S, S), mode="bilinear", antialias=True)
-            new.copy_(resized.round().clamp(0, 255).permute(0, 2, 3, 1))
-    held_out = []  # a fraction of each class, the same images for every run
-    fixed = torch.Generator().manual_seed(0)
-    for label in range(len(classes)):
-        of_class = (labels[:count] == label).nonzero()[:, 0]
-        number = round(config.val_fraction * len(of_class))
-        held_out.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
-    train, test = torch.arange(count), torch.arange(count, end)
-    val = torch.cat(held_out).sort().values
-    train = train[~torch.isin(train, val)]
-    digests = []
-    for begin, stop in ((0, end), (end, len(labels))):
-        pixels = images[begin:stop]
-        digests.append(hashlib.sha256(repr((pixels.shape, classes, count)).encode()))
-        for part in (labels[begin:stop], *pixels.split(1000)):
-            digests[-1].update(part.numpy())
-    sha256, of_unlabelled = (digest.hexdigest() for digest in digests)
-    if len(train) < 2 or config.val_fraction and not len(val):
-        raise UsageError(f"there are {len(train)} training and {len(val)} validation images")
-    mean, std = normalisation(config) or sibling("mhkd_images").measure(images, train)
-    train = torch.cat([train, torch.arange(end, len(labels))])
-    if (B := config.batch_size) > len(train):
-        raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
-    prefetch = sibling("mhkd_images").prefetch if dataset.mapped else None
-    known = dict(facts[0]) if facts else {}
-    if end < len(labels):
-        known["unlabelled"] = len(labels) - end
-    return Data(
-        images, labels, train, val, test, classes, S, mean, std, sha256, config.dataset,
-        known, prefetch, of_unlabelled if end < len(labels) else None,
-    ).to(torch.device(device))  # fmt: skip
-
-
-def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std if known: given, of the teacher, for both networks, or of the data set."""
-    known = DATASETS[config.dataset].statistics
-    if config.mean:
-        return tuple(config.mean), tuple(config.std)
-    if path := config.teacher_weights:
-        content = sibling("mhkd_runs").load_file(Path(path))
-        if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
-            with explain(f"'{path}' has a damaged mean or std", "use another file"):
-                torch.tensor([content["mean"], content["std"]]).view(2, 3)
-            return tuple(content["mean"]), tuple(content["std"])
-        shown = "mean {} and std {}".format(*known) if known else "that of the training images"
-        log(f"note: '{path}' has no normalisation, {shown} is assumed: else give --mean and --std")
-    first = "teacher" if config.teacher else "student"
-    if getattr(config, f"{first}_init") == "pretrained":
-        if of_library := sibling("mhkd_custom").library_weights(getattr(config, first)):
-            return of_library[:2]
-    return known
-
-
 # --------------------------------------------------------------------------------------------------
-# 7. Configuration and command line: one dataclass is the help, the record, the argument of train()
-# --------------------------------------------------------------------------------------------------
-
-# The authors' code and the CRD benchmark train these networks with a lower rate.
-LOW_LR, LOW_LR_MODELS = 0.01, ("mobilenetv2", "shufflenetv2")
-
-SEED = (lambda v: 0 <= v < 2**62, "between 0 and 2^62")
-NAMES = (lambda v: len(v) > 0, "at least one name")
-SIZE = (lambda v: 16 <= v <= 4096, "between 16 and 4096")
-PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
-TWO = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
-INSIDE = (lambda v: 0 < v < 1, "above 0 and below 1")
-BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
-FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
-ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
-CHANNELS = (lambda v: len(v) == 3 and all(0 <= x <= 1 for x in v), "three numbers from 0 to 1")
-STDS = (lambda v: len(v) == 3 and all(0 < x <= 1 for x in v), "three numbers above 0, at most 1")
-INITS = "random, pretrained (the library's weights) or file:PATH (a state dict)"
-INIT = (lambda v: v in ("random", "pretrained") or v.startswith("file:"), INITS)
-NETWORK = "a network of the README's list, torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
-UNIT_NAMES = "comma-separated names of the submodules that are its units (default: detected)"
-PRECISION = (
-    "float32, tf32 (CUDA) or bfloat16 (autocast); auto is float32 with tf32 in CUDA's convolutions"
-)
-
-
-def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
-    """A field of Config. Those of the group "runtime" may change when a run continues."""
-    facts = {"group": group, "option": Option(default, help, parse, rule)}
-    return dataclasses.field(default=default, metadata=facts)
-
-
-WHO = ("dataset", "teacher", "student", "method", "seed")
-
-
-@dataclasses.dataclass
-class Config:
-    """What a run does. Fields that are None get the value of the data set's recipe, if it has one.
-
-    Attributes:
-        options: values of the method's options, by name.
-        differs: everything that differs from the recipe, besides data set, networks, method, seed.
-
-    Raises:
-        UsageError: a name that does not exist, a value out of range.
-    """
-
-    # fmt: off
-    teacher: str | None = field("networks", None, NETWORK)
-    student: str | None = field("networks", None, "network to train, as for --teacher")
-    teacher_init: str = field("networks", "random", f"initial weights: {INITS}", str, INIT)
-    student_init: str = field("networks", "random", f"initial weights: {INITS}", str, INIT)
-    teacher_units: Sequence[str] | None = field("networks", None, UNIT_NAMES, words, NAMES)
-    student_units: Sequence[str] | None = field("networks", None, UNIT_NAMES, words, NAMES)
-    method: str = field("method", "mhkd", "training method; several are joined by +: crd+mhkd")
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dataset: str = field("data", "cifar100", "cifar100, cifar10, svhn, digits, folder (of images)")
-    image_size: int | None = field(
-        "data", None, "side of the images in pixels (default: 32; digits 16)", int, SIZE)
-    subset: int | None = field("data", None, "number of training images (default: all)", int, TWO)
-    test_subset: int | None = field("data", None, "test images to use (default: all)", int, COUNT)
-    val_fraction: float = field(
-        "data", 0.0, "fraction of the training images held out for validation", float, BELOW_1)
-    test_fraction: float | None = field("data", None, "fraction of each class that is held out for "
-        "the test, for --dataset folder without train/ (default: none)", float, INSIDE)
-    crop_padding: int | None = field(
-        "data", None, "pixels around images for random crops, for --image-size below "
-        "64 (default: 4; digits 2)", int, PADDING)
-    crop_scale: float = field(
-        "data", 0.08, "minimum area of a random resized crop, as a fraction; for --image-size from "
-        "64", float, FACTOR)
-    flip: bool | None = field("data", None, "random mirror images (default: yes; digits no)", bool)
-    augment: str = field("data", "crop", "random crop and mirror image (crop), then one operation "
-        "on colour or shape (trivial: TrivialAugment) or two (rand: RandAugment)", str,
-        one_of("crop", "trivial", "rand"))
-    mean: Sequence[float] | None = field("data", None, "mean of the channels on the scale 0 to 1, "
-        "for both networks (default: of the teacher's file, of pretrained weights, or of the data)",
-        numbers, CHANNELS)
-    std: Sequence[float] | None = field(
-        "data", None, "standard deviation of the channels, with --mean", numbers, STDS)
-    epochs: int | None = field(
-        "training", None, "number of epochs (default: 240; svhn 150; digits 30)", int, COUNT)
-    batch_size: int | None = field(
-        "training", None, "images per step, at least 2 (default: 64; svhn 200)", int, TWO)
-    lr: float | None = field("training", None, "learning rate "
-        "(default: 0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001; adamw 0.001)", float, POSITIVE)
-    lr_steps: Sequence[int] | None = field("training", None, "epochs after which the rate falls "
-        "(default: 150,180,210 of 240; svhn 80,110,135; digits 19,23,26)", integers, ASCENDING)
-    lr_decay: float = field("training", 0.1, "factor for the rate at --lr-steps", float, FACTOR)
-    optimizer: str = field("training", "sgd", "sgd or adamw", str, one_of("sgd", "adamw"))
-    schedule: str = field("training", "steps", "learning rate over the run: steps (--lr-steps) or "
-        "cosine (to 0)", str, one_of("steps", "cosine"))
-    warmup: float = field("training", 0.0, "epochs of linear warm-up of the learning rate, also "
-        "fractions", float, NOT_NEGATIVE)
-    clip_grad: float | None = field("training", None, "maximum norm of the gradient of all trained "
-        "parameters (default: no limit)", float, POSITIVE)
-    momentum: float | None = field(
-        "training", None, "momentum of SGD (default: 0.9)", float, BELOW_1)
-    weight_decay: float | None = field(
-        "training", None, "weight decay (default: 0.0005; adamw 0.05)", float, NOT_NEGATIVE)
-    ema: float | None = field("training", None, "decay of an exponential moving average of the "
-        "weights, which is tested and saved, e.g. 0.999; also for a teacher that is trained here "
-        "(default: none)", float, INSIDE)
-    keep: str = field("training", "last", "epoch of the saved student or teacher: last, or best, "
-        "that of the highest validation accuracy", str, one_of("last", "best"))
-    seed: int = field("training", 0, "seed of weights, batch order and augmentation", int, SEED)
-    view_seed: int | None = field("training", None, "seed of the augmentation of each image and "
-        "epoch (default: drawn with the batch order from --seed; 0 with --teacher-store or "
-        "--teacher-views)",
-        int, SEED)
-    teacher_store: str | None = field("training", None, "store the teacher's outputs in OUT/cache "
-        "and read them in later epochs and runs: float32 (exact) or float16 (half the size)",
-        str, one_of("float32", "float16"))
-    teacher_views: int | None = field("training", None,
-        "different augmentations of each image, used in turn (default: one per epoch)", int, COUNT)
-    teacher_seed: int = field("training", 0, "seed of a teacher that is trained here", int, SEED)
-    teacher_epochs: int | None = field("training", None,
-        "epochs of a teacher that is trained here (default: --epochs)", int, COUNT)
-    teacher_lr: float | None = field("training", None,
-        "its learning rate (default: that of the recipe for the teacher)", float, POSITIVE)
-    precision: str = field(
-        "training", "auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
-    teacher_weights: str | None = field("runtime", None,
-        "checkpoint of the teacher (default: train it first)", str, (len, "a file"))
-    data: str = field("runtime", "data", "folder of the data, also for downloads")
-    unlabelled: str | None = field("runtime", None, "folder of images without labels, with "
-        "--dataset folder (default: DATA/unlabelled if it exists)", str, (len, "a folder"))
-    out: str = field("runtime", "runs", "folder of the run folders")
-    device: str | None = field(
-        "runtime", None, "cpu, cuda, cuda:1 or mps (default: cuda, else mps, else cpu)")
-    backend: str = field("runtime", "auto",
-        "implementation of the loss: auto, reference (PyTorch), fused", str, one_of(*BACKENDS))
-    compile: bool = field("runtime", False, "torch.compile the networks (slow first step)", bool)
-    keep_checkpoint: bool = field("runtime", False, "keep checkpoint.pt of a finished run", bool)
-    tensorboard: bool = field("runtime", False, "also write the log for TensorBoard", bool)
-    skip_unreadable: bool = field("runtime", False, "leave out images that cannot be read", bool)
-    overwrite: bool = field("runtime", False, "if the run's folder was written by other code or "
-        "from other files, move it to OUT/replaced and train again", bool)
-    # fmt: on
-
-    def __post_init__(self) -> None:
-        fields = {f.name: f.metadata for f in dataclasses.fields(self) if f.metadata}
-        check_name("data set", self.dataset, DATASETS)
-        methods = find_methods(self.method)
-        self.method = "+".join(methods)
-        if not self.student:
-            raise UsageError("--student is missing: python mhkd.py --teacher vgg13 --student vgg8")
-        if self.view_seed is None and (self.teacher_store or self.teacher_views):
-            self.view_seed = 0
-        if not any(method.needs_teacher for method in methods.values()):
-            for name in fields:
-                if name.startswith("teacher"):
-                    setattr(self, name, fields[name]["option"].default)
-        elif not self.teacher:
-            raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
-        if self.teacher and self.teacher_weights is not None:
-            self.teacher_seed, self.teacher_init = 0, "random"  # the teacher is not trained
-            if self.teacher_epochs or self.teacher_lr:
-                raise UsageError("--teacher-epochs and --teacher-lr are not for --teacher-weights")
-        if (self.mean is None) != (self.std is None):
-            raise UsageError("--mean and --std must be given together")
-        if self.keep == "best" and not self.val_fraction:
-            raise UsageError("--keep best needs validation images: give --val-fraction, e.g. 0.1")
-        if self.optimizer == "adamw" and self.momentum is not None:
-            raise UsageError("--momentum is an option of --optimizer sgd, not of adamw")
-        if self.schedule == "cosine" and (self.lr_steps or self.lr_decay != Config.lr_decay):
-            raise UsageError("--lr-steps and --lr-decay are options of --schedule steps")
-        for name in ("test_fraction", "unlabelled"):
-            if getattr(self, name) is not None and self.dataset != "folder":
-                raise UsageError(f"{flag_of(name)} is for --dataset folder, not {self.dataset}")
-        if self.unlabelled is not None and not takes_unlabelled(self.method):
-            raise UsageError(f"--method {self.method} cannot use --unlabelled: leave it out")
-        if any(m.on_teacher for m in methods.values()) and self.student != self.teacher:
-            raise UsageError("--method heads has no student: give the teacher as --student, too")
-        for name in filter(None, (self.student, self.teacher)):
-            if ":" not in name:
-                check_name("network", name, MODELS)
-        declared = method_options(methods)
-        for name in self.options:
-            if name not in declared:
-                raise UsageError(foreign_option(name, self.method))
-        usual = {name: facts["option"].default for name, facts in fields.items()}
-        usual |= {name: option.default for name, option in declared.items()}
-        usual |= {name: v for name, v in self._recipe().items() if name in usual}
-        values = {name: getattr(self, name) for name in fields} | dict(self.options)
-        values = {n: usual[n] if values.get(n) is None else values[n] for n in usual}
-        rules = {n: facts["option"] for n, facts in fields.items()} | declared
-        for name, option in rules.items():
-            value = values[name]
-            if option.rule and value is not None and not option.rule[0](value):
-                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UsageError(f"{flag_of(name)} must be {option.rule[1]}, not {shown}")
-        self.options = {name: values.pop(name) for name in declared}
-        for name, value in values.items():
-            setattr(self, name, value)
-        unused = "crop_scale" if self.image_size < RESIZED_CROP_FROM else "crop_padding"
-        if values[unused] != usual[unused]:
-            raise UsageError(f"{flag_of(unused)} has no effect with --image-size {self.image_size}")
-        if self.warmup > self.epochs:
-            raise UsageError(f"--warmup {self.warmup:g} is longer than the {self.epochs} epochs")
-        # The usual number of epochs is that of the full schedule, to which the milestones scale.
-        usual["epochs"] = (CIFAR | dict(DATASETS[self.dataset].recipe))["epochs"]
-        self.differs = {
-            name: value
-            for name, value in {**values, **self.options}.items()
-            if name not in WHO and value != usual[name]
-            and not (name in fields and fields[name]["group"] == "runtime")
-        }  # fmt: skip
-
-        if (self.teacher_views or 0) >= self.epochs:
-            if self.teacher_views > self.epochs:
-                log(f"note: --teacher-views is limited to the {self.epochs} epochs")
-            self.teacher_views = None
-            self.differs.pop("teacher_views")
-        for name, method in methods.items() if self.teacher_store else ():
-            if method.needs_maps(self):
-                raise UsageError(
-                    f"--teacher-store holds no feature maps, and --method {name} trains on those "
-                    "of the teacher: use --teacher-heads pretrained with mhkd, else leave it out"
-                )
-
-    @property
-    def views(self) -> int:
-        """Number of views of each image."""
-        return self.teacher_views or self.epochs
-
-    def _recipe(self) -> dict[str, Any]:
-        """The values that the data set, the student and the number of epochs imply."""
-        recipe = CIFAR | dict(DATASETS[self.dataset].recipe)
-        if self.student in LOW_LR_MODELS and self.dataset != "svhn":
-            recipe["lr"] = LOW_LR
-        recipe |= {"momentum": 0.9, "weight_decay": 5e-4}
-        if self.optimizer == "adamw":
-            recipe |= {"momentum": None, "weight_decay": 0.05, "lr": 0.001}
-        full, epochs = recipe["epochs"], self.epochs or recipe["epochs"]
-        recipe["epochs"] = epochs
-        recipe["lr_steps"] = scaled(recipe["lr_steps"], epochs / full)
-        if self.schedule == "cosine":
-            recipe["lr_steps"] = ()
-        sides = [names for names in (self.student_units, self.teacher_units) if names]
-        if len({len(names) for names in sides}) > 1:
-            raise UsageError("--teacher-units and --student-units must have the same length")
-        recipe["units"] = tuple(range(1, len(sides[0] if sides else (1, 2, 3)) + 1))
-        if self.options.get("teacher_heads") == "pretrained":
-            recipe["teacher_heads_epochs"] = max(1, round(epochs / 3))
-        elif self.options.get("teacher_heads_epochs"):
-            raise UsageError("--teacher-heads-epochs is for --teacher-heads pretrained")
-        return recipe
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments that make this configuration again, without defaults."""
-        fields = {f.name: f.metadata for f in dataclasses.fields(self) if f.metadata}
-        kept = {*WHO, *self.differs, *(n for n in fields if fields[n]["group"] == "runtime")}
-        given = {n: getattr(self, n) for n in fields if n in kept}
-        given = {n: v for n, v in given.items() if v != fields[n]["option"].default}
-        return given | {"options": {n: v for n, v in self.options.items() if n in self.differs}}
-
-    def replace(self, **changes: Any) -> Config:
-        """The same with changes; values of the recipe are determined again."""
-        return Config(**{**self.arguments(), **changes})
-
-    def of_teacher(self) -> Config:
-        """The run that trains the teacher: the same recipe, with its own rate and epochs."""
-        epochs = self.teacher_epochs or self.epochs
-        own = {"student_units": None, "options": {}, "method": "ce", "seed": self.teacher_seed}
-        own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
-        return self.replace(**self._apart(epochs), **own, lr=self.teacher_lr)
-
-    def of_heads(self, teacher_weights: str | Path) -> Config:
-        """The run that trains the teacher's heads: the same recipe, a schedule in proportion.
-
-        The rate is that of the teacher's recipe, so that all students share one run.
-        """
-        epochs, o = self.options["teacher_heads_epochs"], self.options
-        own = {"student": self.teacher, "student_init": "random", "method": "heads"}
-        own |= {"student_units": self.teacher_units, "teacher_weights": str(teacher_weights)}
-        own |= {"seed": self.teacher_seed, "lr": None, "teacher_epochs": None, "teacher_lr": None}
-        own |= {"ema": None, "keep": "last", "options": {name: o[name] for name in HEAD_OPTIONS}}
-        return self.replace(**self._apart(epochs), **own)
-
-    def _apart(self, epochs: int) -> dict[str, Any]:
-        """What differs in a run on the teacher: its epochs, schedule, images and views."""
-        factor, given = epochs / self.epochs, "lr_steps" in self.differs
-        return {
-            "epochs": epochs,
-            "lr_steps": scaled(self.lr_steps, factor) if given else None,  # None: the recipe's
-            "warmup": self.warmup * factor,
-            **dict.fromkeys(("unlabelled", "view_seed", "teacher_store", "teacher_views")),
-        }
-
-    def recorded(self) -> dict[str, Any]:
-        """The values that distinguish runs, as JSON returns them."""
-        fields = [f for f in dataclasses.fields(self) if f.metadata.get("group") != "runtime"]
-        return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields}))
-
-
-def scaled(steps: Sequence[int], factor: float) -> tuple[int, ...]:
-    """Milestones for another number of epochs. Those that would coincide are an epoch apart."""
-    found: list[int] = []
-    for step in steps:
-        found.append(max(round(step * factor), found[-1] + 1 if found else 0))
-    return tuple(found)
-
-
-def foreign_option(name: str, method: str) -> str:
-    """Why an option cannot be given with a method."""
-    sibling("mhkd_baselines", optional=True)  # registers its methods
-    flag = flag_of(name)
-    owners = [m for m, kind in METHODS.items() if name in {**kind.options, **kind.final_options}]
-    if owners:
-        return f"{flag} is an option of --method {' or '.join(owners)}, not of {method}"
-    names = {*Config.__dataclass_fields__, *method_options(find_methods(method))} - {"options"}
-    near = difflib.get_close_matches(flag, map(flag_of, names), n=3, cutoff=0.75)
-    return f"there is no option {flag}" + (f": did you mean {' or '.join(near)}?" if near else "")
-
-
-def import_optional(module: str, package: str, purpose: str) -> Any:
-    """Import an optional dependency, or say how to install it."""
-    # Also catches what a torchvision that was built for another PyTorch raises.
-    with explain(f"{purpose} needs {package}", f"pip install {package}"):
-        return importlib.import_module(module)
-
-
-def flag_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-# --------------------------------------------------------------------------------------------------
-# 8. Processes, as torchrun or torch.multiprocessing start them, and devices
+# 7. Processes, as torchrun or torch.multiprocessing start them, and devices
 # --------------------------------------------------------------------------------------------------
 
 
@@ -2482,12 +1975,12 @@ def keep_freed_memory() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line, see mhkd_cli.py; returns the exit status."""
+    """The command line, see mhkd_config.py; returns the exit status."""
     try:
-        cli = sibling("mhkd_cli")
+        config = sibling("mhkd_config")
     except UsageError as error:
         sys.exit(f"mhkd.py: {error}")
-    return cli.main(arguments)
+    return config.main(arguments)
 
 
 if __name__ == "__main__":

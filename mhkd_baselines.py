@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mhkd
-from mhkd import COUNT, NOT_NEGATIVE, POSITIVE, Batch, Config, Data, FeatureExtractor, Option
+from mhkd import COUNT, NOT_NEGATIVE, POSITIVE, Batch, Data, FeatureExtractor, Option
+from mhkd_config import Config
 
 
 class BenchmarkMethod(mhkd.Method):

@@ -28,7 +28,7 @@ _problems: dict[torch.device, str] = {}  # what check() has found, "" if nothing
 class KernelCrash(RuntimeError):
     """The library failed on CUDA; this process cannot use the GPU any more."""
 
-    user_error = True  # mhkd_cli.command_line() prints the message without a traceback
+    user_error = True  # mhkd_config.command_line() prints the message without a traceback
 
 
 def load() -> bool:

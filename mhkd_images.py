@@ -1,7 +1,6 @@
-"""Where images come from: folders of images, CIFAR, SVHN and digits; crops of larger images.
+"""Folders of images, random crops of images of 64 pixels or more, and TrivialAugment.
 
-Folders are decoded once into a file that is then memory-mapped. mhkd.py imports this file to load a
-data set, for random crops of images of 64 pixels or more, and for --augment.
+Folders are decoded once into a file that is then memory-mapped.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 
 import mhkd
 import mhkd_runs
-from mhkd import Config, UsageError, explain, import_optional
+from mhkd import UsageError, explain, import_optional
+from mhkd_config import Config
 
 # --------------------------------------------------------------------------------------------------
 # 1. Folders of classes
@@ -357,93 +357,3 @@ def apply_policy(images: Tensor, policy: str, seeds: Tensor) -> Tensor:
             torch.default_generator.manual_seed(seed)
             changed.append(transform(image))
     return torch.stack(changed).permute(0, 2, 3, 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. CIFAR, SVHN and digits; statistics
-# --------------------------------------------------------------------------------------------------
-
-DIGIT_NAMES = [str(digit) for digit in range(10)]
-TORCHVISION = {  # class, and the files that belong into --data
-    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz, or the folder cifar-10-batches-py from it,"),
-    "cifar100": ("CIFAR100", "cifar-100-python.tar.gz, or the folder cifar-100-python from it,"),
-    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
-}
-SIZES = {  # number of classes, number of images, one of the class names
-    "cifar10": (10, 60_000, "airplane"),
-    "cifar100": (100, 60_000, "aquarium_fish"),
-    "svhn": (10, 99_289, "7"),
-}
-
-
-def from_torchvision(config: Config) -> tuple[Any, ...]:
-    """CIFAR or SVHN from torchvision's files, downloaded if missing, or from folders of images.
-
-    The images are sorted by label and pixels, so that both give the same runs.
-    """
-    root = Path(config.data)
-    if (root / "train").is_dir():
-        found = from_folder(config, side=32)
-        decoded, labels, count, classes, *facts = found
-        *size, known = SIZES[config.dataset]
-        if size != [len(classes), len(labels)] or known not in classes:
-            names = ", ".join(classes[:3])
-            raise UsageError(
-                f"'{root}' has {len(classes)} classes ({names}, ...) and {len(labels)} images, not "
-                f"{size[0]} ({known}, ...) and {size[1]}, so it is not "
-                f"{config.dataset}: use --dataset folder"
-            )
-        images = decoded(list(range(len(labels))))
-    else:
-        images, labels, count, classes = read_torchvision(config.dataset, root)
-        facts = []
-    order: list[int] = []
-    for start, stop in ((0, count), (count, len(labels))):
-        for label in range(len(classes)):  # the pixels of all classes at once take gigabytes
-            indices = start + (labels[start:stop] == label).nonzero()[:, 0]
-            order += sorted(indices.tolist(), key=lambda i: images[i].numpy().tobytes())
-    sorted_indices = torch.tensor(order)
-    return lambda i: images[sorted_indices[i]], labels[sorted_indices], count, classes, *facts
-
-
-def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, list[str]]:
-    (name, files), svhn = TORCHVISION[dataset], dataset == "svhn"
-    datasets = import_optional("torchvision.datasets", "torchvision", f"--dataset {dataset}")
-    splits = [{"train": True}, {"train": False}]
-    if svhn:
-        import_optional("scipy.io", "scipy", f"--dataset {dataset}")
-        splits = [{"split": "train"}, {"split": "test"}]
-    what = f"{name} is not in '{root}' and could not be downloaded"
-    with explain(what, f"put {files} there, or try --dataset digits, which needs no data"):
-        with mhkd_runs.locked(root, "another process is reading the data"):
-            # Complete files are not downloaded again.
-            sets = [getattr(datasets, name)(root, **split, download=True) for split in splits]
-    images = torch.cat([torch.from_numpy(part.data) for part in sets])
-    labels = torch.cat([torch.as_tensor(s.labels if svhn else s.targets) for s in sets]).long()
-    if svhn:  # [N, 3, 32, 32]
-        return images.permute(0, 2, 3, 1).contiguous(), labels, len(sets[0]), DIGIT_NAMES
-    return images, labels, len(sets[0]), list(sets[0].classes)
-
-
-def from_digits(config: Config) -> tuple[Any, ...]:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,437 for training, 360 for test."""
-    datasets = import_optional("sklearn.datasets", "scikit-learn", "--dataset digits")
-    digits = datasets.load_digits()
-    grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
-    images = grey[..., None].repeat(1, 1, 1, 3)  # [1797, 8, 8, 3]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).roll(-360)
-    labels = torch.from_numpy(digits.target).long()[order]
-    return lambda indices: images[order[indices]], labels, 1437, DIGIT_NAMES
-
-
-def measure(images: Tensor, indices: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exact."""
-    count = torch.zeros(3, 256, dtype=torch.float64)
-    for part in indices.split(100):
-        for channel, pixels in enumerate(images[part].unbind(dim=3)):
-            count[channel] += torch.bincount(pixels.flatten(), minlength=256)
-    value = torch.arange(256, dtype=torch.float64) / 255
-    fraction = count / count.sum(dim=1, keepdim=True)
-    mean = fraction @ value
-    std = (fraction * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
-    return tuple(tuple(round(v, 6) for v in values.tolist()) for values in (mean, std))

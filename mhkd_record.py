@@ -1,4 +1,4 @@
-"""What identifies a run: its configuration, the hashes of teacher, data and code; and where it ran.
+"""What is recorded of a run: what identifies it, where it ran, and what its student reaches.
 
 mhkd.py imports this file for training. A folder of a run is named after its configuration.
 """
@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mhkd
-from mhkd import Config, Data, Distiller, epoch_batches, find_methods
+import mhkd_runs
+from mhkd import Data, Distiller, epoch_batches, find_methods
+from mhkd_config import Config
 from mhkd_runs import in_file_name, sha256_of
 
 
@@ -240,3 +243,63 @@ def commit_of(script: Path) -> str | None:
         return git("rev-parse", "HEAD") + (" with changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+class Best:
+    """The student of the epoch with the highest validation accuracy, the first of equal ones."""
+
+    def __init__(self) -> None:
+        self.accuracy, self.epoch, self.student = -1.0, 0, {}
+
+    def update(self, entry: Mapping[str, Any], student: dict[str, Any]) -> None:
+        if entry["val_accuracy"] > self.accuracy:
+            student = {n: t.clone() if isinstance(t, Tensor) else t for n, t in student.items()}
+            self.accuracy, self.epoch, self.student = entry["val_accuracy"], entry["epoch"], student
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+KEPT = {"last": "the last one", "best": "that of the highest validation accuracy"}
+
+
+def finish(
+    run: Any, config: Config, data: Data, distiller: Distiller, student: dict[str, Any], epoch: int
+) -> dict[str, Any]:
+    """Save the plain student of an epoch, load it again, and record the loaded one's accuracy."""
+    if mhkd.is_main():
+        name = config.student
+        if ":" in name:
+            name = mhkd.sibling("mhkd_custom").absolute_name(name)
+        content = {"model": student, "name": name, "classes": data.classes}
+        content |= {"image_size": config.image_size, "mean": [*data.mean], "std": [*data.std]}
+        content["resize"] = data.images.shape[1]
+        for method in distiller.methods:
+            content |= method.saved()
+        plain = mhkd.build_model(config.student, len(data.classes), "random", config.image_size)
+        path = run.save_student(content)
+        deployed = mhkd_runs.load_weights(plain, path).to(data.device)
+        best = max(run.log, key=lambda entry: entry["test_accuracy"])
+        result = {
+            **mhkd.evaluate(deployed, data),
+            "accuracy_is": f"of the student of epoch {epoch}, saved and loaded into the plain "
+            f"network; the epoch is {KEPT[config.keep]}",
+            "kept_epoch": epoch,
+            "best_test_accuracy": best["test_accuracy"],  # chosen by the test images
+            "best_test_epoch": best["epoch"],
+            "parameters": sum(p.numel() for p in deployed.parameters()),
+            "epochs": len(run.log),
+            "seconds": round(sum(entry["seconds"] for entry in run.log), 3),
+        }
+        if len(data.val):
+            best = max(run.log, key=lambda entry: entry["val_accuracy"])
+            result |= {"best_val_epoch": best["epoch"], "best_val_accuracy": best["val_accuracy"]}
+            result["test_accuracy_at_best_val_epoch"] = best["test_accuracy"]
+        run.finish(result, config.keep_checkpoint)
+        accuracy = run.result["accuracy"]
+        mhkd.log(f"'{path}': {accuracy:.2f} % on the test images after epoch {epoch}")
+    mhkd.wait_for_all()
+    return mhkd_runs.read_json(run.folder / "result.json")

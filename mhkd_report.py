@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import mhkd
 import mhkd_runs
 import mhkd_tables as tables
-from mhkd import Config, UsageError
+from mhkd import UsageError
+from mhkd_config import Config
 from mhkd_tables import BEST, PAIR_A, PAIR_B, PRIMARY
 
 # --------------------------------------------------------------------------------------------------

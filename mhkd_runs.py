@@ -32,7 +32,7 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint-before.pt")  # the latest and the on
 class RunError(ValueError):
     """A file or folder cannot be used. The message is one sentence that says what to do."""
 
-    user_error = True  # mhkd_cli.command_line() prints the message without a traceback
+    user_error = True  # mhkd_config.command_line() prints the message without a traceback
 
 
 def is_main() -> bool:

@@ -33,10 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import mhkd
-import mhkd_cli
+import mhkd_config
 import mhkd_record
 import mhkd_runs
-from mhkd import Config, UsageError
+from mhkd import UsageError
+from mhkd_config import Config
 
 # --------------------------------------------------------------------------------------------------
 # 1. The paper's tables and the studies
@@ -153,7 +154,7 @@ def cells(name: str, seeds: Sequence[int] = ()) -> Iterator[tuple[str, str, int,
 
 
 def options_of(row: str) -> dict[str, mhkd.Option]:
-    return mhkd.method_options(mhkd.find_methods(row.split(":")[0]))
+    return mhkd_config.method_options(mhkd.find_methods(row.split(":")[0]))
 
 
 def config_of(pair: str, row: str, seed: int, settings: Mapping, options: Mapping = {}) -> Config:
@@ -187,12 +188,12 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         parser.add_argument("--jobs", type=int)
         parser.add_argument("--dry-run", action="store_true")
         for name, option in known.items():
-            mhkd_cli.add_option(parser, name, option)
+            mhkd_config.add_option(parser, name, option)
 
     for flag in {argument.partition("=")[0] for argument in arguments} & {*INSTEAD}:
         raise UsageError(f"`run` takes --{INSTEAD[flag]}, not {flag}")
     # ce has no options of its own, so those of all rows can be added.
-    given, fields = mhkd_cli.parse_config(["--method", "ce", *arguments], extra)
+    given, fields = mhkd_config.parse_config(["--method", "ce", *arguments], extra)
     options = {name: value for name in known if (value := getattr(given, name)) is not None}
     for what, names, existing in (("pair", given.pairs, pairs), ("row", given.methods, rows)):
         for name in names:
@@ -223,7 +224,7 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
     if not others:
         raise UsageError("no run is left with these --seeds, --pairs and --methods")
     for name in {*options}.difference(*(config.options for config in others)):
-        raise UsageError(mhkd.foreign_option(name, others[-1].method))
+        raise UsageError(mhkd_config.foreign_option(name, others[-1].method))
     if len({config.teacher for config in others if config.teacher_weights}) > 1:
         raise UsageError("--teacher-weights is for one teacher: select its pairs with --pairs")
     if (path := fields.get("teacher_weights")) and not Path(path).is_file():
@@ -265,10 +266,10 @@ def arguments_of(config: Config) -> list[str]:
     arguments = []
     for name, value in values.items():
         if isinstance(value, bool):
-            arguments.append(mhkd.flag_of(name if value else f"no_{name}"))
+            arguments.append(mhkd_config.flag_of(name if value else f"no_{name}"))
         else:
             text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-            arguments += [mhkd.flag_of(name), text]
+            arguments += [mhkd_config.flag_of(name), text]
     return arguments
 
 
@@ -388,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             raise UsageError("use `report DIR` or `run table1,table2,... [options]`, see --help")
 
-    return mhkd_cli.command_line("mhkd_tables.py", command)
+    return mhkd_config.command_line("mhkd_tables.py", command)
 
 
 if __name__ == "__main__":

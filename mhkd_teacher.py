@@ -16,7 +16,6 @@ import mhkd_record
 import mhkd_runs
 from mhkd import (
     AuxHeads,
-    Config,
     Data,
     Distiller,
     FeatureExtractor,
@@ -25,6 +24,7 @@ from mhkd import (
     epoch_batches,
     evaluate,
 )
+from mhkd_config import Config
 
 
 def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch
 from conftest import FOLDER, end_of, outcome, pixels, run, save_image, start
 
 import mhkd
+import mhkd_data
 import mhkd_images
 import mhkd_runs
 
@@ -105,7 +106,7 @@ def test_a_data_set_is_read_from_its_files_ordered_by_labels_and_pixels(
 def test_cifar100_as_folders_of_images_gives_the_same_bits(
     settings, archive, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(mhkd_images.SIZES, "cifar100", (100, 300, "class07"))
+    monkeypatch.setitem(mhkd_data.SIZES, "cifar100", (100, 300, "class07"))
     for part, (images, labels) in archive("cifar100").items():
         for i, (image, label) in enumerate(zip(images, labels)):
             place = tmp_path / "folders" / part / f"class{label:02}"
@@ -129,7 +130,7 @@ def test_folders_of_other_images_are_not_taken_for_cifar(tmp_path):
 
 
 def test_folders_with_as_many_other_classes_are_not_taken_for_cifar(tmp_path, monkeypatch):
-    monkeypatch.setitem(mhkd_images.SIZES, "cifar10", (2, 4, "airplane"))
+    monkeypatch.setitem(mhkd_data.SIZES, "cifar10", (2, 4, "airplane"))
     for i in range(4):
         name = f"photos/{('train', 'test')[i % 2]}/{'ab'[i // 2]}/{i}.png"
         save_image(tmp_path / name, pixels(40, 30, 3, seed=i))

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 import mhkd
 import mhkd_baselines
+import mhkd_config
 import mhkd_runs
 
 pytest.importorskip("sklearn")
@@ -50,7 +51,7 @@ def make_data():
 
 
 def configure(method, teacher="wrn_16_2", student="resnet8", options=(), **settings):
-    declared = mhkd.method_options(mhkd.find_methods(method))
+    declared = mhkd_config.method_options(mhkd.find_methods(method))
     small = {"head_width": 8, "head_stride": 2, "negatives": 20}
     options = {name: v for name, v in small.items() if name in declared} | dict(options)
     settings = {"dataset": "digits", "options": options, "device": "cpu", **settings}

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 import mhkd
-import mhkd_cli
+import mhkd_config
 import mhkd_report
 import mhkd_runs
 import mhkd_tables as tables
@@ -27,7 +27,7 @@ CIFAR = ["aquarium_fish", *(f"class {i}" for i in range(99))]
 
 
 def configured(text):
-    return mhkd.Config(**mhkd_cli.parse_config(shlex.split(text))[1])
+    return mhkd.Config(**mhkd_config.parse_config(shlex.split(text))[1])
 
 
 COMMAND = re.compile(r"^(done|todo)  python mhkd\.py (.*)$", re.MULTILINE)

@@ -1,0 +1,220 @@
+"""Which data sets there are, and how they are loaded: CIFAR, SVHN, digits, folders of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mhkd
+import mhkd_runs
+from mhkd import UNLABELLED, Data, UsageError, explain, import_optional, log, sibling
+
+# What a data set provides: a function from a list of indices to images uint8 [n, M, M, 3]; all
+# labels [N]; the number of training images, which come first; class names; facts for the record.
+# Unlabelled training images come last, with the label UNLABELLED, and are not in that number.
+Source = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A data set for --dataset. Add one by `DATASETS[name] = DataSet(...)`, see docs/methods.md.
+
+    Args:
+        load: returns a Source for a Config.
+        recipe: its values of Config and of method options that differ from those of CIFAR-100.
+        statistics: mean and std of each channel. Default: measured on the training images.
+        mapped: whether the images are mapped from a file, and already have the final size.
+    """
+
+    load: Callable[[mhkd.Config], Source]
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    mapped: bool = False
+
+
+DIGIT_NAMES = [str(digit) for digit in range(10)]
+TORCHVISION = {  # class, and the files that belong into --data
+    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz, or the folder cifar-10-batches-py from it,"),
+    "cifar100": ("CIFAR100", "cifar-100-python.tar.gz, or the folder cifar-100-python from it,"),
+    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
+}
+SIZES = {  # number of classes, number of images, one of the class names
+    "cifar10": (10, 60_000, "airplane"),
+    "cifar100": (100, 60_000, "aquarium_fish"),
+    "svhn": (10, 99_289, "7"),
+}
+
+
+def from_torchvision(config: mhkd.Config) -> tuple[Any, ...]:
+    """CIFAR or SVHN from torchvision's files, downloaded if missing, or from folders of images.
+
+    The images are sorted by label and pixels, so that both give the same runs.
+    """
+    root = Path(config.data)
+    if (root / "train").is_dir():
+        found = sibling("mhkd_images").from_folder(config, side=32)
+        decoded, labels, count, classes, *facts = found
+        *size, known = SIZES[config.dataset]
+        if size != [len(classes), len(labels)] or known not in classes:
+            names = ", ".join(classes[:3])
+            raise UsageError(
+                f"'{root}' has {len(classes)} classes ({names}, ...) and {len(labels)} images, not "
+                f"{size[0]} ({known}, ...) and {size[1]}, so it is not "
+                f"{config.dataset}: use --dataset folder"
+            )
+        images = decoded(list(range(len(labels))))
+    else:
+        images, labels, count, classes = read_torchvision(config.dataset, root)
+        facts = []
+    order: list[int] = []
+    for start, stop in ((0, count), (count, len(labels))):
+        for label in range(len(classes)):  # the pixels of all classes at once take gigabytes
+            indices = start + (labels[start:stop] == label).nonzero()[:, 0]
+            order += sorted(indices.tolist(), key=lambda i: images[i].numpy().tobytes())
+    sorted_indices = torch.tensor(order)
+    return lambda i: images[sorted_indices[i]], labels[sorted_indices], count, classes, *facts
+
+
+def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, list[str]]:
+    (name, files), svhn = TORCHVISION[dataset], dataset == "svhn"
+    datasets = import_optional("torchvision.datasets", "torchvision", f"--dataset {dataset}")
+    splits = [{"train": True}, {"train": False}]
+    if svhn:
+        import_optional("scipy.io", "scipy", f"--dataset {dataset}")
+        splits = [{"split": "train"}, {"split": "test"}]
+    what = f"{name} is not in '{root}' and could not be downloaded"
+    with explain(what, f"put {files} there, or try --dataset digits, which needs no data"):
+        with mhkd_runs.locked(root, "another process is reading the data"):
+            # Complete files are not downloaded again.
+            sets = [getattr(datasets, name)(root, **split, download=True) for split in splits]
+    images = torch.cat([torch.from_numpy(part.data) for part in sets])
+    labels = torch.cat([torch.as_tensor(s.labels if svhn else s.targets) for s in sets]).long()
+    if svhn:  # [N, 3, 32, 32]
+        return images.permute(0, 2, 3, 1).contiguous(), labels, len(sets[0]), DIGIT_NAMES
+    return images, labels, len(sets[0]), list(sets[0].classes)
+
+
+def from_digits(config: mhkd.Config) -> tuple[Any, ...]:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,437 for training, 360 for test."""
+    datasets = import_optional("sklearn.datasets", "scikit-learn", "--dataset digits")
+    digits = datasets.load_digits()
+    grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
+    images = grey[..., None].repeat(1, 1, 1, 3)  # [1797, 8, 8, 3]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).roll(-360)
+    labels = torch.from_numpy(digits.target).long()[order]
+    return lambda indices: images[order[indices]], labels, 1437, DIGIT_NAMES
+
+
+# Recipes: sections 4.1 (CIFAR-100) and 4.2 (SVHN). Milestones are those of the full schedule.
+# Statistics of CIFAR: the CRD benchmark's; of SVHN: the authors' code; of digits: measured.
+CIFAR = {"epochs": 240, "lr_steps": (150, 180, 210), "batch_size": 64, "lr": 0.05, "beta": 0.5}
+CIFAR |= {"crop_padding": 4, "flip": True, "image_size": 32, "head_width": 256, "head_stride": 1}
+SVHN = {"epochs": 150, "lr_steps": (80, 110, 135), "batch_size": 200, "lr": 0.001, "beta": 5.0}
+DIGITS = {"epochs": 30, "lr_steps": (19, 23, 26), "crop_padding": 2, "flip": False}
+DIGITS |= {"image_size": 16, "head_width": 64, "head_stride": 2}
+DATASETS: dict[str, DataSet] = {
+    "cifar100": DataSet(from_torchvision, {}, ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))),
+    "cifar10": DataSet(from_torchvision, {}, ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
+    "svhn": DataSet(from_torchvision, SVHN, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
+    "folder": DataSet(lambda config: sibling("mhkd_images").from_folder(config), mapped=True),
+    "digits": DataSet(from_digits, DIGITS, ((0.305674,) * 3, (0.318702,) * 3)),
+}
+
+
+def load_data(config: mhkd.Config, device: torch.device | str = "cpu") -> Data:
+    """The data set of a configuration, resized, split, with its normalisation, on a device.
+
+    Raises:
+        UsageError, mhkd_runs.RunError: it is missing and cannot be downloaded, or is damaged.
+    """
+    if not mhkd.is_main():
+        mhkd.wait_for_all()  # the main process downloads and decodes first
+    dataset = DATASETS[config.dataset]
+    images_at, labels, count, classes, *facts = dataset.load(config)
+    end = len(labels) - int((labels == UNLABELLED).sum())  # of the labelled images
+    parts = []  # the subsets: the same images for every run, in the order of the data set
+    for size, most in ((count, config.subset), (end - count, config.test_subset)):
+        indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        parts.append(indices[:most].sort().values)
+    chosen = torch.cat([parts[0], count + parts[1], torch.arange(end, len(labels))]).tolist()
+    count, end = len(parts[0]), len(parts[0]) + len(parts[1])
+    images, labels = images_at(chosen), labels[chosen]
+    if mhkd.is_main():
+        mhkd.wait_for_all()
+    S = config.image_size
+    if images.shape[1] != S and not dataset.mapped:
+        original, images = images, torch.empty(len(images), S, S, 3, dtype=torch.uint8)
+        for old, new in zip(original.split(1000), images.split(1000)):
+            old = old.permute(0, 3, 1, 2).float()
+            resized = F.interpolate(old, (S, S), mode="bilinear", antialias=True)
+            new.copy_(resized.round().clamp(0, 255).permute(0, 2, 3, 1))
+    held_out = []  # a fraction of each class, the same images for every run
+    fixed = torch.Generator().manual_seed(0)
+    for label in range(len(classes)):
+        of_class = (labels[:count] == label).nonzero()[:, 0]
+        number = round(config.val_fraction * len(of_class))
+        held_out.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
+    train, test = torch.arange(count), torch.arange(count, end)
+    val = torch.cat(held_out).sort().values
+    train = train[~torch.isin(train, val)]
+    digests = []
+    for begin, stop in ((0, end), (end, len(labels))):
+        pixels = images[begin:stop]
+        digests.append(hashlib.sha256(repr((pixels.shape, classes, count)).encode()))
+        for part in (labels[begin:stop], *pixels.split(1000)):
+            digests[-1].update(part.numpy())
+    sha256, of_unlabelled = (digest.hexdigest() for digest in digests)
+    if len(train) < 2 or config.val_fraction and not len(val):
+        raise UsageError(f"there are {len(train)} training and {len(val)} validation images")
+    mean, std = normalisation(config) or measure(images, train)
+    train = torch.cat([train, torch.arange(end, len(labels))])
+    if (B := config.batch_size) > len(train):
+        raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
+    prefetch = sibling("mhkd_images").prefetch if dataset.mapped else None
+    known = dict(facts[0]) if facts else {}
+    if end < len(labels):
+        known["unlabelled"] = len(labels) - end
+    return Data(
+        images, labels, train, val, test, classes, S, mean, std, sha256, config.dataset,
+        known, prefetch, of_unlabelled if end < len(labels) else None,
+    ).to(torch.device(device))  # fmt: skip
+
+
+def normalisation(config: mhkd.Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std if known: given, of the teacher, for both networks, or of the data set."""
+    known = DATASETS[config.dataset].statistics
+    if config.mean:
+        return tuple(config.mean), tuple(config.std)
+    if path := config.teacher_weights:
+        content = mhkd_runs.load_file(Path(path))
+        if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
+            with explain(f"'{path}' has a damaged mean or std", "use another file"):
+                torch.tensor([content["mean"], content["std"]]).view(2, 3)
+            return tuple(content["mean"]), tuple(content["std"])
+        shown = "mean {} and std {}".format(*known) if known else "that of the training images"
+        log(f"note: '{path}' has no normalisation, {shown} is assumed: else give --mean and --std")
+    first = "teacher" if config.teacher else "student"
+    if getattr(config, f"{first}_init") == "pretrained":
+        if of_library := sibling("mhkd_custom").library_weights(getattr(config, first)):
+            return of_library[:2]
+    return known
+
+
+def measure(images: Tensor, indices: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images, on the 0-1 scale, exact."""
+    count = torch.zeros(3, 256, dtype=torch.float64)
+    for part in indices.split(100):
+        for channel, pixels in enumerate(images[part].unbind(dim=3)):
+            count[channel] += torch.bincount(pixels.flatten(), minlength=256)
+    value = torch.arange(256, dtype=torch.float64) / 255
+    fraction = count / count.sum(dim=1, keepdim=True)
+    mean = fraction @ value
+    std = (fraction * (value - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
+    return tuple(tuple(round(v, 6) for v in values.tolist()) for values in (mean, std))
