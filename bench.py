@@ -263,7 +263,7 @@ def with_store(config: mhkd.Config, data: mhkd.Data, out: str) -> dict[str, Step
 
 def bench_step(args, device: torch.device) -> dict:
     """Each pair and method: the step and its parts, or steps with and without the store."""
-    mhkd.keep_freed_memory()
+    mhkd_config.keep_freed_memory()
     print(f"{'pair, method':42} {'step':14} {'images/s':>9} {'ratio':>6} {'peak':>11}")
     rows = []
     for pair, method in itertools.product(mhkd.words(args.pairs), mhkd.words(args.methods)):

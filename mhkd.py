@@ -18,20 +18,20 @@ The loss on each pair of heads is that of ordinary distillation on the final out
 divergence between softened probabilities, and the cross-entropy. After training the heads are
 dropped.
 
-Sections: 1 networks, 2 heads, 3 loss, 4 methods, 5 training, 6 batches, 7 processes and devices.
-Sections 1 to 3 are the method; they depend on nothing below them. "Paper, section 3.1" in comments
-refers to the publication. Copied alone, this file provides the networks, MultiHead, mhkd_loss and
-kd_loss with PyTorch as the only requirement. Training also needs mhkd_config.py (settings and the
-command line), mhkd_data.py (data sets), mhkd_record.py (what is recorded of a run), mhkd_runs.py
-(folders of runs) and mhkd_teacher.py (where the teacher comes from). Other modules beside this file
-are imported when an option asks for them.
+Sections: 1 networks, 2 heads, 3 loss, 4 methods, 5 training, 6 batches, 7 processes, devices and
+output. Sections 1 to 3 are the method; they depend on nothing below them. "Paper, section 3.1" in
+comments refers to the publication. Copied alone, this file provides the networks, MultiHead,
+mhkd_loss and kd_loss with PyTorch as the only requirement. Training also needs mhkd_config.py
+(settings and the command line), mhkd_data.py (data sets), mhkd_record.py (what is recorded of a
+run), mhkd_runs.py (folders of runs) and mhkd_teacher.py (where the teacher comes from). Other
+modules beside this file are imported when an option asks for them; mhkd_fused.py, the compiled
+loss, is used if it exists.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -95,13 +95,14 @@ def sibling(name: str, optional: bool = False) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        missing = error.name or ""
+        if not missing.startswith("mhkd_"):
             raise
-    if optional:
+    if optional and missing == name:
         return None
     raise UsageError(
-        f"{name}.py is needed for this and was not found: copy it beside mhkd.py (training needs "
-        "mhkd_config.py, mhkd_data.py, mhkd_record.py, mhkd_runs.py and mhkd_teacher.py)"
+        f"{missing}.py is needed for this and was not found: copy it beside mhkd.py (training "
+        "needs mhkd_config.py, mhkd_data.py, mhkd_record.py, mhkd_runs.py and mhkd_teacher.py)"
     )
 
 
@@ -377,6 +378,33 @@ UNITS: dict[type[nn.Module], tuple[str, str, str]] = {
 }
 
 
+def build_model(
+    name: str, num_classes: int, init: str = "random", image_size: int | None = None
+) -> nn.Module:
+    """A network that maps images [B, 3, S, S] to logits [B, num_classes].
+
+    Args:
+        name: one of MODELS, for S >= 16; or, with mhkd_custom.py, torchvision:NAME, timm:NAME or
+            path/to/file.py:FUNCTION, which is called with num_classes.
+        init: "random"; "pretrained", the library's weights; or file:PATH, a state dict. The
+            classifier is initialised randomly if its number of classes differs.
+        image_size: S, for networks that depend on it, such as vision transformers.
+
+    Raises:
+        UsageError, mhkd_runs.RunError: no such network; the library or the weights are missing.
+    """
+    if ":" in name:
+        return sibling("mhkd_custom").build(name, num_classes, init, image_size)
+    kind, variant = MODELS[check_name("network", name, MODELS)]
+    model = kind(num_classes, **variant)
+    if init.startswith("file:"):
+        runs, what = sibling("mhkd_runs"), f"the weights '{init}' do not fit {name}"
+        runs.load_state(model, runs.read_state(init[5:], model.state_dict()), what, num_classes)
+    elif init != "random":
+        raise UsageError(f"there are no pretrained weights for {name}: use random or file:PATH")
+    return model
+
+
 # --------------------------------------------------------------------------------------------------
 # 2. Auxiliary heads (paper, section 3.1 and figure 1), attached to any network from outside
 # --------------------------------------------------------------------------------------------------
@@ -414,7 +442,8 @@ class Outputs:
     logits: Tensor  # [B, K]
     features: dict[int, Tensor]  # by unit, counted from 1: [B, C, H, W] each
     penultimate: Tensor | None  # [B, C], the input of the last linear layer
-    heads: list[Tensor] = dataclasses.field(default_factory=list)  # of frozen heads: [B, K] each
+    # Logits [B, K] of the teacher's pretrained heads, if the method has them.
+    heads: list[Tensor] = dataclasses.field(default_factory=list)
 
     def float(self) -> Outputs:
         """The same in float32."""
@@ -475,7 +504,7 @@ class FeatureExtractor(nn.Module):
         self.layouts = {n: of_unit.get(n) or "channels_first" for n in self.units.values()}
         for unit, name in self.units.items():
             feature = self._feature(name, seen)
-            height, width = getattr(example_input, "shape", (1, 2))[-2:]
+            height, width = getattr(example_input, "shape", (1, 2))[-2:]  # (1, 2): do not check
             if height == width and feature.dim() == 4 and not of_unit.get(name):
                 if feature.shape[1] == feature.shape[2] != feature.shape[3]:
                     raise UsageError(
@@ -554,6 +583,8 @@ class FeatureExtractor(nn.Module):
 
 class MultiHead(FeatureExtractor):
     """A network with auxiliary heads at the ends of some submodules (paper, section 3.1).
+
+    For your own training loop; train() uses FeatureExtractor and AuxHeads, see section 4.
 
         student = MultiHead(torchvision.models.resnet18(num_classes=10), ["layer1", "layer2"], 10)
         logits, logits_1, logits_2 = student(images)
@@ -665,7 +696,7 @@ def watch(
             # Assigned, not registered: torch.compile can trace this, and replicas of
             # DataParallel share the registry.
             for name, module in modules.items():
-                module._forward_hooks = {**before[name], -1: hook_of(name)}
+                module._forward_hooks = {**before[name], -1: hook_of(name)}  # no registered id
             return model(*inputs, **keywords), seen
         finally:
             active.clear()
@@ -797,12 +828,12 @@ def mhkd_loss(
         labels = labels.reshape(-1)  # [B]
         student_logits = [z.reshape(-1, z.shape[-1]) for z in student_logits]  # [B, K] each
         teacher_logits = [z.reshape(-1, z.shape[-1]) for z in teacher_logits]
-    settings = [tau, *kl_weights, *ce_weights], [], list(teacher_ce), ignore_index
-    compute = _operator if fused else _reference_loss
-    if fused and torch.compiler.is_compiling():  # else it compiles again for every new number
+    numbers, tensors = [tau, *kl_weights, *ce_weights], []
+    if fused and torch.compiler.is_compiling():  # as numbers, each new value is compiled again
         one = torch.ones((), dtype=torch.float64)
-        tensors = [one * number for number in settings[0]]
-        settings = [0.0] * len(tensors), tensors, *settings[2:]
+        numbers, tensors = [0.0] * len(numbers), [one * number for number in numbers]
+    settings = numbers, tensors, list(teacher_ce), ignore_index
+    compute = _operator if fused else _reference_loss
     try:
         out = compute(student_logits, teacher_logits, labels, *settings)
     except Exception:
@@ -811,10 +842,11 @@ def mhkd_loss(
     return out[:2] if return_terms else out[0]
 
 
-def _reference_loss(student, teacher, labels, numbers, _, teacher_ce, ignore_index):
+def _reference_loss(student, teacher, labels, numbers, tensors, teacher_ce, ignore_index):
     """The equations in plain PyTorch, the specification of the fused loss. Logits are [B, K].
 
-    numbers: tau, kl_weights [H], ce_weights [H], in one list as the fused loss takes them.
+    numbers: tau, kl_weights [H], ce_weights [H], in one list as the fused loss takes them. tensors:
+    empty.
     """
     tau, H = numbers[0], len(student)
     dtypes = [z.dtype for z in (*student, *teacher)]
@@ -832,7 +864,7 @@ def _reference_loss(student, teacher, labels, numbers, _, teacher_ce, ignore_ind
     loss = torch.zeros((), dtype=dtype, device=labels.device)
     terms = []
     coefficients = zip(numbers[1 : H + 1], numbers[H + 1 :], map(float, teacher_ce))
-    for z_s, z_t, of_head in zip(student, teacher, coefficients):
+    for z_s, z_t, (*weights, ce_t_weight) in zip(student, teacher, coefficients):
         # NaN in a row that does not count for a term must not reach it or its gradients.
         z_s, z_t = z_s.to(dtype), z_t.to(dtype)
         log_p_s = F.log_softmax(torch.where(counted[:, None], z_s, 0) / tau, dim=1)  # [B, K]
@@ -841,9 +873,9 @@ def _reference_loss(student, teacher, labels, numbers, _, teacher_ce, ignore_ind
         kl = torch.where(p_t == 0, 0, p_t * (log_p_t - log_p_s)).sum()  # F.kl_div has inf - inf
         kl = kl / counted.sum() * tau**2
         ce = cross_entropy(z_s)
-        ce_t = cross_entropy(z_t) if of_head[2] else torch.zeros_like(kl)
+        ce_t = cross_entropy(z_t) if ce_t_weight else torch.zeros_like(kl)
         # Equation 1 for each head, equation 2 over the heads.
-        for coefficient, term in zip(of_head, (kl, ce, ce_t)):
+        for coefficient, term in zip((*weights, ce_t_weight), (kl, ce, ce_t)):
             if coefficient != 0:
                 loss = loss + coefficient * term
         terms.append(torch.stack((kl, ce, ce_t)).detach())
@@ -878,7 +910,7 @@ def kd_loss(
 
 
 BACKENDS = ("auto", "reference", "fused")
-_operator: Any = None  # the fused loss
+_operator: Any = None  # the fused loss; set by _use_fused, which may return only a constant
 
 
 def _use_fused(backend: str, device: torch.device, heads: int) -> bool:
@@ -962,7 +994,8 @@ def _check_tensors(student, teacher, labels) -> None:
 class Option:
     """A setting. rule: a test and a text that says what it requires.
 
-    A default of None is replaced by the value of the recipe if that has one; see the help text.
+    A default of None is replaced by the value of the recipe if that has one. The recipe: what the
+    data set, the network and the optimizer imply; see the help text.
     """
 
     default: Any
@@ -990,10 +1023,6 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in words(text))
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in words(text))
-
-
 @dataclasses.dataclass
 class Batch:
     """What a method gets in a training step."""
@@ -1001,25 +1030,26 @@ class Batch:
     student: Outputs
     teacher: Outputs | None
     labels: Tensor  # [B]; UNLABELLED for images without a label
-    indices: Tensor  # [B], of the training set
+    indices: Tensor  # [B], positions in data.train, not rows of data.images
     metrics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # scalars for the log
 
 
 class Method(nn.Module):
     """A way to train the student. A subclass in METHODS is available as Config(method=...).
 
-    The loss is a sum of named terms: the terms on the final outputs, which joined methods (`a+b`)
-    take from one of them, and each method's own terms. Most methods define `units` and `own_terms`.
+    The loss is a sum of named terms: the final terms, which joined methods (`a+b`) take from the
+    one with the highest priority (those of mhkd include its heads), and each method's own terms.
+    Most methods define `units` and `own_terms`.
     The values of the options that a class declares are in `self.options`. See docs/methods.md.
     """
 
     options: dict[str, Option] = {}  # of its own terms
-    final_options: dict[str, Option] = {}  # of its terms on the final outputs
-    priority = 0  # the joined method with the highest priority gives the terms on the final outputs
+    final_options: dict[str, Option] = {}  # of its final terms
+    priority = 0  # of joined methods the one with the highest priority gives the final terms
     needs_teacher = True
     needs_labels = False  # of all images: it refuses unlabelled ones
-    needs_penultimate = False  # of both networks
-    on_teacher = False  # it trains something on the frozen teacher; there is no student
+    needs_penultimate: Sequence[str] = ()  # of which networks: "student", "teacher"
+    on_teacher = False  # the frozen teacher takes the student's place: batch.student
 
     def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
         """student, teacher: FeatureExtractors, the teacher None without one."""
@@ -1182,17 +1212,19 @@ class MultiHeadDistillation(Distillation):
         o, D = self.options, len(self.student_heads)
         with autocast(self.config, batch.labels.device):
             student = self.student_heads(batch.student)
-            teacher = [batch.teacher.logits, *batch.teacher.heads]
-            if o.teacher_heads == "logits":
-                teacher *= 1 + D
-            elif o.teacher_heads == "scratch":
+            if o.teacher_heads == "scratch":
                 teacher = self.teacher_heads(batch.teacher)
-        kl, ce = self.final_weights()
+            elif o.teacher_heads == "pretrained":
+                teacher = [batch.teacher.logits, *batch.teacher.heads]
+            else:
+                teacher = [batch.teacher.logits] * (1 + D)
+        kl_weight, ce_weight = self.final_weights()
         head_ce = 1 - o.alpha if o.head_ce is None else o.head_ce
         # The teacher's heads learn from their cross-entropy alone (paper, section 3.1).
         loss, terms = mhkd_loss(
             student, teacher, batch.labels, tau=o.tau,
-            kl_weights=[kl] + [o.beta * o.alpha] * D, ce_weights=[ce] + [o.beta * head_ce] * D,
+            kl_weights=[kl_weight] + [o.beta * o.alpha] * D,
+            ce_weights=[ce_weight] + [o.beta * head_ce] * D,
             teacher_ce=[False] + [o.teacher_heads == "scratch"] * D,
             return_terms=True, backend=self.config.backend,
         )  # fmt: skip
@@ -1203,44 +1235,10 @@ class MultiHeadDistillation(Distillation):
         return {"mhkd": loss}
 
 
-class TeacherHeads(Method):
-    """Auxiliary heads on the frozen teacher, by cross-entropy: `--teacher-heads pretrained`.
-
-    The student.pt of such a run contains the heads besides the unchanged teacher.
-    """
-
-    priority = -1  # it cannot be joined
-    on_teacher = True
-    final_options = HEAD_OPTIONS
-
-    def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
-        super().__init__(config, student, teacher, data)
-        o = self.options
-        self.heads = AuxHeads(student, o.units, o.head_width, o.head_stride)
-
-    @classmethod
-    def units(cls, config: Config, network: str) -> Sequence[int]:
-        return config.options["units"]
-
-    def final_terms(self, batch: Batch) -> dict[str, Tensor]:
-        with autocast(self.config, batch.labels.device):
-            _, *logits = self.heads(batch.student)
-        terms = {}
-        for unit, z in zip(self.options.units, logits):
-            terms[f"ce_{unit}"] = F.cross_entropy(z.float(), batch.labels)
-            hits = z.detach().argmax(dim=1) == batch.labels
-            batch.metrics[f"train_accuracy_{unit}"] = 100 * hits.float().mean()
-        return terms
-
-    def saved(self) -> dict[str, Any]:
-        return {"heads": self.heads.state_dict()}
-
-
 METHODS: dict[str, type[Method]] = {
     "ce": CrossEntropy,
     "kd": Distillation,
     "mhkd": MultiHeadDistillation,
-    "heads": TeacherHeads,
 }
 
 
@@ -1269,7 +1267,7 @@ def find_methods(method: str) -> dict[str, type[Method]]:
 
 
 def takes_unlabelled(method: str) -> bool:
-    """Whether a method trains on unlabelled images, too. Without it they are left out.
+    """Whether a method trains on unlabelled images, too. If not, they are left out.
 
     Raises:
         UsageError: it needs the labels of all images.
@@ -1343,12 +1341,12 @@ class Distiller(nn.Module):
                 what = str(error).partition(": give ")[0].partition(": if these")[0]
                 hint = "wrap it in a function of a FILE.py, or select other units"
                 raise UsageError(f"{name} {getattr(config, name)}: {what}: {hint}") from error
-            needy = [n for n, method in methods.items() if method.needs_penultimate]
+            needy = [n for n, method in methods.items() if name in method.needs_penultimate]
             extractors[name].uses_penultimate = bool(needy)
             if needy and extractors[name].width is None:
                 raise UsageError(
                     f"--method {needy[0]} needs the input of a linear classifier, and the {name} "
-                    f"{getattr(config, name) or config.student} has none: use kd or mhkd"
+                    f"{getattr(config, name)} has none: use kd or mhkd"
                 )
         self.student = extractors["student"]
         self._teacher = (extractors.get("teacher"),)  # in a tuple: not part of the state dict
@@ -1364,7 +1362,7 @@ class Distiller(nn.Module):
         return self._teacher[0]
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[dict, dict]:
-        """Images [B, 3, S, S], labels [B], indices of the training set [B].
+        """Images [B, 3, S, S], labels [B], indices [B], positions in data.train.
 
         Returns the loss's named terms, and metrics for the log.
         """
@@ -1375,6 +1373,7 @@ class Distiller(nn.Module):
         for method in self.methods:
             terms |= method.own_terms(batch)
         hits = student.logits.argmax(dim=1) == labels
+        # The loss is the first metric: train() and means_of() rely on it.
         metrics = {"loss": sum(terms.values()), **terms, **batch.metrics}
         metrics["train_accuracy"] = 100 * hits.float().mean()
         if self.some_unlabelled:  # means_of() divides by it: a batch may have no label
@@ -1406,11 +1405,12 @@ class Distiller(nn.Module):
         student = [p for p in self.student.parameters() if p.requires_grad]
         others = [p for p in self.methods.parameters() if p.requires_grad]
         special = [m for m in self.methods if type(m).backward is not Method.backward]
+        # At most one method has a backward of its own, see find_methods().
         (special or self.methods)[0].backward(terms, student, others)
 
     def check_saved(self) -> None:
         """Raise an error in the first step if student.pt could not be loaded after the last one."""
-        c, what = self.config, "a new student could not load what this one is after a step"
+        c, what = self.config, "the saved student would not fit a newly built one"
         with torch.random.fork_rng(devices=[]):
             fresh = build_model(c.student, self.student.num_classes, "random", c.image_size)
         sibling("mhkd_runs").load_state(fresh, self.plain_state(), what)
@@ -1445,7 +1445,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
     with runtime(config) as device:
         for name in filter(None, (config.student, config.teacher)):
             if ":" in name:
-                sibling("mhkd_custom").check(name)
+                sibling("mhkd_custom").check(name)  # before the data are loaded
         data = data or sibling("mhkd_data").load_data(config, device)
         if (data.name, data.size) != (config.dataset, config.image_size):
             raise UsageError(
@@ -1454,20 +1454,20 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             )
         if data.labelled_fraction < 1 and not takes_unlabelled(config.method):
             data = data.labelled()
-        if (
-            data.labelled_fraction < 1 and world_size() > 1
-        ):  # each would average over its own labels
+        # Each process would average over its own number of labels.
+        if data.labelled_fraction < 1 and world_size() > 1:
             raise UsageError(
                 "unlabelled images cannot be used with several processes: use one process, or move "
                 "them out of the data"
             )
         teachers = sibling("mhkd_teacher")
-        teacher, path, of_teacher = teachers.find_teacher(config, data)  # may call train() for it
-        heads, of_teacher["teacher_heads_sha256"] = teachers.find_heads(config, data, path)
-        record = records.record_of(config, data, of_teacher)
+        # Both may call train() for a run of their own.
+        teacher, path, teacher_record = teachers.find_teacher(config, data)
+        heads, teacher_record["teacher_heads_sha256"] = teachers.find_heads(config, data, path)
+        record = records.record_of(config, data, teacher_record)
         folder = Path(config.out) / record["name"]
         with runs.locked(folder, f"another process is training in '{folder}'"):
-            wait_for_all()
+            wait_for_all()  # until the main process holds the lock
             run = runs.Run(folder, record, config.overwrite)
             wait_for_all()  # until the main process has moved a replaced run away
             if run.result:
@@ -1506,7 +1506,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 started = time.perf_counter()
                 torch.manual_seed(seed_of(config.seed, epoch, rank()))  # for dropout, CRD
                 distiller.train()
-                if distiller.store:
+                if distiller.store:  # a view: one augmentation of every image
                     distiller.store.open((epoch - 1) % config.views)
                 steps = []  # metrics stay on the device: the host waits once per epoch
                 for images, labels, indices in epoch_batches(data, config, epoch):
@@ -1523,8 +1523,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     if config.ema:
                         average.update_parameters(distiller.student.model)
                     steps.append(torch.stack(list(metrics.values())))
-                    if epoch == len(steps) == 1:
+                    if epoch == 1 and len(steps) == 1:
                         distiller.check_saved()
+                    # means_of() raises the error. Elsewhere reading the loss waits for the device.
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break
                     bar.update(len(labels) * world_size())
@@ -1542,7 +1543,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     distiller.store.save()
                     wait_for_all()  # the next epoch may read the rows of other processes
                 run.save(state)
-                log(line_of(config, entry))
+                log(records.line_of(config, entry))
             if config.keep == "best":
                 kept, content = state["best"].epoch, state["best"].student
             else:
@@ -1572,7 +1573,7 @@ def moving_average(decay: float) -> Callable:
 
 
 def learning_rate(config: Config, at: float, images: int) -> float:
-    """The learning rate of a step that begins `at` this time, in epochs of `images` images."""
+    """The learning rate of a step. at: epochs before it, with fractions. images: of an epoch."""
     if config.schedule == "cosine":
         factor = (1 + math.cos(math.pi * at / config.epochs)) / 2
     else:  # a milestone s is the last epoch with the old rate; s + 1 has the lower one
@@ -1593,7 +1594,10 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def seed_of(*parts: Any) -> int:
-    """A seed for each seed, epoch and process, so that no generator's state must be saved."""
+    """A seed below 2^62 from a run's seed, epoch and process.
+
+    Each epoch is seeded anew, so that checkpoints contain no state of a generator.
+    """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2
 
 
@@ -1633,7 +1637,7 @@ def evaluate(model: nn.Module, data: Data, part: Tensor | None = None) -> dict[s
     part, K = data.test if part is None else part, len(data.classes)
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    batches = part.split(max(10, 500 * 32**2 // data.size**2))
+    batches = part.split(max(10, 500 * 32**2 // data.size**2))  # 500 images of 32 x 32
     best = [model(data.center_crop(batch)).topk(min(5, K), dim=1).indices for batch in batches]
     for module, mode in modes.items():
         module.training = mode
@@ -1650,33 +1654,6 @@ def evaluate(model: nn.Module, data: Data, part: Tensor | None = None) -> dict[s
     }
 
 
-def build_model(
-    name: str, num_classes: int, init: str = "random", image_size: int | None = None
-) -> nn.Module:
-    """A network that maps images [B, 3, S, S] to logits [B, num_classes].
-
-    Args:
-        name: one of MODELS, for S >= 16; or, with mhkd_custom.py, torchvision:NAME, timm:NAME or
-            path/to/file.py:FUNCTION, which is called with num_classes.
-        init: "random"; "pretrained", the library's weights; or file:PATH, a state dict. The
-            classifier is initialised randomly if its number of classes differs.
-        image_size: S, for networks that depend on it, such as vision transformers.
-
-    Raises:
-        UsageError, mhkd_runs.RunError: no such network; the library or the weights are missing.
-    """
-    if ":" in name:
-        return sibling("mhkd_custom").build(name, num_classes, init, image_size)
-    kind, variant = MODELS[check_name("network", name, MODELS)]
-    model = kind(num_classes, **variant)
-    if init.startswith("file:"):
-        runs, what = sibling("mhkd_runs"), f"the weights '{init}' do not fit {name}"
-        runs.load_state(model, runs.read_state(init[5:], model.state_dict()), what, num_classes)
-    elif init != "random":
-        raise UsageError(f"there are no pretrained weights for {name}: use random or file:PATH")
-    return model
-
-
 def find_units(config: Config, role: str, model: nn.Module, image: Tensor) -> tuple[Any, Any]:
     """The names of a network's units, and their layouts as FeatureExtractor takes them."""
     names = getattr(config, f"{role}_units") or UNITS.get(type(model))
@@ -1690,17 +1667,6 @@ def named_outputs(outputs: Outputs) -> dict[str, Tensor]:
     heads = {f"head_{i}": z for i, z in enumerate(outputs.heads, 1)}
     named = {"logits": outputs.logits, "penultimate": outputs.penultimate, **heads}
     return {name: z for name, z in named.items() if z is not None}
-
-
-def line_of(config: Config, entry: dict[str, Any]) -> str:
-    left = datetime.timedelta(seconds=int((config.epochs - entry["epoch"]) * entry["seconds"]))
-    val = f"val {entry['val_accuracy']:.2f} %  " if "val_accuracy" in entry else ""
-    return (
-        f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
-        f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
-        f"train {entry['train_accuracy']:.2f} %  {val}test {entry['test_accuracy']:.2f} %  "
-        f"{entry['images_per_second']:.0f} images/s  {left} left"
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1735,7 +1701,7 @@ class Data:
     def __post_init__(self) -> None:
         self.device, self.train_labels = self.labels.device, self.labels[self.train]
         self.labelled_fraction = (self.train_labels != UNLABELLED).double().mean().item()
-        # On the 0-255 scale, and sent to the device once: for each batch the host would wait.
+        # On the 0-255 scale, and sent to the device once: the host would wait for each copy.
         statistics = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
         self.mean_255, self.std_255 = (255 * values for values in statistics)
 
@@ -1806,6 +1772,7 @@ def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, ...]:
     if config.image_size < RESIZED_CROP_FROM:
         crops = torch.randint(2 * config.crop_padding + 1, (size, 2), generator=generator)
     else:
+        # Written in this way because mhkd_record.parts_of_code() looks for it.
         crops = sibling("mhkd_images").draw_boxes(size, config.crop_scale, generator)
     flipped = (torch.rand(size, generator=generator) < 0.5) & config.flip
     seeds = torch.randint(2**62, (size,), generator=generator)
@@ -1815,7 +1782,7 @@ def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, ...]:
 
 
 def epoch_batches(data: Data, config: Config, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-    """An epoch of images [B, 3, S, S], labels [B] and indices [B] of the training set.
+    """An epoch of images [B, 3, S, S], labels [B] and indices [B], positions in data.train.
 
     With several processes each gets an equal part of every batch.
     """
@@ -1854,7 +1821,7 @@ def one_ahead(items: Iterator) -> Iterator:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Processes, as torchrun or torch.multiprocessing start them, and devices
+# 7. Processes, as torchrun or torch.multiprocessing start them; devices; output
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1864,10 +1831,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def is_main() -> bool:
-    return rank() == 0
 
 
 def log(text: str) -> None:
@@ -1881,7 +1844,7 @@ def progress_bar(total: int, title: str, done: int) -> Any:
         from tqdm import tqdm
     except ImportError:
         return types.SimpleNamespace(update=lambda images: None)
-    options = {"unit": " images", "unit_scale": True, "disable": None if is_main() else True}
+    options = {"unit": " images", "unit_scale": True, "disable": rank() != 0 or None}
     return tqdm(None, title, total, initial=done, **options)
 
 
@@ -1963,15 +1926,6 @@ def pick_device(name: str | None, local_rank: int | None = None) -> torch.device
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     return device
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors. Page faults would cost about 7 % of a step."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_MMAP_MAX, 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

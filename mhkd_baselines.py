@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 
 import mhkd
 from mhkd import COUNT, NOT_NEGATIVE, POSITIVE, Batch, Data, FeatureExtractor, Option
-from mhkd_config import Config
+
+if TYPE_CHECKING:
+    from mhkd_config import Config
 
 
 class BenchmarkMethod(mhkd.Method):
@@ -93,7 +96,7 @@ EMBED_DIM = {"embed_dim": Option(128, "length of the embeddings", int, COUNT)}
 class CorrelationCongruence(BenchmarkMethod):
     """Correlation congruence (Peng et al. 2019) of linearly embedded penultimate features."""
 
-    needs_penultimate = True
+    needs_penultimate = ("student", "teacher")
     options = EMBED_DIM | {"cc_weight": Option(0.02, "weight of the CC term", rule=NOT_NEGATIVE)}
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):
@@ -134,7 +137,7 @@ def rkd_loss(
 class RelationalDistillation(BenchmarkMethod):
     """Relational knowledge distillation (Park et al. 2019) of the penultimate features."""
 
-    needs_penultimate = True
+    needs_penultimate = ("student", "teacher")
     options = {"rkd_weight": Option(1.0, "weight of the RKD term", rule=NOT_NEGATIVE)}
 
     def own_terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -268,7 +271,7 @@ class ContrastiveDistillation(BenchmarkMethod):
     """Contrastive representation distillation (Tian et al. 2020) of the penultimate features."""
 
     needs_labels = True  # its negatives are of other classes
-    needs_penultimate = True
+    needs_penultimate = ("student", "teacher")
     options = EMBED_DIM | {
         "crd_weight": Option(0.8, "weight of the CRD term", rule=NOT_NEGATIVE),
         "crd_tau": Option(0.07, "temperature of CRD", rule=POSITIVE),
@@ -320,7 +323,7 @@ class FeatureMimicking(mhkd.Method):
     """
 
     needs_labels = True  # to see which samples the teacher classifies correctly
-    needs_penultimate = True
+    needs_penultimate = ("student", "teacher")
     options = {
         "lsh_weight": Option(6.0, "weight of the LSH term", rule=NOT_NEGATIVE),
         "lsh_bits": Option(32, "hash bits per entry of the teacher's feature", int, COUNT),
@@ -411,7 +414,7 @@ class DualHead(mhkd.Method):
     second is aligned: its component opposite to the first is removed.
     """
 
-    needs_penultimate = True
+    needs_penultimate = ("student",)
     options = {
         "dhkd_weight": Option(1.0, "weight of the DHKD term", rule=NOT_NEGATIVE),
         "dhkd_tau": Option(2.0, "temperature of DHKD", rule=POSITIVE),

@@ -1,4 +1,4 @@
-"""What a run can be told: settings with their defaults and recipes, and the command line.
+"""Settings of a run, and the command line. The recipes of data sets are in mhkd_data.py.
 
 One dataclass, Config, is the help, the record and the argument of mhkd.train().
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import json
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 import mhkd
+import mhkd_teacher  # noqa: F401  (it registers the method `heads`)
 from mhkd import (
     BACKENDS,
     COUNT,
@@ -35,11 +37,10 @@ from mhkd import (
     check_name,
     find_methods,
     integers,
-    numbers,
     one_of,
     words,
 )
-from mhkd_data import CIFAR, DATASETS
+from mhkd_data import BASE_RECIPE, DATASETS
 
 # --------------------------------------------------------------------------------------------------
 # 1. Settings
@@ -52,8 +53,8 @@ SEED = (lambda v: 0 <= v < 2**62, "between 0 and 2^62")
 NAMES = (lambda v: len(v) > 0, "at least one name")
 SIZE = (lambda v: 16 <= v <= 4096, "between 16 and 4096")
 PADDING = (lambda v: 0 <= v <= 4096, "between 0 and 4096")
-TWO = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
-INSIDE = (lambda v: 0 < v < 1, "above 0 and below 1")
+AT_LEAST_2 = (lambda v: 2 <= v < 2**31, "at least 2 and below 2^31")
+BETWEEN_0_AND_1 = (lambda v: 0 < v < 1, "above 0 and below 1")
 BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 FACTOR = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 ASCENDING = (lambda v: all(s >= 0 for s in v) and list(v) == sorted(v), "ascending epochs")
@@ -68,13 +69,17 @@ PRECISION = (
 )
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in words(text))
+
+
 def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
     """A field of Config. Those of the group "runtime" may change when a run continues."""
     facts = {"group": group, "option": Option(default, help, parse, rule)}
     return dataclasses.field(default=default, metadata=facts)
 
 
-WHO = ("dataset", "teacher", "student", "method", "seed")
+IDENTITY = ("dataset", "teacher", "student", "method", "seed")
 
 
 @dataclasses.dataclass
@@ -101,12 +106,14 @@ class Config:
     dataset: str = field("data", "cifar100", "cifar100, cifar10, svhn, digits, folder (of images)")
     image_size: int | None = field(
         "data", None, "side of the images in pixels (default: 32; digits 16)", int, SIZE)
-    subset: int | None = field("data", None, "number of training images (default: all)", int, TWO)
-    test_subset: int | None = field("data", None, "test images to use (default: all)", int, COUNT)
+    subset: int | None = field(
+        "data", None, "number of training images (default: all)", int, AT_LEAST_2)
+    test_subset: int | None = field(
+        "data", None, "number of test images (default: all)", int, COUNT)
     val_fraction: float = field(
         "data", 0.0, "fraction of the training images held out for validation", float, BELOW_1)
     test_fraction: float | None = field("data", None, "fraction of each class that is held out for "
-        "the test, for --dataset folder without train/ (default: none)", float, INSIDE)
+        "the test, for --dataset folder without train/ (default: none)", float, BETWEEN_0_AND_1)
     crop_padding: int | None = field(
         "data", None, "pixels around images for random crops, for --image-size below "
         "64 (default: 4; digits 2)", int, PADDING)
@@ -125,7 +132,7 @@ class Config:
     epochs: int | None = field(
         "training", None, "number of epochs (default: 240; svhn 150; digits 30)", int, COUNT)
     batch_size: int | None = field(
-        "training", None, "images per step, at least 2 (default: 64; svhn 200)", int, TWO)
+        "training", None, "images per step, at least 2 (default: 64; svhn 200)", int, AT_LEAST_2)
     lr: float | None = field("training", None, "learning rate "
         "(default: 0.05; mobilenetv2, shufflenetv2 0.01; svhn 0.001; adamw 0.001)", float, POSITIVE)
     lr_steps: Sequence[int] | None = field("training", None, "epochs after which the rate falls "
@@ -144,7 +151,7 @@ class Config:
         "training", None, "weight decay (default: 0.0005; adamw 0.05)", float, NOT_NEGATIVE)
     ema: float | None = field("training", None, "decay of an exponential moving average of the "
         "weights, which is tested and saved, e.g. 0.999; also for a teacher that is trained here "
-        "(default: none)", float, INSIDE)
+        "(default: none)", float, BETWEEN_0_AND_1)
     keep: str = field("training", "last", "epoch of the saved student or teacher: last, or best, "
         "that of the highest validation accuracy", str, one_of("last", "best"))
     seed: int = field("training", 0, "seed of weights, batch order and augmentation", int, SEED)
@@ -161,7 +168,8 @@ class Config:
     teacher_epochs: int | None = field("training", None,
         "epochs of a teacher that is trained here (default: --epochs)", int, COUNT)
     teacher_lr: float | None = field("training", None,
-        "its learning rate (default: that of the recipe for the teacher)", float, POSITIVE)
+        "learning rate of a teacher that is trained here (default: that of its recipe)",
+        float, POSITIVE)
     precision: str = field(
         "training", "auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
     teacher_weights: str | None = field("runtime", None,
@@ -183,7 +191,6 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        fields = {f.name: f.metadata for f in dataclasses.fields(self) if f.metadata}
         check_name("data set", self.dataset, DATASETS)
         methods = find_methods(self.method)
         self.method = "+".join(methods)
@@ -192,9 +199,9 @@ class Config:
         if self.view_seed is None and (self.teacher_store or self.teacher_views):
             self.view_seed = 0
         if not any(method.needs_teacher for method in methods.values()):
-            for name in fields:
+            for name in FIELDS:
                 if name.startswith("teacher"):
-                    setattr(self, name, fields[name]["option"].default)
+                    setattr(self, name, FIELDS[name]["option"].default)
         elif not self.teacher:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
         if self.teacher and self.teacher_weights is not None:
@@ -223,12 +230,12 @@ class Config:
         for name in self.options:
             if name not in declared:
                 raise UsageError(foreign_option(name, self.method))
-        usual = {name: facts["option"].default for name, facts in fields.items()}
+        usual = {name: facts["option"].default for name, facts in FIELDS.items()}
         usual |= {name: option.default for name, option in declared.items()}
         usual |= {name: v for name, v in self._recipe().items() if name in usual}
-        values = {name: getattr(self, name) for name in fields} | dict(self.options)
+        values = {name: getattr(self, name) for name in FIELDS} | dict(self.options)
         values = {n: usual[n] if values.get(n) is None else values[n] for n in usual}
-        rules = {n: facts["option"] for n, facts in fields.items()} | declared
+        rules = {n: facts["option"] for n, facts in FIELDS.items()} | declared
         for name, option in rules.items():
             value = values[name]
             if option.rule and value is not None and not option.rule[0](value):
@@ -243,12 +250,12 @@ class Config:
         if self.warmup > self.epochs:
             raise UsageError(f"--warmup {self.warmup:g} is longer than the {self.epochs} epochs")
         # The usual number of epochs is that of the full schedule, to which the milestones scale.
-        usual["epochs"] = (CIFAR | dict(DATASETS[self.dataset].recipe))["epochs"]
+        usual["epochs"] = (BASE_RECIPE | dict(DATASETS[self.dataset].recipe))["epochs"]
         self.differs = {
             name: value
             for name, value in {**values, **self.options}.items()
-            if name not in WHO and value != usual[name]
-            and not (name in fields and fields[name]["group"] == "runtime")
+            if name not in IDENTITY and value != usual[name]
+            and not (name in FIELDS and FIELDS[name]["group"] == "runtime")
         }  # fmt: skip
 
         if (self.teacher_views or 0) >= self.epochs:
@@ -270,7 +277,7 @@ class Config:
 
     def _recipe(self) -> dict[str, Any]:
         """The values that the data set, the student and the number of epochs imply."""
-        recipe = CIFAR | dict(DATASETS[self.dataset].recipe)
+        recipe = BASE_RECIPE | dict(DATASETS[self.dataset].recipe)
         if self.student in LOW_LR_MODELS and self.dataset != "svhn":
             recipe["lr"] = LOW_LR
         recipe |= {"momentum": 0.9, "weight_decay": 5e-4}
@@ -293,10 +300,9 @@ class Config:
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that make this configuration again, without defaults."""
-        fields = {f.name: f.metadata for f in dataclasses.fields(self) if f.metadata}
-        kept = {*WHO, *self.differs, *(n for n in fields if fields[n]["group"] == "runtime")}
-        given = {n: getattr(self, n) for n in fields if n in kept}
-        given = {n: v for n, v in given.items() if v != fields[n]["option"].default}
+        kept = {*IDENTITY, *self.differs, *(n for n in FIELDS if FIELDS[n]["group"] == "runtime")}
+        given = {n: getattr(self, n) for n in FIELDS if n in kept}
+        given = {n: v for n, v in given.items() if v != FIELDS[n]["option"].default}
         return given | {"options": {n: v for n, v in self.options.items() if n in self.differs}}
 
     def replace(self, **changes: Any) -> Config:
@@ -308,7 +314,7 @@ class Config:
         epochs = self.teacher_epochs or self.epochs
         own = {"student_units": None, "options": {}, "method": "ce", "seed": self.teacher_seed}
         own |= {"student": self.teacher, "student_init": self.teacher_init, "teacher": None}
-        return self.replace(**self._apart(epochs), **own, lr=self.teacher_lr)
+        return self.replace(**self._changes_for_teacher(epochs), **own, lr=self.teacher_lr)
 
     def of_heads(self, teacher_weights: str | Path) -> Config:
         """The run that trains the teacher's heads: the same recipe, a schedule in proportion.
@@ -320,9 +326,9 @@ class Config:
         own |= {"student_units": self.teacher_units, "teacher_weights": str(teacher_weights)}
         own |= {"seed": self.teacher_seed, "lr": None, "teacher_epochs": None, "teacher_lr": None}
         own |= {"ema": None, "keep": "last", "options": {name: o[name] for name in HEAD_OPTIONS}}
-        return self.replace(**self._apart(epochs), **own)
+        return self.replace(**self._changes_for_teacher(epochs), **own)
 
-    def _apart(self, epochs: int) -> dict[str, Any]:
+    def _changes_for_teacher(self, epochs: int) -> dict[str, Any]:
         """What differs in a run on the teacher: its epochs, schedule, images and views."""
         factor, given = epochs / self.epochs, "lr_steps" in self.differs
         return {
@@ -336,6 +342,9 @@ class Config:
         """The values that distinguish runs, as JSON returns them."""
         fields = [f for f in dataclasses.fields(self) if f.metadata.get("group") != "runtime"]
         return json.loads(json.dumps({f.name: getattr(self, f.name) for f in fields}))
+
+
+FIELDS = {f.name: f.metadata for f in dataclasses.fields(Config) if f.metadata}
 
 
 def scaled(steps: Sequence[int], factor: float) -> tuple[int, ...]:
@@ -419,11 +428,10 @@ def parse_config(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Methods: {', '.join(METHODS)}. --help --method NAME shows the options of one.",
     )  # fmt: skip
-    fields = [f for f in dataclasses.fields(Config) if f.metadata]
-    names = dict.fromkeys(f.metadata["group"] for f in fields)
+    names = dict.fromkeys(facts["group"] for facts in FIELDS.values())
     groups = {name: parser.add_argument_group(name) for name in names}
-    for f in fields:
-        add_option(groups[f.metadata["group"]], f.name, f.metadata["option"])
+    for name, facts in FIELDS.items():
+        add_option(groups[facts["group"]], name, facts["option"])
     declared = method_options(methods)
     for name, option in declared.items():
         add_option(groups["method"], name, option)
@@ -437,7 +445,7 @@ def parse_config(
         name = word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
         raise UsageError(foreign_option(name, "+".join(methods)))
     values = {name: value for name, value in vars(parsed).items() if value is not None}
-    config = {f.name: values[f.name] for f in fields if f.name in values}
+    config = {name: values[name] for name in FIELDS if name in values}
     return parsed, {**config, "options": {n: values[n] for n in declared if n in values}}
 
 
@@ -453,14 +461,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"fused loss on {device}: {problem or 'agrees with plain PyTorch'}")
             return
         config = Config(**values)
-        if not config.teacher:  # --teacher-store also sets the view seed, so it has one
+        if not config.teacher:  # --teacher-store also sets the view seed, which every method uses
             names = [n for n in values if n.startswith("teacher") and n != "teacher_store"]
             for flag in map(flag_of, names):
                 mhkd.log(f"note: {flag} has no effect with --method {config.method}")
-        mhkd.keep_freed_memory()
+        keep_freed_memory()
         mhkd.train(config)
 
     return command_line("mhkd.py", run)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors. Page faults would cost about 7 % of a step."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def command_line(program: str, run: Callable[[], Any]) -> int:

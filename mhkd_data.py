@@ -1,4 +1,4 @@
-"""Which data sets there are, and how they are loaded: CIFAR, SVHN, digits, folders of images."""
+"""Data sets and their loading: CIFAR, SVHN, digits, folders of images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor
 import mhkd
 import mhkd_runs
 from mhkd import UNLABELLED, Data, UsageError, explain, import_optional, log, sibling
+
+if TYPE_CHECKING:
+    from mhkd_config import Config
 
 # What a data set provides: a function from a list of indices to images uint8 [n, M, M, 3]; all
 # labels [N]; the number of training images, which come first; class names; facts for the record.
@@ -33,7 +36,7 @@ class DataSet:
         mapped: whether the images are mapped from a file, and already have the final size.
     """
 
-    load: Callable[[mhkd.Config], Source]
+    load: Callable[[Config], Source]
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     mapped: bool = False
@@ -52,7 +55,7 @@ SIZES = {  # number of classes, number of images, one of the class names
 }
 
 
-def from_torchvision(config: mhkd.Config) -> tuple[Any, ...]:
+def from_torchvision(config: Config) -> Source:
     """CIFAR or SVHN from torchvision's files, downloaded if missing, or from folders of images.
 
     The images are sorted by label and pixels, so that both give the same runs.
@@ -101,7 +104,7 @@ def read_torchvision(dataset: str, root: Path) -> tuple[Tensor, Tensor, int, lis
     return images, labels, len(sets[0]), list(sets[0].classes)
 
 
-def from_digits(config: mhkd.Config) -> tuple[Any, ...]:
+def from_digits(config: Config) -> Source:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,437 for training, 360 for test."""
     datasets = import_optional("sklearn.datasets", "scikit-learn", "--dataset digits")
     digits = datasets.load_digits()
@@ -112,10 +115,23 @@ def from_digits(config: mhkd.Config) -> tuple[Any, ...]:
     return lambda indices: images[order[indices]], labels, 1437, DIGIT_NAMES
 
 
-# Recipes: sections 4.1 (CIFAR-100) and 4.2 (SVHN). Milestones are those of the full schedule.
+# Recipes: sections 4.1 (CIFAR-100, the base of all) and 4.2 (SVHN). Milestones are those of the
+# full schedule.
 # Statistics of CIFAR: the CRD benchmark's; of SVHN: the authors' code; of digits: measured.
-CIFAR = {"epochs": 240, "lr_steps": (150, 180, 210), "batch_size": 64, "lr": 0.05, "beta": 0.5}
-CIFAR |= {"crop_padding": 4, "flip": True, "image_size": 32, "head_width": 256, "head_stride": 1}
+BASE_RECIPE = {
+    "epochs": 240,
+    "lr_steps": (150, 180, 210),
+    "batch_size": 64,
+    "lr": 0.05,
+    "beta": 0.5,
+}
+BASE_RECIPE |= {
+    "crop_padding": 4,
+    "flip": True,
+    "image_size": 32,
+    "head_width": 256,
+    "head_stride": 1,
+}
 SVHN = {"epochs": 150, "lr_steps": (80, 110, 135), "batch_size": 200, "lr": 0.001, "beta": 5.0}
 DIGITS = {"epochs": 30, "lr_steps": (19, 23, 26), "crop_padding": 2, "flip": False}
 DIGITS |= {"image_size": 16, "head_width": 64, "head_stride": 2}
@@ -128,13 +144,13 @@ DATASETS: dict[str, DataSet] = {
 }
 
 
-def load_data(config: mhkd.Config, device: torch.device | str = "cpu") -> Data:
+def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     """The data set of a configuration, resized, split, with its normalisation, on a device.
 
     Raises:
         UsageError, mhkd_runs.RunError: it is missing and cannot be downloaded, or is damaged.
     """
-    if not mhkd.is_main():
+    if not mhkd_runs.is_main():
         mhkd.wait_for_all()  # the main process downloads and decodes first
     dataset = DATASETS[config.dataset]
     images_at, labels, count, classes, *facts = dataset.load(config)
@@ -146,7 +162,7 @@ def load_data(config: mhkd.Config, device: torch.device | str = "cpu") -> Data:
     chosen = torch.cat([parts[0], count + parts[1], torch.arange(end, len(labels))]).tolist()
     count, end = len(parts[0]), len(parts[0]) + len(parts[1])
     images, labels = images_at(chosen), labels[chosen]
-    if mhkd.is_main():
+    if mhkd_runs.is_main():
         mhkd.wait_for_all()
     S = config.image_size
     if images.shape[1] != S and not dataset.mapped:
@@ -187,8 +203,11 @@ def load_data(config: mhkd.Config, device: torch.device | str = "cpu") -> Data:
     ).to(torch.device(device))  # fmt: skip
 
 
-def normalisation(config: mhkd.Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and std if known: given, of the teacher, for both networks, or of the data set."""
+def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std: given, else of the teacher's file or pretrained weights, else of the data set.
+
+    None if the data set has none, too: then they are measured.
+    """
     known = DATASETS[config.dataset].statistics
     if config.mean:
         return tuple(config.mean), tuple(config.std)
@@ -199,7 +218,7 @@ def normalisation(config: mhkd.Config) -> tuple[tuple[float, ...], tuple[float, 
                 torch.tensor([content["mean"], content["std"]]).view(2, 3)
             return tuple(content["mean"]), tuple(content["std"])
         shown = "mean {} and std {}".format(*known) if known else "that of the training images"
-        log(f"note: '{path}' has no normalisation, {shown} is assumed: else give --mean and --std")
+        log(f"note: '{path}' has no normalisation, {shown} is assumed; else give --mean and --std")
     first = "teacher" if config.teacher else "student"
     if getattr(config, f"{first}_init") == "pretrained":
         if of_library := sibling("mhkd_custom").library_weights(getattr(config, first)):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("auto", "reference", "fused")
 MAX_HEADS = 16  # kMaxHeads in csrc/mhkd_loss.h
 INTERFACE = 5  # kInterface in csrc/mhkd_loss.cpp
 TO_BE_CHECKED = ("cuda",)  # devices on which "auto" compares before it uses the library
@@ -78,14 +77,14 @@ def missing(device_type: str) -> str:
 
 
 def select(backend: str, device: torch.device, heads: int, reference: Callable) -> bool:
-    """Whether `operator` computes this call, for one of BACKENDS.
+    """Whether `operator` computes this call, for the backend auto or fused.
 
     reference: the loss in plain PyTorch with the arguments of the operator.
 
     Raises:
         RuntimeError: backend "fused", and the library cannot be used.
     """
-    if backend == "reference" or (backend == "auto" and heads > MAX_HEADS):
+    if backend == "auto" and heads > MAX_HEADS:
         return False
     reason = missing(device.type)
     if backend == "auto":

@@ -1,4 +1,5 @@
-"""Folders of images, random crops of images of 64 pixels or more, and TrivialAugment.
+"""Folders of images, random crops of images of 64 pixels or more, TrivialAugment and
+RandAugment.
 
 Folders are decoded once into a file that is then memory-mapped.
 """
@@ -15,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 import mhkd
 import mhkd_runs
 from mhkd import UsageError, explain, import_optional
-from mhkd_config import Config
+
+if TYPE_CHECKING:
+    from mhkd_config import Config
 
 # --------------------------------------------------------------------------------------------------
 # 1. Folders of classes
@@ -43,8 +46,8 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
 
     Without train/ they are in <class>/, of which --test-fraction is held out for the test. Those in
     unlabelled/, or --unlabelled, are training images without a label, unless the method ignores
-    them. All are decoded once, into a file below --out. Returns a mhkd.Source and facts for the
-    record: how many files and folders are left out, by reason, and the unreadable images.
+    them. All are decoded once, into a file below --out. Returns a mhkd_data.Source, with facts for
+    the record: how many files and folders are left out, by reason, and the unreadable images.
 
     side: to which images are resized, for CIFAR, which has no unlabelled images.
     """

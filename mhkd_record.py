@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import datetime
 import functools
 import hashlib
 import inspect
@@ -18,7 +19,7 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ from torch import Tensor
 import mhkd
 import mhkd_runs
 from mhkd import Data, Distiller, epoch_batches, find_methods
-from mhkd_config import Config
 from mhkd_runs import in_file_name, sha256_of
 
+if TYPE_CHECKING:
+    from mhkd_config import Config
 
-def record_of(config: Config, data: Data, of_teacher: Mapping[str, Any]) -> dict[str, Any]:
+
+def record_of(config: Config, data: Data, teacher_record: Mapping[str, Any]) -> dict[str, Any]:
     """What defines a run: its configuration, the hashes of teacher, code and data."""
     differs = dict(config.differs)
     if mhkd.world_size() > 1:  # batch norm sees each process's part of the batch alone
@@ -38,12 +41,12 @@ def record_of(config: Config, data: Data, of_teacher: Mapping[str, Any]) -> dict
     if data.unlabelled_sha256:
         differs["unlabelled"] = data.facts["unlabelled"]
     if config.teacher_weights:
-        differs["teacher_weights"] = of_teacher["teacher_sha256"][:8]
+        differs["teacher_weights"] = teacher_record["teacher_sha256"][:8]
     return {
         "name": name_of(config, differs, data.sha256),
         "config": {**config.recorded(), "processes": mhkd.world_size()},
         "differs": differs,
-        **of_teacher,
+        **teacher_record,
         **code_hashes(config),
         "data_sha256": data.sha256,
         "unlabelled_sha256": data.unlabelled_sha256,
@@ -245,6 +248,17 @@ def commit_of(script: Path) -> str | None:
         return None
 
 
+def line_of(config: Config, entry: dict[str, Any]) -> str:
+    left = datetime.timedelta(seconds=int((config.epochs - entry["epoch"]) * entry["seconds"]))
+    val = f"val {entry['val_accuracy']:.2f} %  " if "val_accuracy" in entry else ""
+    return (
+        f"{config.student} {config.method} epoch {entry['epoch']}/{config.epochs}  "
+        f"lr {entry['lr']:.3g}  loss {entry['loss']:.4f}  "
+        f"train {entry['train_accuracy']:.2f} %  {val}test {entry['test_accuracy']:.2f} %  "
+        f"{entry['images_per_second']:.0f} images/s  {left} left"
+    )
+
+
 class Best:
     """The student of the epoch with the highest validation accuracy, the first of equal ones."""
 
@@ -270,7 +284,7 @@ def finish(
     run: Any, config: Config, data: Data, distiller: Distiller, student: dict[str, Any], epoch: int
 ) -> dict[str, Any]:
     """Save the plain student of an epoch, load it again, and record the loaded one's accuracy."""
-    if mhkd.is_main():
+    if mhkd_runs.is_main():
         name = config.student
         if ":" in name:
             name = mhkd.sibling("mhkd_custom").absolute_name(name)

@@ -1,4 +1,4 @@
-"""Run folders of mhkd.py: what a run is, checkpoints, records, locks and safe files.
+"""Run folders of mhkd.py: files, locks, weights, checkpoints, logs.
 
 A run folder holds config.json, log.jsonl, checkpoint.pt, checkpoint-before.pt, student.pt and
 result.json. Each file is replaced atomically, so that a process that is killed at any moment leaves
@@ -329,7 +329,8 @@ class Run:
     def restore(self, parts: Mapping[str, Any], here: dict[str, Any]) -> None:
         """Load the latest checkpoint, if any, into objects with load_state_dict.
 
-        here: the environment, see environment(). config.json lists each one the run has used.
+        here: the environment, see mhkd_record.environment(). config.json lists each one in which
+        the run has been trained.
         """
         paths = [self.folder / name for name in CHECKPOINTS if (self.folder / name).is_file()]
         if paths:

@@ -1,30 +1,39 @@
-"""Where the teacher comes from: its weights, its pretrained heads, its stored outputs."""
+"""Where the teacher comes from: its weights, its pretrained heads, its stored outputs.
+
+It also registers the method `heads`, which trains the heads.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import mhkd
 import mhkd_record
 import mhkd_runs
 from mhkd import (
+    HEAD_OPTIONS,
     AuxHeads,
+    Batch,
     Data,
     Distiller,
     FeatureExtractor,
+    Method,
     UsageError,
     build_model,
     epoch_batches,
     evaluate,
 )
-from mhkd_config import Config
+
+if TYPE_CHECKING:
+    from mhkd_config import Config
 
 
 def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dict[str, Any]]:
@@ -121,3 +130,39 @@ def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping
 def student_of(config: Config, data: Data) -> Path:
     """The student.pt of a run, which is trained if it is not finished."""
     return Path(config.out) / mhkd.train(config, data)["name"] / "student.pt"
+
+
+class TeacherHeads(Method):
+    """Auxiliary heads on the frozen teacher, by cross-entropy: `--teacher-heads pretrained`.
+
+    The student.pt of such a run contains the heads besides the unchanged teacher.
+    """
+
+    priority = -1  # sorts first; find_methods() refuses to join it, as it has no own terms
+    on_teacher = True
+    final_options = HEAD_OPTIONS
+
+    def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
+        super().__init__(config, student, teacher, data)
+        o = self.options
+        self.heads = AuxHeads(student, o.units, o.head_width, o.head_stride)
+
+    @classmethod
+    def units(cls, config: Config, network: str) -> Sequence[int]:
+        return config.options["units"]
+
+    def final_terms(self, batch: Batch) -> dict[str, Tensor]:
+        with mhkd.autocast(self.config, batch.labels.device):
+            _, *logits = self.heads(batch.student)
+        terms = {}
+        for unit, z in zip(self.options.units, logits):
+            terms[f"ce_{unit}"] = F.cross_entropy(z.float(), batch.labels)
+            hits = z.detach().argmax(dim=1) == batch.labels
+            batch.metrics[f"train_accuracy_{unit}"] = 100 * hits.float().mean()
+        return terms
+
+    def saved(self) -> dict[str, Any]:
+        return {"heads": self.heads.state_dict()}
+
+
+mhkd.METHODS["heads"] = TeacherHeads

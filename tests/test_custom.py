@@ -1,4 +1,4 @@
-"""Files that define networks, detection of units, traced networks: issue 23, parts 7, 9, 11."""
+"""Files that define networks, detection of units, traced networks."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The student in use: what it sees, what it accepts, export: issue 23, parts 5 and 7."""
+"""The student in use: what it sees, what it accepts, export."""
 
 import numpy as np
 import pytest

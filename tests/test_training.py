@@ -89,7 +89,7 @@ def test_the_teacher_is_trained_first_and_each_run_leaves_its_four_files_alone(f
     assert any(str(teacher) in line for line in said)
 
 
-def test_the_log_has_a_line_for_each_epoch_with_the_figures_of_each_head(finished):
+def test_the_log_has_a_line_for_each_epoch_with_the_metrics_of_each_head(finished):
     log = log_of(student_folder(finished[0]))
     assert [entry["epoch"] for entry in log] == list(range(1, EPOCHS + 1))
     wanted = {"lr", "loss", "mhkd", "train_accuracy", "test_accuracy"}
@@ -105,7 +105,7 @@ def test_output_that_is_no_terminal_has_one_line_for_each_epoch_and_the_training
     assert finished[1].stderr == ""
 
 
-def test_config_json_holds_every_value_used_the_surroundings_and_the_teachers_checksum(finished):
+def test_config_json_holds_every_value_used_the_environment_and_the_teachers_checksum(finished):
     record = read(student_folder(finished[0]) / "config.json")
     settings = DIGITS | {"epochs": EPOCHS, "options": {"head_width": 8}}
     config = mhkd.Config("resnet14", "resnet8", **settings)
