@@ -73,6 +73,10 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in words(text))
 
 
+def path(text: str) -> str:
+    return text
+
+
 def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
     """A field of Config. Those of the group "runtime" may change when a run continues."""
     facts = {"group": group, "option": Option(default, help, parse, rule)}
@@ -173,11 +177,11 @@ class Config:
     precision: str = field(
         "training", "auto", PRECISION, str, one_of("auto", "float32", "tf32", "bfloat16"))
     teacher_weights: str | None = field("runtime", None,
-        "checkpoint of the teacher (default: train it first)", str, (len, "a file"))
-    data: str = field("runtime", "data", "folder of the data, also for downloads")
+        "checkpoint of the teacher (default: train it first)", path, (len, "a file"))
+    data: str = field("runtime", "data", "folder of the data, also for downloads", path)
     unlabelled: str | None = field("runtime", None, "folder of images without labels, with "
-        "--dataset folder (default: DATA/unlabelled if it exists)", str, (len, "a folder"))
-    out: str = field("runtime", "runs", "folder of the run folders")
+        "--dataset folder (default: DATA/unlabelled if it exists)", path, (len, "a folder"))
+    out: str = field("runtime", "runs", "folder of the run folders", path)
     device: str | None = field(
         "runtime", None, "cpu, cuda, cuda:1 or mps (default: cuda, else mps, else cpu)")
     backend: str = field("runtime", "auto",
@@ -400,7 +404,7 @@ def add_option(group: Any, name: str, option: Option) -> None:
         str: "NAME",
         words: "NAME,NAME",
         integers: "INT,INT",
-        numbers: "FLOAT,FLOAT",
+        numbers: "FLOAT,FLOAT,FLOAT",
     }
     metavar = kinds.get(option.parse, option.parse.__name__.upper())
     if option.rule and option.rule[1].startswith("one of "):
@@ -472,7 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors. Page faults would cost about 7 % of a step."""
+    """Let glibc keep the memory of freed tensors, which saves page faults in the next step."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

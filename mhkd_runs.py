@@ -35,6 +35,10 @@ class RunError(ValueError):
     user_error = True  # mhkd_config.command_line() prints the message without a traceback
 
 
+class AnotherRun(RunError):
+    """The folder belongs to a run with other settings, data or code."""
+
+
 def is_main() -> bool:
     """Whether this process writes files and prints: the first one under torchrun."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
@@ -318,13 +322,13 @@ class Run:
         changed = [text.partition(" ")[0] for text in differ if "_sha256 " in text]
         if differ and len(changed) == len(differ):
             parts = " and ".join(k.removesuffix("_sha256").replace("_", " ") for k in changed)
-            raise RunError(
+            raise AnotherRun(
                 f"'{self.folder}' holds a run with another {parts}: run again with --overwrite to "
                 "replace it, or choose another --out"
             )
         if differ:
             what = f"'{self.folder}' holds a run with another configuration ({'; '.join(differ)})"
-            raise RunError(f"{what}: move it away, or choose another --out")
+            raise AnotherRun(f"{what}: move it away, or choose another --out")
 
     def restore(self, parts: Mapping[str, Any], here: dict[str, Any]) -> None:
         """Load the latest checkpoint, if any, into objects with load_state_dict.
@@ -341,9 +345,9 @@ class Run:
                 self._refuse_another(before)
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
+            except AnotherRun:
+                raise
             except Exception as error:
-                if isinstance(error, RunError) and "holds a run with another" in str(error):
-                    raise
                 reason = first_line(error)
                 raise RunError(f"'{paths[0]}' cannot be used ({reason}): {hint}") from error
         past = (read_json(self.folder / "config.json") or {}).get("environments") or [here]
