@@ -33,7 +33,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import datetime
 import difflib
 import hashlib
 import importlib
@@ -1442,11 +1441,14 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         UsageError, mhkd_runs.RunError: a mistake in the input; nothing has been overwritten.
     """
     runs, records = sibling("mhkd_runs"), sibling("mhkd_record")
+    find_device(config)  # reports errors before the data are loaded, as check() does
+    for name in filter(None, (config.student, config.teacher)):
+        if ":" in name:
+            sibling("mhkd_custom").check(name)
+    # Loaded before the processes are joined, because PyTorch then limits the time that they wait.
+    data = data or sibling("mhkd_data").load_data(config)
     with runtime(config) as device:
-        for name in filter(None, (config.student, config.teacher)):
-            if ":" in name:
-                sibling("mhkd_custom").check(name)  # before the data are loaded
-        data = data or sibling("mhkd_data").load_data(config, device)
+        data = data.to(device)
         if (data.name, data.size) != (config.dataset, config.image_size):
             raise UsageError(
                 f"the data are '{data.name}' with {data.size} pixels, the configuration has "
@@ -1466,10 +1468,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         heads, teacher_record["teacher_heads_sha256"] = teachers.find_heads(config, data, path)
         record = records.record_of(config, data, teacher_record)
         folder = Path(config.out) / record["name"]
-        with runs.locked(folder, f"another process is training in '{folder}'"):
-            wait_for_all()  # until the main process holds the lock
+        with runs.locked_by_main(folder, f"another process is training in '{folder}'"):
             run = runs.Run(folder, record, config.overwrite)
-            wait_for_all()  # until the main process has moved a replaced run away
+            runs.wait_for_all()  # until the main process has moved a replaced run away
             if run.result:
                 log(f"already finished: '{folder}'")
                 return run.result
@@ -1541,7 +1542,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     state["best"].update(entry, distiller.plain_state(student))
                 if distiller.store:
                     distiller.store.save()
-                    wait_for_all()  # the next epoch may read the rows of other processes
+                    runs.wait_for_all()  # the next epoch may read the rows of other processes
                 run.save(state)
                 log(records.line_of(config, entry))
             if config.keep == "best":
@@ -1844,13 +1845,9 @@ def progress_bar(total: int, title: str, done: int) -> Any:
         from tqdm import tqdm
     except ImportError:
         return types.SimpleNamespace(update=lambda images: None)
-    options = {"unit": " images", "unit_scale": True, "disable": rank() != 0 or None}
+    hidden = None if sibling("mhkd_runs").is_main() else True  # None: if there is no terminal
+    options = {"unit": " images", "unit_scale": True, "disable": hidden}
     return tqdm(None, title, total, initial=done, **options)
-
-
-def wait_for_all() -> None:
-    if world_size() > 1:
-        dist.barrier()
 
 
 def average_over_processes(values: Tensor) -> Tensor:
@@ -1882,16 +1879,10 @@ def gather_from_processes(rows: Tensor) -> Tensor:
 @contextlib.contextmanager
 def runtime(config: Config) -> Iterator[torch.device]:
     """The device, the process group under torchrun and PyTorch's switches, restored at the end."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
-    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)) if several else None)
-    if config.precision == "tf32" and device.type != "cuda":
-        raise UsageError(f"--precision tf32 is for CUDA, not for {device}: use auto or float32")
-    if config.backend == "fused" and (missing := sibling("mhkd_fused").missing(device.type)):
-        raise UsageError(f"--backend fused: {missing}: use auto")
-    start = several and not dist.is_initialized()
-    if start:  # others wait while the first one waits for another run's teacher, or downloads
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    device = find_device(config)
+    start = sibling("mhkd_runs").under_torchrun() and not dist.is_initialized()
+    if start:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [switch.allow_tf32 for switch in switches]
     switches[0].allow_tf32 = config.precision in ("auto", "tf32")
@@ -1904,12 +1895,23 @@ def runtime(config: Config) -> Iterator[torch.device]:
             )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield device
-        wait_for_all()  # a process that ends earlier would abort the others
+        sibling("mhkd_runs").wait_for_all()  # a process that ends earlier would abort the others
     finally:
         for switch, allowed in zip(switches, before):
             switch.allow_tf32 = allowed
         if start:
             dist.destroy_process_group()
+
+
+def find_device(config: Config) -> torch.device:
+    """The device of a run, or under torchrun of this process; it must do what is asked for."""
+    several = sibling("mhkd_runs").under_torchrun()
+    device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", 0)) if several else None)
+    if config.precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"--precision tf32 is for CUDA, not for {device}: use auto or float32")
+    if config.backend == "fused" and (missing := sibling("mhkd_fused").missing(device.type)):
+        raise UsageError(f"--backend fused: {missing}: use auto")
+    return device
 
 
 def pick_device(name: str | None, local_rank: int | None = None) -> torch.device:

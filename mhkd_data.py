@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import mhkd
 import mhkd_runs
 from mhkd import UNLABELLED, Data, UsageError, explain, import_optional, log, sibling
 
@@ -150,8 +149,6 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     Raises:
         UsageError, mhkd_runs.RunError: it is missing and cannot be downloaded, or is damaged.
     """
-    if not mhkd_runs.is_main():
-        mhkd.wait_for_all()  # the main process downloads and decodes first
     dataset = DATASETS[config.dataset]
     images_at, labels, count, classes, *facts = dataset.load(config)
     end = len(labels) - int((labels == UNLABELLED).sum())  # of the labelled images
@@ -162,8 +159,6 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     chosen = torch.cat([parts[0], count + parts[1], torch.arange(end, len(labels))]).tolist()
     count, end = len(parts[0]), len(parts[0]) + len(parts[1])
     images, labels = images_at(chosen), labels[chosen]
-    if mhkd_runs.is_main():
-        mhkd.wait_for_all()
     S = config.image_size
     if images.shape[1] != S and not dataset.mapped:
         original, images = images, torch.empty(len(images), S, S, 3, dtype=torch.uint8)

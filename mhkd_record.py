@@ -315,5 +315,5 @@ def finish(
         run.finish(result, config.keep_checkpoint)
         accuracy = run.result["accuracy"]
         mhkd.log(f"'{path}': {accuracy:.2f} % on the test images after epoch {epoch}")
-    mhkd.wait_for_all()
+    mhkd_runs.wait_for_all()
     return mhkd_runs.read_json(run.folder / "result.json")

@@ -39,9 +39,16 @@ class AnotherRun(RunError):
     """The folder belongs to a run with other settings, data or code."""
 
 
+def under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun, or something like it, has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+
+
 def is_main() -> bool:
     """Whether this process writes files and prints: the first one under torchrun."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return not under_torchrun() or int(os.environ["RANK"]) == 0
 
 
 def log(text: str) -> None:
@@ -132,28 +139,50 @@ def sha256_of_state(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, reason: str) -> Iterator[None]:
-    """Hold a folder, which is created if missing; under torchrun only the main process does.
+def locked(folder: Path, reason: str, shared: bool = False) -> Iterator[None]:
+    """Hold a folder, which is created if missing. A folder that is held `shared` has many holders.
 
     While another process holds it, print `reason` and wait. The operating system releases the lock
     however the process ends, and leaves no file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not is_main() or os.name != "posix":
+    if os.name != "posix":
         yield
         return
     import fcntl
 
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             log(f"{reason}: waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, kind)
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def locked_by_main(folder: Path, reason: str) -> Iterator[None]:
+    """Under torchrun the main process holds a folder while all of them run.
+
+    Each process waits for the folder by itself: PyTorch limits the time that it waits for another.
+    """
+    if under_torchrun():
+        with locked(folder, reason, shared=True):
+            pass
+        wait_for_all()
+    with locked(folder, reason) if is_main() else contextlib.nullcontext():
+        wait_for_all()
+        yield
+
+
+def wait_for_all() -> None:
+    """Under torchrun: until all processes have come here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Training from the command line: what a run leaves, what survives a kill, what is used again."""
 
 import dataclasses
+import datetime
+import functools
 import hashlib
 import json
 import os
@@ -37,6 +39,7 @@ from conftest import (
 
 import mhkd
 import mhkd_record
+import mhkd_runs
 
 pytest.importorskip("sklearn")
 FILES = {"config.json", "log.jsonl", "student.pt", "result.json"}
@@ -441,6 +444,30 @@ def test_two_processes_of_torchrun_killed_and_started_again_train_one_and_the_sa
     (wanted,) = tmp_path.glob("torchrun/*crd+mhkd*processes=2*")
     assert read(wanted / "result.json")["config"]["processes"] == 2
     assert outcome(killed) == outcome(wanted)
+
+
+def _impatient(environment, options):
+    """A run as one of two processes that PyTorch lets wait for each other for 5 seconds only."""
+    os.environ.update(environment)
+    join, limit = torch.distributed.init_process_group, datetime.timedelta(seconds=5)
+    torch.distributed.init_process_group = functools.partial(join, timeout=limit)
+    raise SystemExit(mhkd.main(options))
+
+
+def test_processes_wait_for_another_run_longer_than_pytorch_lets_them_wait_for_each_other(tmp_path):
+    options = [*ALONE, "--epochs", "1", "--out"]
+    processes = [start(*options, tmp_path / "one", environment=e) for e in environments(2)]
+    assert [end_of(process) for process in processes] == [0, 0]
+    folder = tmp_path / "two" / folder_of(tmp_path / "one").name
+    with mhkd_runs.locked(folder, "for 12 seconds"):
+        arguments = [*options, str(tmp_path / "two")]
+        processes = [fork(_impatient, environment, arguments) for environment in environments(2)]
+        for _ in range(12):
+            time.sleep(1)
+            assert all(process.is_alive() for process in processes)
+        assert not listing(folder)
+    assert [end_of(process) for process in processes] == [0, 0]
+    assert outcome(folder) == outcome(folder_of(tmp_path / "one"))
 
 
 def _spied(environment, folder):
