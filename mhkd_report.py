@@ -29,7 +29,7 @@ import mhkd_runs
 import mhkd_tables as tables
 from mhkd import UsageError
 from mhkd_config import Config
-from mhkd_tables import BEST, PAIR_A, PAIR_B, PRIMARY
+from mhkd_tables import BEST, PAIR_A, PAIR_B, PRIMARY, PRIMARY_SEEDS
 
 # --------------------------------------------------------------------------------------------------
 # 1. Records, and which of them can be compared
@@ -264,12 +264,13 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
     """The claims of the second protocol as a table; "" if no run with a teacher belongs to it."""
     lines: list[list[str]] = []
 
-    def add(claim: str, row: Row | None, base: Row | None, level: float) -> None:
+    def add(claim: str, row: Row | None, base: Row | None, level: float, seeds: int = 1) -> None:
         text, verdict, values = "–", "undecided", row.minus(base) if row else []
         if values:
             text, (mean, _, half) = estimate(values, level), interval(values, level)
             if abs(mean) > half:
                 verdict = "supported" if mean > 0 else "contradicted"
+        verdict = verdict if len(values) >= seeds else "incomplete"
         lines.append([claim, str(len(values)), text, verdict])
 
     for group in group_runs([run for run in runs if recipe_of(run) == tables.STUDY_RECIPE]):
@@ -279,7 +280,7 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
         find = functools.partial(find_row, group, pair)
         primary = [(t, find(row), find(base)) for t, row, base in PRIMARY if pair == PAIR_A]
         for claim, row, base in primary:
-            add(f"primary: {claim}", row, base, 1 - 0.05 / len(PRIMARY))
+            add(f"primary: {claim}", row, base, 1 - 0.05 / len(PRIMARY), PRIMARY_SEEDS)
         pairs = [(row, base) for row in group.rows for base in (group.kd_of(row), group.alone())]
         pairs += [(row, group.with_more_views(row)) for row in group.rows]
         pairs += [(find("mhkd" + BEST), find(f"mhkd:units={unit}" + BEST)) for unit in (1, 2, 3)]
@@ -315,8 +316,8 @@ Differences of test accuracy are paired by seed: mean ± standard error [95 % in
 t]. KD of the same weights has the row's weights of cross-entropy and KL on the final outputs."""
 CLAIMS = """\
 Primary claims have intervals at level 98.75 % (0.05 / 4), the others at 95 %. A claim is supported
-or contradicted if its interval excludes 0. n is the number of seeds so far. The best rows are
-chosen by the same test images."""
+or contradicted if its interval excludes 0. n is the number of seeds so far. Primary claims are
+decided with ten seeds, as the protocol says. The best rows are chosen by the same test images."""
 
 
 def report(folder: str | Path) -> str:

@@ -808,8 +808,15 @@ def test_claims_need_runs_of_the_study_and_count_the_seeds_so_far(tmp_path, repo
     assert "Claims of the second study" not in report()
     study(tmp_path, {"kd": [33.0, 33.5], "mhkd" + tables.PRETRAINED: [34.0]})
     rows = rows_of(report()["Claims of the second study"])
-    assert rows["primary: MHKD (pretrained) above KD, both 0.1/0.9"] == ["1", "+1.00", "undecided"]
-    assert rows["primary: MHKD (scratch) above KD, both 1/1"] == ["0", "–", "undecided"]
+    assert rows["primary: MHKD (pretrained) above KD, both 0.1/0.9"] == ["1", "+1.00", "incomplete"]
+    assert rows["primary: MHKD (scratch) above KD, both 1/1"] == ["0", "–", "incomplete"]
+    nine = {
+        "kd" + tables.EQUAL: [33.0, 33.5, 33.1] * 3,
+        "mhkd" + tables.EQUAL: [35.0, 35.6, 35] * 3,
+    }
+    study(tmp_path, nine)  # its interval excludes 0, but the protocol decides with ten seeds
+    rows = rows_of(report()["Claims of the second study"])
+    assert rows["primary: MHKD (scratch) above KD, both 1/1"][::2] == ["9", "incomplete"]
 
 
 def test_the_records_of_the_first_study_can_be_read(tmp_path):
