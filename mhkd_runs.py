@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,7 +47,7 @@ def under_torchrun() -> bool:
 
 def is_main() -> bool:
     """Whether this process writes files and prints: the first one under torchrun."""
-    if dist.is_available() and dist.is_initialized():
+    if joined():
         return dist.get_rank() == 0
     return not under_torchrun() or int(os.environ["RANK"]) == 0
 
@@ -139,27 +140,27 @@ def sha256_of_state(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, reason: str, shared: bool = False) -> Iterator[None]:
-    """Hold a folder, which is created if missing. A folder that is held `shared` has many holders.
+def locked(folder: Path, reason: str, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder, which is created if missing; the value is whether it is held.
 
-    While another process holds it, print `reason` and wait. The operating system releases the lock
-    however the process ends, and leaves no file.
+    While another process holds it, print `reason` and wait, or without `wait` give False at once.
+    The operating system releases the lock however the process ends, and leaves no file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if os.name != "posix":
-        yield
+        yield True
         return
     import fcntl
 
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    handle = os.open(folder, os.O_RDONLY)
+    handle, held = os.open(folder, os.O_RDONLY), True
     try:
         try:
-            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f"{reason}: waiting for it")
-            fcntl.flock(handle, kind)
-        yield
+            if held := wait:
+                log(f"{reason}: waiting for it")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield held
     finally:
         os.close(handle)
 
@@ -168,20 +169,36 @@ def locked(folder: Path, reason: str, shared: bool = False) -> Iterator[None]:
 def locked_by_main(folder: Path, reason: str) -> Iterator[None]:
     """Under torchrun the main process holds a folder while all of them run.
 
-    Each process waits for the folder by itself: PyTorch limits the time that it waits for another.
+    While another run holds it, they tell each other so every second, because PyTorch limits the
+    time that a process waits for another.
     """
-    if under_torchrun():
-        with locked(folder, reason, shared=True):
-            pass
-        wait_for_all()
-    with locked(folder, reason) if is_main() else contextlib.nullcontext():
-        wait_for_all()
-        yield
+    if not joined():
+        with locked(folder, reason):
+            yield
+        return
+    held, said = [False], False
+    while True:
+        with contextlib.ExitStack() as stack:
+            if is_main():
+                held[0] = stack.enter_context(locked(folder, reason, wait=False))
+            dist.broadcast_object_list(held)
+            if held[0]:
+                yield
+                return
+        if not said:
+            log(f"{reason}: waiting for it")
+        said = True
+        time.sleep(1)
+
+
+def joined() -> bool:
+    """Whether this process has joined the others of its run."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def wait_for_all() -> None:
     """Under torchrun: until all processes have come here."""
-    if dist.is_available() and dist.is_initialized():
+    if joined():
         dist.barrier()
 
 

@@ -447,10 +447,20 @@ def test_two_processes_of_torchrun_killed_and_started_again_train_one_and_the_sa
 
 
 def _impatient(environment, options):
-    """A run as one of two processes that PyTorch lets wait for each other for 5 seconds only."""
+    """A run as one of two processes that PyTorch lets wait for each other for 5 seconds only.
+
+    Its first step takes 8 seconds.
+    """
     os.environ.update(environment)
     join, limit = torch.distributed.init_process_group, datetime.timedelta(seconds=5)
     torch.distributed.init_process_group = functools.partial(join, timeout=limit)
+    forward, sleep = mhkd.Distiller.forward, iter([8])
+
+    def slow(*arguments):
+        time.sleep(next(sleep, 0))
+        return forward(*arguments)
+
+    mhkd.Distiller.forward = slow
     raise SystemExit(mhkd.main(options))
 
 
@@ -461,12 +471,14 @@ def test_processes_wait_for_another_run_longer_than_pytorch_lets_them_wait_for_e
     folder = tmp_path / "two" / folder_of(tmp_path / "one").name
     with mhkd_runs.locked(folder, "for 12 seconds"):
         arguments = [*options, str(tmp_path / "two")]
-        processes = [fork(_impatient, environment, arguments) for environment in environments(2)]
+        two_runs = [*environments(2), *environments(2)]
+        processes = [fork(_impatient, environment, arguments) for environment in two_runs]
         for _ in range(12):
             time.sleep(1)
             assert all(process.is_alive() for process in processes)
         assert not listing(folder)
-    assert [end_of(process) for process in processes] == [0, 0]
+    # Now both runs want the folder at once, and one of them waits until the other has trained.
+    assert [end_of(process) for process in processes] == [0, 0, 0, 0]
     assert outcome(folder) == outcome(folder_of(tmp_path / "one"))
 
 
