@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import json
+import operator
 import os
 import statistics
 import sys
@@ -274,7 +275,8 @@ def bench_step(args, device: torch.device) -> dict:
             settings["options"] |= {"teacher_heads": "pretrained"} if args.teacher_store else {}
         settings["compile"] = args.compile
         config = mhkd.Config(*pair.split(":"), **settings)
-        data = random_data(config, 20 * config.batch_size, device)
+        epoch = min(20, args.rounds)  # batches
+        data = random_data(config, epoch * config.batch_size, device)
         ways = {"step": Step(config, data)}
         if args.teacher_store:
             ways |= with_store(config, data, args.scratch)
@@ -293,6 +295,9 @@ def bench_step(args, device: torch.device) -> dict:
             pairs = zip(taken["stored"], taken["ce"])
             row["stored_by_ce"] = statistics.median(s / c for s, c in pairs)
             print(f"  a step with stored outputs takes {row['stored_by_ce']:.3f} of one of ce")
+            sums = (sum(taken[n][: args.rounds // epoch * epoch]) for n in ("storing", "step"))
+            row["storing_epoch"] = operator.truediv(*sums)
+            print(f"  an epoch that stores, with the writing, takes {row['storing_epoch']:.3f}")
         elif method in ("kd", "mhkd"):
             row["fractions"] = ways["step"].parts(args.rounds)
             print("  parts:", ", ".join(f"{part} {s:.1%}" for part, s in row["fractions"].items()))

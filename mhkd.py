@@ -1074,11 +1074,11 @@ class Method(nn.Module):
         """The state dict of the plain network, from that of the adapted student."""
         return state
 
-    def prepare(self, teacher: FeatureExtractor | None, batches: Callable[[], Iterator]) -> None:
-        """Called once before the first step. batches() yields images, labels, indices."""
+    def prepare(self, of_teacher: Callable[[], Iterator[Outputs]]) -> None:
+        """Called once before the first step. of_teacher() yields its outputs for an epoch."""
 
     def frozen_heads(self, teacher: Outputs) -> list[Tensor]:
-        """Logits [B, K] of heads on the teacher that do not change: batch.teacher.heads."""
+        """Logits [B, K] of the teacher's pretrained heads: batch.teacher.heads."""
         return []
 
     def final_terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -1394,6 +1394,11 @@ class Distiller(nn.Module):
         heads = [z for name, z in found.items() if name.startswith("head_")]
         return Outputs(found["logits"], {}, found.get("penultimate"), heads)
 
+    def first_targets(self, data: Data) -> Iterator[Outputs]:
+        """The teacher's outputs for the batches of the first epoch."""
+        for images, _, indices in epoch_batches(data, self.config, 1):
+            yield self.targets(images, indices)
+
     def observe(self, network: FeatureExtractor, images: Tensor) -> Outputs:
         """A network's outputs, computed in the precision of the run, for losses in float32."""
         with autocast(self.config, images.device):
@@ -1484,21 +1489,26 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             state = {"distiller": distiller, "optimizer": optimizer}
             student = distiller.student.model  # what is tested and saved
             if config.ema:
-                state["average"] = average = AveragedModel(
-                    student, multi_avg_fn=moving_average(config.ema), use_buffers=True
-                )
+                with explain("--ema needs a copy of the student", "leave --ema out"):
+                    state["average"] = average = AveragedModel(
+                        student, multi_avg_fn=moving_average(config.ema), use_buffers=True
+                    )
                 student = average.module
             if config.keep == "best":
                 state["best"] = records.Best()
             run.restore(state, records.environment(config, device))
             begin = f"continues after epoch {len(run.log)} of" if run.log else "starts:"
             log(f"'{folder}' {begin} {config.epochs} epochs on {device}")
-            if not run.log:
-                for method in distiller.methods:
-                    torch.manual_seed(seed_of(config.seed, 0, rank()))
-                    method.prepare(distiller.teacher, lambda: epoch_batches(data, config, 1))
             if config.teacher_store:
                 distiller.store = teachers.open_store(config, data, distiller, record)
+            if not run.log:
+                if distiller.store:
+                    distiller.store.open(0)
+                for method in distiller.methods:
+                    torch.manual_seed(seed_of(config.seed, 0, rank()))
+                    method.prepare(lambda: distiller.first_targets(data))
+                if distiller.store:
+                    distiller.store.save()
             if config.tensorboard:
                 run.show_in_tensorboard()
             N = len(data.train)
@@ -1764,19 +1774,25 @@ RESIZED_CROP_FROM = 64  # pixels; smaller images are cropped from a black border
 def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, ...]:
     """All random numbers for an epoch's images: order [N], crops [N, 2 or 4], flips [N], seeds [N].
 
-    The seeds are for --augment. All are drawn on the CPU: they are the same on every device.
+    The seeds are for --augment. All are drawn on the CPU: they are the same on every device. With a
+    view seed, images keep theirs if others, e.g. unlabelled ones, are added after them.
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     order = torch.randperm(size, generator=generator)
-    if config.view_seed is not None:
-        generator.manual_seed(seed_of("view", config.view_seed, (epoch - 1) % config.views))
+
+    def source(of: str) -> torch.Generator:
+        if config.view_seed is not None:
+            view = (epoch - 1) % config.views
+            generator.manual_seed(seed_of("view", config.view_seed, view, of))
+        return generator
+
     if config.image_size < RESIZED_CROP_FROM:
-        crops = torch.randint(2 * config.crop_padding + 1, (size, 2), generator=generator)
+        crops = torch.randint(2 * config.crop_padding + 1, (size, 2), generator=source("crops"))
     else:
         # Written in this way because mhkd_record.parts_of_code() looks for it.
-        crops = sibling("mhkd_images").draw_boxes(size, config.crop_scale, generator)
-    flipped = (torch.rand(size, generator=generator) < 0.5) & config.flip
-    seeds = torch.randint(2**62, (size,), generator=generator)
+        crops = sibling("mhkd_images").draw_boxes(size, config.crop_scale, source("crops"))
+    flipped = (torch.rand(size, generator=source("flips")) < 0.5) & config.flip
+    seeds = torch.randint(2**62, (size,), generator=source("seeds"))
     if config.view_seed is not None:  # drawn for each image, whatever the order
         crops, flipped, seeds = crops[order], flipped[order], seeds[order]
     return order, crops, flipped, seeds

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mhkd
-from mhkd import COUNT, NOT_NEGATIVE, POSITIVE, Batch, Data, FeatureExtractor, Option
+from mhkd import COUNT, NOT_NEGATIVE, POSITIVE, Batch, Data, FeatureExtractor, Option, Outputs
 
 if TYPE_CHECKING:
     from mhkd_config import Config
@@ -361,9 +361,9 @@ class FeatureMimicking(mhkd.Method):
         return state
 
     @torch.no_grad()
-    def prepare(self, teacher: FeatureExtractor, batches: Callable[[], Iterator]) -> None:
+    def prepare(self, of_teacher: Callable[[], Iterator[Outputs]]) -> None:
         """b = - the (lower) median of W f_t over the training set: half of the bits are set."""
-        features = [mhkd.gather_from_processes(teacher(x).penultimate) for x, _, _ in batches()]
+        features = [mhkd.gather_from_processes(outputs.penultimate) for outputs in of_teacher()]
         features = torch.cat(features)  # [N, C]
         parts = self.weight.split(max(1, self.HASH_VALUES // len(features)))  # some bits at a time
         medians = [(part @ features.T).median(dim=1).values for part in parts]

@@ -273,6 +273,12 @@ class Config:
                     f"--teacher-store holds no feature maps, and --method {name} trains on those "
                     "of the teacher: use --teacher-heads pretrained with mhkd, else leave it out"
                 )
+            own = method.frozen_heads is not mhkd.Method.frozen_heads
+            if own and self.options.get("teacher_heads") != "pretrained":
+                raise UsageError(
+                    "--teacher-store holds the heads of --teacher-heads pretrained, and --method "
+                    f"{name} has others: leave it out"
+                )
 
     @property
     def views(self) -> int:
@@ -281,10 +287,10 @@ class Config:
 
     def _recipe(self) -> dict[str, Any]:
         """The values that the data set, the student and the number of epochs imply."""
-        recipe = BASE_RECIPE | dict(DATASETS[self.dataset].recipe)
-        if self.student in LOW_LR_MODELS and self.dataset != "svhn":
+        recipe = BASE_RECIPE | {"momentum": 0.9, "weight_decay": 5e-4}
+        if self.student in LOW_LR_MODELS:
             recipe["lr"] = LOW_LR
-        recipe |= {"momentum": 0.9, "weight_decay": 5e-4}
+        recipe |= DATASETS[self.dataset].recipe
         if self.optimizer == "adamw":
             recipe |= {"momentum": None, "weight_decay": 0.05, "lr": 0.001}
         full, epochs = recipe["epochs"], self.epochs or recipe["epochs"]
@@ -465,8 +471,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"fused loss on {device}: {problem or 'agrees with plain PyTorch'}")
             return
         config = Config(**values)
-        if not config.teacher:  # --teacher-store also sets the view seed, which every method uses
-            names = [n for n in values if n.startswith("teacher") and n != "teacher_store"]
+        if not config.teacher:  # these also set the view seed, which every method uses
+            views = ("teacher_store", "teacher_views")
+            names = [n for n in values if n.startswith("teacher") and n not in views]
             for flag in map(flag_of, names):
                 mhkd.log(f"note: {flag} has no effect with --method {config.method}")
         keep_freed_memory()

@@ -324,7 +324,7 @@ def draw_boxes(size: int, scale: float, generator: torch.Generator) -> Tensor:
 
     Area and aspect ratio (3/4 to 4/3) as in Szegedy et al. 2015, "Going deeper with convolutions".
     """
-    area, ratio, *at = torch.rand(4, size, generator=generator)
+    area, ratio, *at = torch.rand(size, 4, generator=generator).unbind(1)
     area = scale + (1 - scale) * area
     ratio = ((2 * ratio - 1) * math.log(4 / 3)).exp()
     sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)

@@ -44,7 +44,7 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The records directly below a folder, and a sentence for each file that cannot be used.
 
     Each also gets its "folder", its "key", its "curve" (test accuracies by epoch), the
-    "train_accuracy" of the last epoch (None without a log), its "speed" (see bench.py networks; {}
+    "train_accuracy" of the kept epoch (None without a log), its "speed" (see bench.py networks; {}
     if it was not measured), and whether it still "has_student".
     """
     runs, unusable = [], []
@@ -67,8 +67,9 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
             found = {entry["epoch"]: float(entry["test_accuracy"]) for entry in entries}
             if [*found] != [*range(1, run["epochs"] + 1)]:
                 raise ValueError(f"it does not have the {run['epochs']} epochs of the record")
-            curve, train = found, float(entries[-1]["train_accuracy"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            kept = entries[run.get("kept_epoch", 0) - 1]
+            curve, train = found, float(kept["train_accuracy"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
             unusable.append(f"'{log}' is damaged ({error}): its curve is left out")
         run |= {"key": key, "curve": curve, "train_accuracy": train, "has_student": same}
         of_other = speed.get("student_sha256") != run["student_sha256"]
@@ -151,7 +152,10 @@ class Group:
         self.rows = sorted(rows.values(), key=lambda row: (methods.index(row.method), row.name))
 
     def alone(self, row: Row | None = None) -> Row | None:
-        return next((r for r in self.rows if r.method == "ce"), None)
+        """The row of the student alone, with the same view seed if there is one."""
+        seed = row and row.views.get("view_seed")
+        found = [r for r in self.rows if r.method == "ce"]
+        return min(found, key=lambda r: r.views.get("view_seed") != seed, default=None)
 
     def kd_of(self, row: Row) -> Row | None:
         """The row of kd with the same temperature, final weights, unlabelled images and views."""

@@ -1,14 +1,14 @@
 """Stored outputs of a frozen teacher, which several epochs and runs share.
 
 A view is one augmentation of every training image. The teacher's outputs for a view, one row of
-numbers for each image, are computed when they are first needed and written after the epoch. Later
-epochs and runs read them and do not run the teacher.
+numbers for each image, are computed when first needed and written after the epoch. Later epochs and
+runs read them and do not run the teacher.
 
-A folder belongs to one teacher, data set and kind of augmentation. Its files view-0003-1a2b3c4d.pt
-hold "indices" [n] of training images and their "rows" [n, R]. A file gets its name when it is
-complete and on the disk: a kill loses the rows of one epoch at most, and runs and processes that
-write at the same time neither wait for nor damage each other. Files are memory-mapped, and their
-checksums are compared when they are opened.
+Each output has a folder, which belongs to one teacher, data set and kind of augmentation. Its files
+view-0003-1a2b3c4d.pt hold "indices" [n] of training images and their "rows" [n, size]. A file gets
+its name when it is complete and on the disk: a kill loses the rows of one epoch at most, and runs
+and processes that write at the same time neither wait for nor damage each other. Files are
+memory-mapped, and their checksums are compared when they are opened.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,104 +26,105 @@ from torch import Tensor
 
 
 class Store:
-    """The rows of one folder, for `count` training images and a number of views.
+    """The outputs for `count` training images and a number of views.
 
-    sizes: the length of each output of an image; a row is their concatenation, R numbers.
+    outputs: the folder of each output and its size, e.g. {"logits": (folder, 100)}.
     dtype: float32 is exact, float16 takes half of the space. device: where outputs are needed.
+    labelled, unlabelled: how many of the images are labelled (default: all; they come first), and a
+    hash of the others. Runs with other unlabelled images share the rows of the labelled ones.
     nbytes: size of all rows. stored: number of views that have rows already.
     """
 
     def __init__(
-        self, folder: Path, sizes: Mapping[str, int], count: int, views: int,
+        self, outputs: Mapping[str, tuple[Path, int]], count: int, views: int,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = print, labelled: int | None = None, unlabelled: str = "",
     ):  # fmt: skip
-        self.folder, self.sizes, self.count, self.dtype = folder, dict(sizes), count, dtype
-        self.device, self.log, self.disabled = device, log, False
-        self.nbytes = views * count * sum(sizes.values()) * dtype.itemsize
-        self.stored = len({path.name[:9] for path in folder.glob("view-*.pt")})
+        self.places, self.count, self.dtype, self.device = dict(outputs), count, dtype, device
+        self.labelled, self.unlabelled = count if labelled is None else labelled, unlabelled
+        self.log, self.disabled = log, False
+        self.nbytes = views * count * sum(size for _, size in self.places.values()) * dtype.itemsize
+        files = ({f.name[:9] for f in d.glob("view-*.pt")} for d, _ in self.places.values())
+        self.stored = min(map(len, files))
 
     def open(self, view: int) -> None:
         """Select the view of the following steps."""
-        self.view, parts = view, []
-        self.position = torch.full((self.count,), -1)  # of an image's row in self.rows
-        start = 0
-        for path in sorted(self.folder.glob(f"view-{view:04}-*.pt")):
-            if part := self._load(path):
-                indices, rows = part
-                self.position[indices] = torch.arange(start, start + len(rows))
-                start += len(rows)
-                parts.append(rows)
-        if parts:  # a single file stays mapped
-            self.rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
-        self.position = self.position.to(self.device)
-        self.complete = bool((self.position >= 0).all())
-        self.new: Tensor | None = None  # [count, R], rows that are not on the disk
-        self.is_new = torch.zeros(self.count, dtype=torch.bool, device=self.device)
+        self.view, self.rows, self.position = view, {}, {}  # position of an image's row, or -1
+        for name, (folder, size) in self.places.items():
+            position, parts, start = torch.full((self.count,), -1), [], 0
+            for path in sorted(folder.glob(f"view-{view:04}-*.pt")):
+                if found := self._load(path, size):
+                    rows, indices, ours = found
+                    position[indices[ours]] = start + ours
+                    start += len(rows)
+                    parts.append(rows)
+            if parts:  # a single file stays mapped
+                self.rows[name] = (torch.cat(parts) if parts[1:] else parts[0]).to(self.device)
+            self.position[name] = position.to(self.device)
+        self.complete = all(bool((at >= 0).all()) for at in self.position.values())
+        self.new: dict[str, Tensor] = {}  # [count, size] each
+        self.seen = torch.zeros(self.count, dtype=torch.bool, device=self.device)
 
-    def outputs(
-        self, indices: Tensor, compute: Callable[[], Mapping[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def outputs(self, indices: Tensor, compute: Callable[[], Mapping]) -> dict[str, Tensor]:
         """The teacher's outputs for the training images `indices` [B], float32 [B, size] each.
 
         compute() runs the teacher on the batch. It is called if a row is not stored.
         """
-        at = self.position[indices]
-        if self.complete or bool((at >= 0).all()):
-            rows = self.rows[at]  # [B, R]
-        else:
-            found = compute()
-            rows = torch.cat([found[name].to(self.dtype) for name in self.sizes], dim=1)
-            if not self.disabled:
-                if self.new is None:
-                    self.new = rows.new_empty(self.count, rows.shape[1])
-                self.new[indices] = rows
-                self.is_new[indices] = at < 0
-        parts = rows.float().split([*self.sizes.values()], dim=1)
-        return {name: part.contiguous() for name, part in zip(self.sizes, parts)}
+        at = {name: position[indices] for name, position in self.position.items()}
+        if self.complete or all(bool((rows >= 0).all()) for rows in at.values()):
+            return {name: self.rows[name][rows].float() for name, rows in at.items()}
+        found = {n: rows.to(self.dtype) for n, rows in compute().items() if n in self.places}
+        if not self.disabled:
+            self.seen[indices] = True
+            for name, rows in found.items():
+                if name not in self.new:
+                    self.new[name] = rows.new_empty(self.count, rows.shape[1])
+                self.new[name][indices] = rows
+        return {name: rows.float() for name, rows in found.items()}
 
     def save(self) -> None:
         """Write the new rows of the view. Without space for them the run continues unstored."""
-        if self.new is None:
-            return
-        indices = self.is_new.nonzero()[:, 0]
-        rows = self.new if len(indices) == self.count else self.new[indices]
-        content = {"indices": indices.cpu(), "rows": rows.cpu()}
-        digest = hashlib.sha256(content["indices"].numpy()).hexdigest()[:8]
-        path = self.folder / f"view-{self.view:04}-{digest}.pt"
-        part = path.with_suffix(f".{os.getpid()}.part")
+        for name, new in self.new.items():
+            indices = (self.seen & (self.position[name] < 0)).nonzero()[:, 0]
+            if len(indices) and not self.disabled:
+                self._write(self.places[name][0], indices.cpu(), new[indices].cpu())
+        self.new = {}
+
+    def _write(self, folder: Path, indices: Tensor, rows: Tensor) -> None:
+        digest = hashlib.sha256(indices.numpy().tobytes() + self.unlabelled.encode()).hexdigest()
+        path = folder / f"view-{self.view:04}-{digest[:8]}.pt"
+        part = path.with_suffix(f".{secrets.token_hex(4)}.part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
-                torch.save(content, file)
+                torch.save({"indices": indices, "rows": rows, "unlabelled": self.unlabelled}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             self.disabled, reason = True, str(error).splitlines()[0]
-            self.log(
-                f"note: the teacher's outputs cannot be written to '{self.folder}' ({reason}): "
-                "the run continues without storing them"
-            )
+            what = f"the teacher's outputs cannot be written to '{folder}' ({reason})"
+            self.log(f"note: {what}: the run continues without storing them")
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-        self.new = None
 
-    def _load(self, path: Path) -> tuple[Tensor, Tensor] | None:
-        """Indices and rows of a file; None, and it is removed, if it is damaged."""
+    def _load(self, path: Path, size: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Rows and indices of a file, and which of them hold for these images; None on an error."""
         try:
             with zipfile.ZipFile(path) as file:
                 if bad := file.testzip():
                     raise ValueError(f"the checksum of its part {bad} is wrong")
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             indices, rows = content["indices"], content["rows"]
-            if rows.dtype != self.dtype or rows.shape != (len(indices), sum(self.sizes.values())):
+            if rows.dtype != self.dtype or rows.shape != (len(indices), size):
                 raise ValueError("it holds other rows")
-            torch.zeros(self.count)[indices]  # an IndexError for other images
-            return indices, rows
+            ours = self.count if content["unlabelled"] == self.unlabelled else self.labelled
+            return rows, indices, (indices < ours).nonzero()[:, 0]
         except Exception as error:
+            intact = isinstance(error, (OSError, MemoryError))  # as far as is known
+            what = "cannot be read" if intact else "is damaged"
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            self.log(f"note: '{path}' is damaged ({reason}): its rows are computed again")
+            self.log(f"note: '{path}' {what} ({reason}): its rows are computed again")
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                intact or path.unlink(missing_ok=True)
             return None

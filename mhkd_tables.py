@@ -203,9 +203,10 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         raise UsageError("--jobs must be at least 1")
 
     del fields["options"], fields["method"]
-    store = {
-        name: fields.pop(name) for name in ("teacher_store", "teacher_views") if name in fields
-    }
+    views, store = (
+        {name: fields.pop(name) for name in [name] if name in fields}
+        for name in ("teacher_views", "teacher_store")
+    )
     study_teacher = Config(**{**STUDY_TEACHER, **fields, "teacher_weights": None})
     name = mhkd_record.name_of(study_teacher, study_teacher.differs)
     study_weights = str(Path(study_teacher.out) / name / "student.pt")
@@ -215,9 +216,10 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
             of_study = {"teacher_weights": study_weights} if own is STUDY_STUDENT else {}
             config = config_of(pair, row, seed, {**own, **of_study, **fields}, options)
             methods = mhkd.find_methods(config.method).values()
-            if config.teacher and not any(method.needs_maps(config) for method in methods):
-                config = config.replace(**store)
-            elif store and config.view_seed is None:  # all runs see the same images
+            can_store = not any(method.needs_maps(config) for method in methods)
+            if config.teacher:
+                config = config.replace(**views, **(store if can_store else {}))
+            if (store or views) and config.view_seed is None:  # all runs see the same images
                 config = config.replace(view_seed=0)
             others.append(config)
             if config.teacher and "teacher_weights" not in fields:

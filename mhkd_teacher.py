@@ -20,6 +20,7 @@ import mhkd_record
 import mhkd_runs
 from mhkd import (
     HEAD_OPTIONS,
+    UNLABELLED,
     AuxHeads,
     Batch,
     Data,
@@ -98,28 +99,38 @@ def find_heads(config: Config, data: Data, teacher: Any) -> tuple[dict | None, s
 
 
 def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping) -> Any:
-    """The store of the teacher's outputs. Its folder is named after all that they depend on."""
-    K = len(data.classes)
-    sizes = {"logits": K}
-    if distiller.teacher.uses_penultimate:
-        sizes["penultimate"] = distiller.teacher.width
-    if config.options.get("teacher_heads") == "pretrained":
-        sizes |= {f"head_{i}": K for i in range(1, 1 + len(config.options["units"]))}
+    """The store of the teacher's outputs. Folders are named after all that the outputs depend on.
+
+    Methods share the outputs that they have in common.
+    """
+
+    def digest(key: Any) -> str:
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
     names = ["image_size", "crop_padding", "crop_scale", "flip", "augment", "precision"]
-    names += ["val_fraction", "teacher_units", "view_seed", "teacher_store"]
+    names += ["val_fraction", "view_seed", "teacher_store"]
     key = {name: getattr(config, name) for name in names}
-    hashes = ("data", "unlabelled", "teacher", "teacher_code", "teacher_heads")
+    hashes = ("data", "teacher", "teacher_code")
     key |= {name: record.get(f"{name}_sha256") for name in hashes} | {"name": config.teacher}
-    key |= {"normalisation": record["normalisation"], "device": data.device.type, "sizes": sizes}
+    key |= {"normalisation": record["normalisation"], "device": data.device.type}
     key["code"] = mhkd_record.code_sha256([FeatureExtractor, AuxHeads, Data, epoch_batches])
-    if ":" in config.teacher or config.augment != "crop":
-        here = mhkd_record.environment(config, data.device)
-        key["libraries"] = here.get("timm"), here.get("torchvision")
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    dtype = getattr(torch, config.teacher_store)
-    folder, N = Path(config.out) / "cache" / f"teacher-{digest[:16]}", len(data.train)
-    of_views = config.views, dtype, data.device, mhkd.log
-    store = mhkd.sibling("mhkd_store").Store(folder, sizes, N, *of_views)
+    here = mhkd_record.environment(config, data.device)
+    key["libraries"] = [here.get(name) for name in ("torch", "timm", "torchvision")]
+    folder, K = Path(config.out) / "cache" / f"teacher-{digest(key)}", len(data.classes)
+    outputs = {"logits": (folder / "logits", K)}
+    if distiller.teacher.uses_penultimate:
+        outputs["penultimate"] = folder / "penultimate", distiller.teacher.width
+    if config.options.get("teacher_heads") == "pretrained":
+        of_heads = record.get("teacher_heads_sha256"), config.teacher_units
+        heads = folder / f"heads-{digest(of_heads)}"
+        for i in range(1, 1 + len(config.options["units"])):
+            outputs[f"head_{i}"] = heads / str(i), K
+    N, dtype = len(data.train), getattr(torch, config.teacher_store)
+    labelled = (data.train_labels != UNLABELLED).long().cumprod(0).sum().item()
+    store = mhkd.sibling("mhkd_store").Store(
+        outputs, N, config.views, dtype, data.device, mhkd.log,
+        labelled, data.unlabelled_sha256 or "",
+    )  # fmt: skip
     mhkd.log(
         f"'{folder}': {store.nbytes / 1e6:,.0f} MB for the teacher's outputs for {config.views} "
         f"views of {N} images, of which {store.stored} views are stored already"

@@ -44,11 +44,11 @@ for seed in ${SEEDS:-0 1 2}; do
     student=(--student timm:mobilenetv3_small_050 --data "$out/student" --seed "$seed")
     student+=(--epochs "${EPOCHS:-60}")
     train "${student[@]}" --method ce --view-seed 0
-    for more in "" "--unlabelled $out/unlabelled"; do
+    for more in "--unlabelled $out/unlabelled" ""; do # the first run stores what all others read
         # shellcheck disable=SC2086 # two words or none
-        train "${student[@]}" --method kd "${equal[@]}" $more
-        # shellcheck disable=SC2086
         train "${student[@]}" --method mhkd "${equal[@]}" "${heads[@]}" $more
+        # shellcheck disable=SC2086
+        train "${student[@]}" --method kd "${equal[@]}" $more
     done
 done
 "${PYTHON:-python3}" mhkd_tables.py report "$out/runs"

@@ -37,7 +37,7 @@ def test_bench_step_times_steps_that_store_that_read_and_of_the_student_alone(tm
     figures = run(tmp_path, "step", *SMALL, *options)
     for row in figures["rows"]:
         assert list(row["ways"]) == ["step", "storing", "stored", "ce"]
-        assert row["stored_by_ce"] > 0
+        assert row["stored_by_ce"] > 0 and row["storing_epoch"] > 0
     assert figures["rows"][1]["config"]["options"]["teacher_heads"] == "pretrained"
 
 

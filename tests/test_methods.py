@@ -294,10 +294,11 @@ def test_lsh_bits_are_set_for_half_of_the_training_set_and_chunks_change_nothing
     assert method.weight.shape == (32 * 128, 128)
     std = distiller.teacher.model.fc.weight.std().item()
     assert method.weight.std().item() == pytest.approx(std, rel=0.01)
-    batches = [(images, None, None) for images in data.center_crop(data.train).split(20)]
+    images = data.center_crop(data.train).split(20)
+    outputs = [distiller.observe(distiller.teacher, some) for some in images]
     for values in (2**24, 64 * 100):
         monkeypatch.setattr(method, "HASH_VALUES", values)
-        method.prepare(distiller.teacher, lambda: iter(batches))
+        method.prepare(lambda: iter(outputs))
         torch.testing.assert_close(method.bias, -lower_median)
         method.bias.zero_()
 

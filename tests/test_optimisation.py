@@ -1,6 +1,7 @@
 """Optimizer, schedule, clipping, averaged weights, and which epoch's student is kept."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -108,11 +109,13 @@ def test_integer_buffers_are_not_averaged():
     assert torch.equal(average.module.index, torch.arange(1000))
 
 
-def test_the_student_of_the_best_validation_epoch_is_kept(tmp_path):
+def test_the_student_of_the_best_validation_epoch_is_kept(tmp_path, capsys):
     options = [*ALONE, *VAL, "--epochs", "12", "--lr-steps", "12"]
     assert run(tmp_path, *options, "--keep", "best") == 0
     folder, log = folder_of(tmp_path), log_of(folder_of(tmp_path))
     val = [entry["val_accuracy"] for entry in log]
+    said = re.findall(r"train .* %  val (\S+) %  test ", capsys.readouterr().out)
+    assert said == [f"{accuracy:.2f}" for accuracy in val]
     result = read(folder / "result.json")
     epoch = result["kept_epoch"]
     assert epoch == 1 + val.index(max(val)) < 12  # of another epoch than the last one

@@ -331,6 +331,15 @@ def test_a_network_that_stores_tensors_of_its_graph_is_saved(tmp_path):
     assert read(folder / "result.json")["epochs"] == 2
 
 
+def test_the_average_of_a_network_that_cannot_be_copied_is_refused(tmp_path, failing):
+    file = network_file(tmp_path)
+    path = tmp_path / "net.py"
+    held = "super().__init__()\n        self.held = torch.ones(1, requires_grad=True) * 2"
+    path.write_text(path.read_text().replace("super().__init__()", held))
+    said = failing(tmp_path / "out", *student(file), "--ema", "0.9")
+    assert "--ema needs a copy of the student (" in said and "leave --ema out" in said
+
+
 def test_a_buffer_that_takes_its_size_in_training_is_an_error_in_the_first_step(tmp_path, failing):
     file = network_file(tmp_path)
     path = tmp_path / "net.py"

@@ -145,6 +145,14 @@ def test_the_store_is_used_by_the_methods_that_it_can_serve(capsys):
     assert {"mhkd", "crd+mhkd"} < {c.method for _, c in lines if c.teacher_store}
 
 
+def test_fewer_views_are_for_all_methods_with_a_teacher(capsys):
+    narrowed = ["--pairs", "vgg13:vgg8", "--seeds", "0", "--teacher-views", "16"]
+    for more in ([], ["--teacher-store"]):
+        _, *lines = plan(capsys, "table1", *narrowed, *more)
+        assert {c.teacher_views for _, c in lines if c.teacher} == {16}
+        assert {c.view_seed for _, c in lines} == {0}
+
+
 def test_the_study_is_narrowed_and_shortened(capsys):
     narrowed = ["--seeds", "0,7", "--methods", "ce,mhkd", "--pairs", "wrn_16_2:resnet8"]
     _, *lines = plan(capsys, "small", *narrowed, "--epochs", "2", "--head-width", "8")
@@ -742,6 +750,24 @@ def test_runs_with_a_store_count_for_the_papers_tables_and_with_fewer_views_not(
 ):
     record(tmp_path, 75.0, teacher="vgg13", student="vgg8", method="kd", **settings)
     assert ("75.00, n=1 / 72.98" in str(report())) is counts
+
+
+def test_rows_are_compared_with_the_student_alone_on_the_same_views(tmp_path, report):
+    for store, alone, taught in ((None, 50.0, 53.0), ("float32", 40.0, 44.0)):
+        record(tmp_path, alone, **PAIR, method="ce", teacher_store=store)
+        record(tmp_path, taught, **PAIR, method="kd", teacher_store=store)
+    rows = rows_of(report()["cifar100: wrn_40_2 → wrn_16_2"])
+    assert (rows["kd"][3], rows["kd, view_seed 0, teacher_store float32"][3]) == (
+        "+3.00, n=1",
+        "+4.00, n=1",
+    )
+
+
+def test_the_train_accuracy_is_that_of_the_epoch_whose_student_is_kept(tmp_path):
+    for more, wanted in (({}, 38.0), ({"kept_epoch": 3}, 38.0), ({"kept_epoch": 1}, 36.0)):
+        record(tmp_path / str(wanted), 70.0, **PAIR, method="kd", epochs=3, more=more)
+        runs, unusable = mhkd_report.read_runs(tmp_path / str(wanted))
+        assert runs[0]["train_accuracy"] == wanted and not unusable
 
 
 def test_the_best_test_accuracy_is_not_shown(tmp_path, report):

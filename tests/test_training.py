@@ -423,7 +423,7 @@ def test_initial_weights_batches_and_augmentation_depend_on_seed_and_neither_met
 def test_two_processes_of_torchrun_killed_and_started_again_train_one_and_the_same_student(
     tmp_path,
 ):
-    options = [*MHKD, "--method", "crd+mhkd", "--beta", "0", "--negatives", "50"]
+    options = [*MHKD, "--method", "crd+mhkd", "--beta", "0", "--negatives", "50", "--ema", "0.9"]
     options += ["--out", tmp_path / "killed"]
     for die in (("replace", 5), ("replace", 8)):  # the teacher's epochs, the student's
         one, other = environments(2)
@@ -518,8 +518,8 @@ def _biases(environment, folder):
     os.environ.update(environment)
     prepare = mhkd_baselines.FeatureMimicking.prepare
 
-    def spy(self, teacher, batches):
-        prepare(self, teacher, batches)
+    def spy(self, of_teacher):
+        prepare(self, of_teacher)
         torch.save(self.bias, folder / f"bias{environment['RANK']}.pt")
 
     mhkd_baselines.FeatureMimicking.prepare = spy
@@ -565,6 +565,16 @@ def test_defaults_are_the_papers_recipes_with_milestones_that_scale(values, want
     assert (c.options["tau"], c.options["alpha"], c.momentum, c.weight_decay) == (4, 0.9, 0.9, 5e-4)
     heads = (64, 2) if c.dataset == "digits" else (256, 1)
     assert (c.options["head_width"], c.options["head_stride"]) == heads
+
+
+def test_a_recipe_of_ones_own_holds_for_all_networks_and_not_for_another_optimizer(monkeypatch):
+    recipe = {"weight_decay": 1e-4, "momentum": 0.8, "lr": 0.2}
+    monkeypatch.setitem(mhkd.DATASETS, "mine", mhkd.DataSet(lambda config: None, recipe))
+    for student in ("resnet8", "shufflenetv2"):  # the latter usually has a lower rate
+        c = mhkd.Config(student=student, method="ce", dataset="mine")
+        assert {name: getattr(c, name) for name in recipe} == recipe and not c.differs
+    c = mhkd.Config(student="resnet8", method="ce", dataset="mine", optimizer="adamw")
+    assert (c.lr, c.weight_decay, c.momentum) == (0.001, 0.05, None)
 
 
 def test_a_changed_configuration_is_filled_anew_from_the_recipe():

@@ -243,8 +243,11 @@ def test_stored_teacher_outputs_are_those_of_the_same_unlabelled_images(parted, 
     save_image(parted / "unlabelled" / "more.png", pixels(16, 16, 3, seed=97))
     other = mhkd.train(config(parted, **settings, seed=1))
     assert (one["data_facts"]["unlabelled"], other["data_facts"]["unlabelled"]) == (5, 6)
-    stored = [torch.load(path)["rows"] for path in tmp_path.glob("runs/cache/teacher-*/view-*.pt")]
-    assert sorted(map(len, stored)) == [19, 20]
+    (parted / "unlabelled").rename(tmp_path / "away")
+    mhkd.train(config(parted, **settings, seed=2))  # reads the rows of the labelled images
+    stored = [torch.load(path) for path in tmp_path.glob("runs/cache/teacher-*/logits/*.pt")]
+    wanted = [[*range(14, 20)], [*range(19)]]  # 14 labelled images, and 5 or 6 unlabelled ones
+    assert sorted(sorted(part["indices"].tolist()) for part in stored) == sorted(wanted)
 
 
 def test_a_data_set_of_a_users_program_may_have_unlabelled_images(tmp_path, monkeypatch):
