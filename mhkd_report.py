@@ -104,6 +104,9 @@ class Row:
     def values(self, name: str = "accuracy") -> list[float]:
         return [run[name] for run in self.runs.values() if run[name] is not None]
 
+    def mean(self) -> float:
+        return statistics.mean(self.values())
+
     def minus(self, base: Row | None) -> list[float]:
         """Differences of the test accuracy over the seeds that both rows have."""
         seeds = sorted(self.runs.keys() & base.runs.keys()) if base and base is not self else []
@@ -292,7 +295,7 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
             if row and row.minus(base) and (row, base) not in [claim[1:] for claim in primary]:
                 add(f"{group.student}: {row.name} above {base.name}", row, base, 0.95)
         own = [row for row in group.rows if not row.views]
-        by_accuracy = sorted(own, key=lambda row: statistics.mean(row.values()))
+        by_accuracy = sorted(own, key=Row.mean)
         best = {row.method: row for row in by_accuracy}
         if best.keys() >= {"kd", "mhkd"}:
             row, base = best["mhkd"], best["kd"]
@@ -502,6 +505,7 @@ def paper_table(table: tables.Table, runs: Iterable[Mapping[str, Any]]) -> str:
 COLORS = {"ce": "C7", "kd": "C0", "mhkd": "C1"}
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 8, "savefig.dpi": 200}
 STYLE |= {"axes.titlesize": 8, "lines.linewidth": 1.2, "legend.frameon": False}
+LABEL = 30  # characters in a line
 
 
 def draw(folder: Path, groups: Sequence[Group]) -> Iterator[str]:
@@ -525,7 +529,8 @@ def draw(folder: Path, groups: Sequence[Group]) -> Iterator[str]:
         stems.append("-".join(mhkd_runs.in_file_name(part) for part in parts))
         path = folder / f"{stems[-1]}-{stems.count(stems[-1])}.png"
         with matplotlib.rc_context(STYLE):
-            size = (7, max(2.8, 1 + 0.3 * len(differences)))
+            lines = max(len(textwrap.wrap(name, LABEL)) for name in differences)
+            size = (7, max(2.8, 1 + 0.15 * (1 + lines) * len(differences)))
             figure = Figure(figsize=size, layout="constrained")
             left, right = figure.subplots(1, 2)
             draw_curves(left, group)
@@ -537,11 +542,11 @@ def draw(folder: Path, groups: Sequence[Group]) -> Iterator[str]:
 
 
 def draw_curves(axis: Any, group: Group) -> None:
-    """Test accuracy over epochs, mean and range over seeds, of the first row of three methods."""
-    first: dict[str, Row] = {}
+    """Test accuracy over epochs, mean and range over seeds, of the best rows of three methods."""
+    best: dict[str, Row] = {}
     for row in sorted(group.rows, key=lambda row: row.method not in COLORS):
-        first.setdefault(row.method, row)
-    for i, row in enumerate([*first.values()][:3]):
+        best[row.method] = max(best.get(row.method, row), row, key=Row.mean)
+    for i, row in enumerate([*best.values()][:3]):
         curves = row.values("curve")
         epochs = [epoch for epoch in curves[0] if all(epoch in curve for curve in curves)]
         values = [[curve[epoch] for curve in curves] for epoch in epochs]
@@ -566,5 +571,5 @@ def draw_differences(axis: Any, group: Group, differences: Mapping[str, list[flo
         color = COLORS.get(row.method, "black")
         axis.errorbar(mean, i, xerr=half, fmt="o", markersize=4, capsize=2, color=color)
     axis.axvline(0, color="black", linewidth=0.8, zorder=0)
-    axis.set_yticks(range(len(rows)), [textwrap.fill(row.name, 26) for row in rows])
+    axis.set_yticks(range(len(rows)), [textwrap.fill(row.name, LABEL) for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)

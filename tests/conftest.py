@@ -21,6 +21,8 @@ SCRIPT = ROOT / "mhkd.py"
 # The networks here are tiny, and several processes share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -156,7 +158,6 @@ def _child(arguments, output, die, environment):
     import mhkd
 
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the foreground
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
