@@ -49,7 +49,7 @@ class Store:
 
     def open(self, view: int) -> None:
         """Select the view of the following steps."""
-        self.view, self.rows, self.position = view, {}, {}  # position of an image's row, or -1
+        self.view, self.rows, self.position, self.new = view, {}, {}, {}  # position in rows, or -1
         for name, (folder, size) in self.places.items():
             position, parts, start = torch.full((self.count,), -1), [], 0
             for path in sorted(folder.glob(f"view-{view:04}-*.pt")):
@@ -62,7 +62,6 @@ class Store:
                 self.rows[name] = (torch.cat(parts) if parts[1:] else parts[0]).to(self.device)
             self.position[name] = position.to(self.device)
         self.complete = all(bool((at >= 0).all()) for at in self.position.values())
-        self.new: dict[str, Tensor] = {}  # [count, size] each
         self.seen = torch.zeros(self.count, dtype=torch.bool, device=self.device)
 
     def outputs(self, indices: Tensor, compute: Callable[[], Mapping]) -> dict[str, Tensor]:
@@ -73,7 +72,8 @@ class Store:
         at = {name: position[indices] for name, position in self.position.items()}
         if self.complete or all(bool((rows >= 0).all()) for rows in at.values()):
             return {name: self.rows[name][rows].float() for name, rows in at.items()}
-        found = {n: rows.to(self.dtype) for n, rows in compute().items() if n in self.places}
+        computed = compute()
+        found = {name: computed[name].to(self.dtype) for name in self.places}
         if not self.disabled:
             self.seen[indices] = True
             for name, rows in found.items():
@@ -103,7 +103,7 @@ class Store:
             os.replace(part, path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             self.disabled, reason = True, str(error).splitlines()[0]
-            what = f"the teacher's outputs cannot be written to '{folder}' ({reason})"
+            what = f"teacher outputs cannot be written to '{folder}' ({reason})"
             self.log(f"note: {what}: the run continues without storing them")
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)

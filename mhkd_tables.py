@@ -203,10 +203,8 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         raise UsageError("--jobs must be at least 1")
 
     del fields["options"], fields["method"]
-    views, store = (
-        {name: fields.pop(name) for name in [name] if name in fields}
-        for name in ("teacher_views", "teacher_store")
-    )
+    views = {name: fields.pop(name) for name in fields.keys() & {"teacher_views"}}
+    store = {name: fields.pop(name) for name in fields.keys() & {"teacher_store"}}
     study_teacher = Config(**{**STUDY_TEACHER, **fields, "teacher_weights": None})
     name = mhkd_record.name_of(study_teacher, study_teacher.differs)
     study_weights = str(Path(study_teacher.out) / name / "student.pt")
