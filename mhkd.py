@@ -1544,8 +1544,11 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 seconds = time.perf_counter() - started  # without the tests
                 entry["images_per_second"] = round(len(data.train) / seconds, 1)
                 for name in ("test", "val") if len(data.val) else ("test",):
-                    accuracy = evaluate(student, data, getattr(data, name))
-                    entry[f"{name}_accuracy"] = accuracy["accuracy"]
+                    key = f"{name}_accuracy"
+                    if distiller.student.frozen and run.log:  # the teacher, on which heads learn
+                        entry[key] = run.log[-1][key]
+                    else:
+                        entry[key] = evaluate(student, data, getattr(data, name))["accuracy"]
                 entry["seconds"] = round(time.perf_counter() - started, 3)
                 run.log.append(entry)
                 if config.keep == "best":

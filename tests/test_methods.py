@@ -240,6 +240,18 @@ def test_mhkd_without_heads_at_equal_weights_gives_the_student_of_cross_entropy_
     assert all(torch.equal(with_heads[name], without[name]) for name in without)
 
 
+def test_the_frozen_teacher_below_the_heads_is_tested_in_the_first_epoch_only(
+    tmp_path, monkeypatch
+):
+    calls, evaluate = [], mhkd.evaluate
+    monkeypatch.setattr(mhkd, "evaluate", lambda *a: calls.append(a) or evaluate(*a))
+    assert run(tmp_path, *MHKD, "--teacher-heads", "pretrained", "--teacher-heads-epochs", "3") == 0
+    heads, student = (log_of(next(tmp_path.glob(f"*-{m}-*"))) for m in ("heads", "mhkd"))
+    teacher = read(folder_of(tmp_path, "resnet14", "ce") / "result.json")["accuracy"]
+    assert [entry["test_accuracy"] for entry in heads] == [teacher] * 3
+    assert len(calls) == len(log_of(folder_of(tmp_path, "resnet14", "ce"))) + 1 + len(student) + 3
+
+
 def test_pretrained_heads_are_trained_once_shared_and_frozen(tmp_path):
     pretrained = [*MHKD, "--teacher-heads", "pretrained"]
     assert run(tmp_path, *pretrained, "--keep-checkpoint") == 0
