@@ -1567,7 +1567,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
 
 def make_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+        settings = {"weight_decay": config.weight_decay, "fused": True}
+        return torch.optim.AdamW(parameters, config.lr, **settings)
     settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
     return torch.optim.SGD(parameters, config.lr, **settings)
 
