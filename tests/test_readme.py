@@ -14,7 +14,6 @@ TEXTS = [
     path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs/methods.md")
 ]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", "\n".join(TEXTS), re.DOTALL | re.MULTILINE)
-OF_STUDENT = [block for block in BLOCKS if "student.pt" in block and "MultiHead" not in block]
 OF_ONNX = [block for block in BLOCKS if "onnx" in block]
 OF_TOKENS = [block for block in BLOCKS if "tokens" in block]
 RUN = ("mhkd.METHODS", "mhkd.DATASETS", "MultiHead")
@@ -34,11 +33,10 @@ def test_the_student_is_used_and_exported_as_the_readme_shows(tmp_path, monkeypa
     assert run(tmp_path, *ALONE, "--epochs", "1") == 0
     path = folder_of(tmp_path) / "student.pt"
     monkeypatch.chdir(tmp_path)
-    (use,), (export,) = OF_STUDENT, OF_ONNX
+    (block,) = OF_ONNX
     names: dict = {}
-    exec(use.replace("runs/…/student.pt", str(path)), names)
+    exec(block.replace("runs/…/student.pt", str(path)), names)
     assert len(names["names"]) == 4 and {*names["names"]} <= {str(digit) for digit in range(10)}
-    exec(export, names)
     images = torch.rand(5, 3, 16, 16)
     (logits,) = runtime.InferenceSession("student.onnx").run(None, {"images": images.numpy()})
     torch.testing.assert_close(
@@ -66,3 +64,14 @@ def test_every_network_of_ours_is_named_in_the_readme():
     for name in mhkd.MODELS:
         family = re.sub(r"\d+$", "", name)
         assert f"`{name}`" in TEXTS[0] or (family in TEXTS[0] and name[len(family) :] in TEXTS[0])
+
+
+def test_the_table_of_the_study_with_few_labels_is_that_of_its_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "few.png"
+    done = python(ROOT / "examples/few_labels.py", ROOT / "results/few-labels", picture)
+    assert done.returncode == 0 and picture.stat().st_size > 10_000, done.stderr
+    rows = done.stdout.strip().splitlines()
+    assert len(rows) == 7, done.stdout
+    text = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
+    assert [row for row in rows if f"{row}\n" not in text] == []

@@ -1,0 +1,66 @@
+"""Table and figure of examples/few_labels.sh, from the records of its runs.
+
+python examples/few_labels.py OUT/runs few-labels.png
+"""
+
+import json
+import statistics
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import mhkd_report  # noqa: E402 # needs the path above
+
+COLORS = {"ce": "C7", "kd": "C0", "mhkd": "C1"}
+WITH = " + unlabelled"
+
+
+def main(folder: str, picture: str) -> None:
+    rows: dict[str, dict[int, dict]] = {}  # runs by seed
+    runs, unusable = mhkd_report.read_runs(folder)
+    for run in runs:
+        config = run["config"]
+        if config["student"].startswith("timm:"):  # not the teacher and its heads
+            name = config["method"] + (WITH if run["unlabelled_sha256"] else "")
+            rows.setdefault(name, {})[config["seed"]] = run
+    rows = {name: rows[name] for name in sorted(rows, key=lambda name: (WITH in name, name))}
+
+    def minus(name: str, base: str) -> str:
+        seeds = sorted(rows[name].keys() & rows.get(base, {}).keys())
+        if name == base or len(seeds) < 2:
+            return ""
+        values = [rows[name][s]["accuracy"] - rows[base][s]["accuracy"] for s in seeds]
+        mean, _, half = mhkd_report.interval(values)
+        text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n = {len(seeds)}"
+        return text.replace("-", "−")
+
+    table = []
+    for name, row in rows.items():
+        minutes = statistics.mean(run["seconds"] for run in row.values()) / 60
+        accuracy = mhkd_report.mean_and_std([run["accuracy"] for run in row.values()])
+        bases = ("ce", name.replace("mhkd", "kd"), name.removesuffix(WITH))
+        table += [[name, accuracy, len(row), *(minus(name, b) for b in bases), f"{minutes:.0f}"]]
+    header = ["row", "test accuracy, %", "n", "minus alone", "minus kd", "minus without", "minutes"]
+    print(*unusable, mhkd_report.markdown(header, table), sep="\n")
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for name, row in rows.items():
+        style = {"color": COLORS[name.removesuffix(WITH)], "linewidth": 1}
+        style["linestyle"] = "--" if WITH in name else "-"
+        for run in row.values():
+            log = (run["folder"] / "log.jsonl").read_text().splitlines()
+            minutes = accumulate(json.loads(line)["seconds"] / 60 for line in log)
+            axis.plot([*minutes], [*run["curve"].values()], **style)
+        axis.plot([], [], **style, label=f"{name}, n = {len(row)}")
+    axis.set(xlabel="minutes of training and testing", ylabel="test accuracy, %")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=200)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
