@@ -26,6 +26,8 @@ def main(folder: str, picture: str) -> None:
         if config["student"].startswith("timm:"):  # not the teacher and its heads
             name = config["method"] + (WITH if run["unlabelled_sha256"] else "")
             rows.setdefault(name, {})[config["seed"]] = run
+    if not rows:
+        sys.exit(f"there is no finished run of examples/few_labels.sh below '{folder}'")
     rows = {name: rows[name] for name in sorted(rows, key=lambda name: (WITH in name, name))}
 
     def minus(name: str, base: str) -> str:
@@ -63,4 +65,4 @@ def main(folder: str, picture: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)
