@@ -16,18 +16,21 @@ import mhkd_report  # noqa: E402 # needs the path above
 
 COLORS = {"ce": "C7", "kd": "C0", "mhkd": "C1"}
 WITH = " + unlabelled"
+LONGER = ", as many steps"  # as a row with unlabelled images
 
 
 def main(folder: str, picture: str) -> None:
     rows: dict[str, dict[int, dict]] = {}  # runs by seed
     runs, unusable = mhkd_report.read_runs(folder)
+    runs = [run for run in runs if run["config"]["student"].startswith("timm:")]  # no teacher
+    if not runs:
+        sys.exit(f"there is no finished run of examples/few_labels.sh below '{folder}'")
+    epochs = min(run["config"]["epochs"] for run in runs)
     for run in runs:
         config = run["config"]
-        if config["student"].startswith("timm:"):  # not the teacher and its heads
-            name = config["method"] + (WITH if run["unlabelled_sha256"] else "")
-            rows.setdefault(name, {})[config["seed"]] = run
-    if not rows:
-        sys.exit(f"there is no finished run of examples/few_labels.sh below '{folder}'")
+        name = config["method"] + (WITH if run["unlabelled_sha256"] else "")
+        name += LONGER if config["epochs"] > epochs else ""
+        rows.setdefault(name, {})[config["seed"]] = run
     rows = {name: rows[name] for name in sorted(rows, key=lambda name: (WITH in name, name))}
 
     def minus(name: str, base: str) -> str:
@@ -43,16 +46,18 @@ def main(folder: str, picture: str) -> None:
     for name, row in rows.items():
         minutes = statistics.mean(run["seconds"] for run in row.values()) / 60
         accuracy = mhkd_report.mean_and_std([run["accuracy"] for run in row.values()])
-        bases = ("ce", name.replace("mhkd", "kd"), name.removesuffix(WITH))
+        bases = ["ce", "ce" + LONGER if WITH in name else name]
+        bases += [name.replace("mhkd", "kd"), name.removesuffix(WITH)]
         table += [[name, accuracy, len(row), *(minus(name, b) for b in bases), f"{minutes:.0f}"]]
-    header = ["row", "test accuracy, %", "n", "minus alone", "minus kd", "minus without", "minutes"]
+    header = ["row", "test accuracy, %", "n", "minus alone", "minus alone" + LONGER]
+    header += ["minus kd", "minus without", "minutes"]
     print(*unusable, mhkd_report.markdown(header, table), sep="\n")
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axis = figure.subplots()
     for name, row in rows.items():
-        style = {"color": COLORS[name.removesuffix(WITH)], "linewidth": 1}
-        style["linestyle"] = "--" if WITH in name else "-"
+        style = {"color": COLORS[name.removesuffix(WITH).removesuffix(LONGER)], "linewidth": 1}
+        style["linestyle"] = "--" if WITH in name else ":" if LONGER in name else "-"
         for run in row.values():
             log = (run["folder"] / "log.jsonl").read_text().splitlines()
             minutes = accumulate(json.loads(line)["seconds"] / 60 for line in log)

@@ -44,6 +44,8 @@ for seed in ${SEEDS:-0 1 2}; do
     student=(--student timm:mobilenetv3_small_050 --data "$out/student" --seed "$seed")
     student+=(--epochs "${EPOCHS:-60}")
     train "${student[@]}" --method ce --view-seed 0
+    # As many steps as with the unlabelled images, which make an epoch four times as long.
+    train "${student[@]}" --method ce --view-seed 0 --epochs $((4 * ${EPOCHS:-60}))
     for more in "--unlabelled $out/unlabelled" ""; do # the first run stores what all others read
         # shellcheck disable=SC2086 # two words or none
         train "${student[@]}" --method mhkd "${equal[@]}" "${heads[@]}" $more
