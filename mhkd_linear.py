@@ -66,6 +66,14 @@ def linear_mhkd_loss(
         [x.reshape(-1, x.shape[-1]) for x in teacher_hidden],
         _of_heads(teacher_weight, heads), _of_heads(teacher_bias, heads), kl_weights, ce_weights,
     ]  # fmt: skip
+    if labels.dtype != torch.int64:
+        raise TypeError(f"linear_mhkd_loss: labels must be int64, not {labels.dtype}")
+    for x in (*student_hidden, *teacher_hidden):
+        if x.shape[:-1] != labels.shape:
+            raise ValueError(
+                "linear_mhkd_loss: labels must be [...] for hidden states [..., d], a label for "
+                f"each row: {list(labels.shape)} for {list(x.shape)}"
+            )
     settings = {"tau": tau, "ignore_index": ignore_index, "backend": backend}
     settings["return_terms"] = return_terms
     loss, terms = _in_chunks(columns, labels.reshape(-1), chunk, accumulate, settings)
@@ -78,12 +86,9 @@ def _of_heads(x: Tensor | Sequence[Tensor] | None, heads: int) -> list[Tensor | 
 
 def _in_chunks(columns, labels, chunk, accumulate, settings) -> tuple[Tensor, Tensor]:
     """linear_mhkd_loss and its terms, with a list of each argument and rows [N, d]."""
-    lengths, rows = [len(column) for column in columns], {len(x) for x in columns[0] + columns[3]}
-    if len({*lengths}) > 1 or rows != {len(labels)}:
-        raise ValueError(
-            f"linear_mhkd_loss: as many of each list and of the rows are needed: heads {lengths}, "
-            f"rows {rows}, labels {len(labels)}"
-        )
+    lengths = [len(column) for column in columns]
+    if len({*lengths}) > 1:
+        raise ValueError(f"linear_mhkd_loss: the lists differ in length: {lengths}")
     trained = columns[0] + columns[1] + columns[2] if torch.is_grad_enabled() else []
     grads = {
         x: torch.zeros_like(x, dtype=None if i < lengths[0] else accumulate)
@@ -104,8 +109,10 @@ def _in_chunks(columns, labels, chunk, accumulate, settings) -> tuple[Tensor, Te
         all_kl, all_ce = (sum(column) for column in zip(*counts))
         double = dtype is None and torch.float64 in {x.dtype for x in columns[0] + columns[3]}
         loss = labels.new_zeros((), dtype=torch.float64 if double else torch.float32)
-        loss += 0.0 if all_kl else math.nan  # NaN as a mean over no row
-        terms = loss.expand(lengths[0], 3).clone()  # [H, 3]
+        terms = loss.new_zeros(lengths[0], 3)
+        if not all_kl:  # means over no row
+            terms[:, :2] = math.nan
+            loss += math.nan if any(columns[6] + columns[7]) else 0.0
         for start, (n_kl, n_ce) in zip(range(0, len(labels), chunk), counts):
             here = slice(start, start + chunk)
             of_all = n_kl / max(1, all_kl), n_ce / max(1, all_ce), 0.0  # weights of its terms

@@ -123,12 +123,12 @@ struct Prepared {
     TORCH_CHECK_VALUE(classes <= most, "mhkd_loss: at most ", most, " classes, got ", classes);
     logits.reserve(2 * heads);
     call.each([&](const Tensor& z) {
-      logits.push_back(z.stride(1) == 1 || classes == 1 ? z : z.contiguous());
       if (z.scalar_type() != dtype) dtype = result;
     });
-    for (Tensor& z : logits) {
-      if (z.scalar_type() != dtype) z = z.to(dtype);
-    }
+    call.each([&](const Tensor& z) {  // to() may transpose rows that overlap
+      const Tensor same = z.scalar_type() == dtype ? z : z.to(dtype);
+      logits.push_back(same.stride(1) == 1 || classes == 1 ? same : same.contiguous());
+    });
     for (int64_t h = 0; h < heads; ++h) {
       const Tensor &s = logits[h], &t = logits[heads + h];
       args.heads[h] = {s.const_data_ptr(), t.const_data_ptr(), nullptr, nullptr, s.stride(0),
@@ -235,23 +235,17 @@ static std::string refusal(const char* what) {
          "; call mhkd_loss with backend=\"reference\"";
 }
 
-// A tensor for the backward. One of inference mode (a teacher's logits) cannot be a SavedVariable.
-struct Kept {
-  SavedVariable saved;
-  Tensor plain;
-
-  explicit Kept(const Tensor& z)
-      : saved(z.is_inference() ? Tensor() : z, /*is_output=*/false),
-        plain(z.is_inference() ? z : Tensor()) {}
-  Tensor unpack() const { return plain.defined() ? plain : saved.unpack(); }
-  void release() { saved.reset_data(), plain.reset(); }
-};
+// A tensor for the backward, which raises an error if it has been overwritten since. One of
+// inference mode (a teacher's logits) has no version to tell that, so it is copied.
+static SavedVariable saved(const Tensor& z) {
+  return SavedVariable(z.is_inference() ? z.clone() : z, /*is_output=*/false);
+}
 
 // The node of the graph. torch::autograd::Function would keep the settings as boxed values and wrap
 // its outputs for every case there is, which costs more than the loss of a small batch.
 struct MhkdLossBackward : Node {
-  std::vector<Kept> logits;  // of the student's heads, then of the teacher's
-  Kept labels, row_stats;
+  std::vector<SavedVariable> logits;  // of the student's heads, then of the teacher's
+  SavedVariable labels, row_stats;
   std::vector<double> numbers;
   std::vector<Tensor> traced;
   Flags teacher_ce;
@@ -259,14 +253,14 @@ struct MhkdLossBackward : Node {
 
   MhkdLossBackward(const Call& call, const Tensor& stats)
       : Node(torch::autograd::collect_next_edges(call.student, call.teacher)),
-        labels(call.labels),
-        row_stats(stats),
+        labels(saved(call.labels)),
+        row_stats(saved(stats)),
         numbers(call.numbers.vec()),
         traced(call.traced.vec()),
         teacher_ce(call.teacher_ce),
         ignore_index(call.ignore_index) {
     logits.reserve(2 * call.student.size());
-    call.each([&](const Tensor& z) { logits.emplace_back(z); });
+    call.each([&](const Tensor& z) { logits.push_back(saved(z)); });
   }
 
   variable_list apply(variable_list&& grad_outputs) override {
@@ -279,7 +273,7 @@ struct MhkdLossBackward : Node {
     const Tensor stats = row_stats.unpack();  // raises if they have been released
     std::vector<Tensor> z;
     z.reserve(2 * heads);
-    for (const Kept& kept : logits) z.push_back(kept.unpack());
+    for (const SavedVariable& kept : logits) z.push_back(kept.unpack());
     std::vector<c10::SymInt> grad_strides;  // a teacher's head has a gradient if it is marked
     grad_strides.reserve(2 * heads);
     for (size_t i = 0; i < 2 * heads; ++i) {
@@ -306,9 +300,9 @@ struct MhkdLossBackward : Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (Kept& kept : logits) kept.release();
-    labels.release();
-    row_stats.release();
+    for (SavedVariable& kept : logits) kept.reset_data();
+    labels.reset_data();
+    row_stats.reset_data();
   }
 
   // Without `override`: in PyTorch 2.6, whose own message then appears, the function is not const.

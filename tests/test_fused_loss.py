@@ -583,6 +583,30 @@ def test_a_teacher_and_labels_of_inference_mode_are_taken(kernel):
         loss.backward()
 
 
+def test_a_teacher_of_inference_mode_can_be_overwritten_before_the_backward_pass(kernel):
+    """As when several batches share one buffer: the gradients are those of the old values."""
+    student, teacher, labels = make_heads(2, 3, 40, device=kernel.device)
+    expected = evaluate(kernel.loss, student, [z.detach() for z in teacher], labels)
+    with torch.inference_mode():
+        teacher, labels = [z.detach() * 1 for z in teacher], labels * 1
+    loss = kernel.loss(student, teacher, labels)
+    with torch.inference_mode():
+        for z in (*teacher, labels):
+            z.zero_()
+    assert_equal(torch.autograd.grad(loss, student), expected[2:4])
+
+
+def test_rows_that_overlap_and_are_converted_are_read_in_order(kernel):
+    (z_s,), (z_t,), labels = make_heads(1, 8, 33, device=kernel.device, dtype=torch.float64)
+    z_t = z_t.detach()
+    overlapping = torch.linspace(-3, 3, 60, device=kernel.device).unfold(0, 33, 1)[:8]
+    assert overlapping.stride() == (1, 1)
+    for call in (([overlapping], [z_t]), ([z_s], [overlapping])):
+        expected = evaluate(reference, *call, labels)
+        for found, wanted in zip(kernel.loss(*call, labels, return_terms=True), expected):
+            torch.testing.assert_close(found.detach(), wanted)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_backward_pass_releases_the_saved_tensors(kernel, inference):
     if kernel.device != "cpu":

@@ -104,7 +104,9 @@ def test_terms_are_those_of_mhkd_loss(backend, chunk, kw):
     loss, terms = chunked(*call, chunk=chunk, **kw)
     torch.testing.assert_close((loss, terms), materialised(*call, **kw))
     call[2].fill_(-100)
-    assert chunked(*call, chunk=chunk, **kw)[1].isnan().all()
+    for weights in ({}, {"kl_weights": [0, 0], "ce_weights": [0, 0]}):
+        found = chunked(*call, chunk=chunk, **kw | weights)
+        torch.testing.assert_close(found, materialised(*call, **kw | weights), equal_nan=True)
 
 
 @pytest.mark.parametrize("labels", [-100, mhkd.UNLABELLED, None])
@@ -156,10 +158,18 @@ def test_lists_and_rows_that_do_not_agree_are_named(backend):
     for wrong in (
         ((x, w[:1] * 3, b), (x_t, w_t, b_t), labels),
         ((x, w, b), (x_t[:1], w_t, b_t), labels),
-        ((x, w, b), (x_t, w_t, b_t), labels[:2]),
     ):
-        with pytest.raises(ValueError, match="linear_mhkd_loss: as many"):
+        with pytest.raises(ValueError, match="linear_mhkd_loss: the lists differ in length"):
             chunked(*wrong, backend=backend)
+    transposed = [h.transpose(0, 1) for h in x_t]  # as many rows, in another order
+    for wrong in (
+        ((x, w, b), (x_t, w_t, b_t), labels[:2]), ((x, w, b), (x_t, w_t, b_t), labels.T),
+        ((x, w, b), (transposed, w_t, b_t), labels),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="linear_mhkd_loss: labels must be"):
+            chunked(*wrong, backend=backend)
+    with pytest.raises(TypeError, match="labels must be int64"):
+        chunked((x, w, b), (x_t, w_t, b_t), labels.int(), kl_weights=[0, 0], ce_weights=[0, 0])
     with pytest.raises(ValueError, match="tau must be"):
         chunked((x, w, b), (x_t, w_t, b_t), labels, tau=0.0, backend=backend)
 
