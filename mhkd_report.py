@@ -25,6 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mhkd
+import mhkd_data
 import mhkd_runs
 import mhkd_tables as tables
 from mhkd import UsageError
@@ -97,7 +98,7 @@ class Row:
     name: str
     method: str
     options: dict[str, Any]  # those that differ from the recipe
-    weights: Any  # see final_weights(), and the number of unlabelled images
+    weights: Any  # see final_weights(), and the unlabelled images
     views: dict[str, Any]  # view seed and number of views, if they differ from the recipe
     runs: dict[int, dict[str, Any]]  # by seed
 
@@ -135,18 +136,26 @@ class Group:
         self.common: dict[str, Any] = {}  # what differs from the recipe and is in no row's name
         self.twice: list[str] = []
         values: dict[str, set[str]] = {}
+        unlabelled: dict[Any, set[str]] = {}  # the sets of as many images
         for run in runs:
-            for name, value in run["config"]["options"].items():
+            for name, value in {**defaults_of(run), **run["config"]["options"]}.items():
                 values.setdefault(name, set()).add(str(value))
+            if sha256 := run.get("unlabelled_sha256"):
+                unlabelled.setdefault(run["differs"].get("unlabelled"), set()).add(sha256)
         in_name = {name for name, found in values.items() if len(found) > 1} | IN_NAME | VIEWS
         rows: dict[str, Row] = {}
         for run in runs:
             c, differs = run["config"], run["differs"]
             self.common |= {n: v for n, v in differs.items() if n not in in_name | OTHERWISE}
-            own = {n: v for n, v in differs.items() if n in in_name}
+            own, its = (
+                {n: v for n, v in differs.items() if n in in_name},
+                run.get("unlabelled_sha256"),
+            )
+            if len(unlabelled.get(own.get("unlabelled"), ())) > 1:
+                own["unlabelled"] = f"{own['unlabelled']} ({its[:8]})"
             name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])
             options = {n: v for n, v in differs.items() if n in c["options"]}
-            weights = final_weights(c["options"]), differs.get("unlabelled")
+            weights = final_weights(c["options"]), its
             views = {n: v for n, v in differs.items() if n in VIEWS - {"teacher_store"}}
             new = Row(name, c["method"], options, weights, views, {})
             if rows.setdefault(name, new).runs.setdefault(c["seed"], run) is not run:
@@ -182,6 +191,14 @@ class Group:
         return {name: values for name, values in found.items() if values}
 
 
+def defaults_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's options with their defaults: older records lack newer ones."""
+    with contextlib.suppress(UsageError):  # a method of a user's program
+        declared = tables.options_of(run["config"]["method"])
+        return {name: option.default for name, option in declared.items()}
+    return {}
+
+
 def shown(settings: Mapping[str, Any]) -> list[str]:
     def text(value: Any) -> str:
         if isinstance(value, (list, tuple)):
@@ -200,7 +217,7 @@ def recipe_of(run: Mapping[str, Any]) -> dict[str, Any]:
 def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
     """What can be compared. Runs without a teacher belong to the groups of all teachers."""
     # Older records lack the normalisation: it was the data set's, which newer ones may contain.
-    usual, others = {}, {"teacher_weights", "teacher_init", "student_init"}
+    usual, others = {}, {"teacher_weights", "teacher_init", "student_init", "mean", "std"}
     runs = [run for run in runs if run["config"]["method"] != "heads"]
     for run in runs:
         if "normalisation" in run and others.isdisjoint(run["differs"]):
@@ -210,6 +227,7 @@ def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
         c, data = run["config"], run["data_sha256"]
         used = run.get("normalisation", usual.get(data))
         network = [c["dataset"], c["student"], recipe_of(run), data, used]
+        network += [run.get("student_init_sha256")]
         teacher = json.dumps([run["teacher_sha256"], c["teacher_units"], c["student_units"]])
         by_teacher = alike.setdefault(json.dumps(network, sort_keys=True), {})
         by_teacher.setdefault(teacher if c["teacher"] else None, []).append(run)
@@ -401,12 +419,15 @@ def completion(group: Group, folder: Path) -> str:
         c = {n: v for n, v in c.items() if n in Config.__dataclass_fields__}
         own = {n: v for n, v in c["options"].items() if n in tables.options_of("kd")}
         changes = {"ce": {"options": {}, "unlabelled": None}, "kd": {"options": own}}
-        if c["teacher_weights"]:  # whose normalisation the student used
-            changes["ce"] |= {n: tuple(v) for n, v in run.get("normalisation", {}).items()}
+        used = {n: tuple(v) for n, v in run.get("normalisation", {}).items()}
         for method, given in changes.items():
             if method != c["method"]:
                 with contextlib.suppress(UsageError):  # a method or data set of a user's program
                     config = Config(**c | given | {"method": method})
+                    if method == "ce" and mhkd_data.normalisation(config) not in (
+                        None, (used.get("mean"), used.get("std")),
+                    ):  # that of the teacher  # fmt: skip
+                        config = Config(**c | given | used | {"method": method})
                     commands.append(f"    {tables.command_of(config)}")
     return "\n".join(["These commands complete the comparison:\n", *commands]) if commands else ""
 
@@ -482,12 +503,15 @@ def row_in_paper(run: Mapping[str, Any]) -> str | None:
 
 def paper_table(table: tables.Table, runs: Iterable[Mapping[str, Any]]) -> str:
     """A table as in the paper, with our accuracies beside the paper's; "" if we have none."""
-    found: dict[tuple, dict[int, float]] = {}
+    found: dict[tuple, dict[str, dict[int, float]]] = {}  # of a cell: by teacher and views
     for run in runs:
         c, row = run["config"], row_in_paper(run)
         if row in table.rows and c["dataset"] == table.dataset:
+            views = {n: v for n, v in run["differs"].items() if n in VIEWS}
+            teacher = [f"teacher {run['teacher_sha256'][:8]}"] if c["teacher"] else []
+            which = ", ".join([*teacher, *shown(views)])
             cell = found.setdefault((row, c["teacher"], c["student"]), {})
-            cell.setdefault(c["seed"], run["accuracy"])
+            cell.setdefault(which, {}).setdefault(c["seed"], run["accuracy"])
     lines = []
     for row, accuracies in table.paper.items():
         lines.append([row])
@@ -495,9 +519,12 @@ def paper_table(table: tables.Table, runs: Iterable[Mapping[str, Any]]) -> str:
             teacher, student = pair.split(":")
             alone = {"ce": student, "teacher": teacher}.get(row)
             key = ("ce", None, alone) if alone else (row, teacher, student)
-            ours = [*found.get(key, {}).values()]
-            text = f"{mean_and_std(ours)}, n={len(ours)}" if ours else "–"
-            lines[-1].append(f"{text} / {accuracy}")
+            cell = {which: [*by_seed.values()] for which, by_seed in found.get(key, {}).items()}
+            ours = [
+                f"{mean_and_std(values)}, n={len(values)}" + f" ({which})" * (len(cell) > 1)
+                for which, values in cell.items()
+            ]
+            lines[-1].append(f"{'; '.join(ours) or '–'} / {accuracy}")
     header = ["ours / the paper's", *(pair.replace(":", " → ") for pair in table.pairs)]
     return f"## {table.title}\n\n{markdown(header, lines)}" if found else ""
 

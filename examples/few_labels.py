@@ -26,11 +26,18 @@ def main(folder: str, picture: str) -> None:
     if not runs:
         sys.exit(f"there is no finished run of examples/few_labels.sh below '{folder}'")
     epochs = min(run["config"]["epochs"] for run in runs)
+    settings = set()
     for run in runs:
         config = run["config"]
         name = config["method"] + (WITH if run["unlabelled_sha256"] else "")
-        name += LONGER if config["epochs"] > epochs else ""
-        rows.setdefault(name, {})[config["seed"]] = run
+        longer = config["method"] == "ce" and config["epochs"] == 4 * epochs
+        name += LONGER if longer else ""
+        differs = mhkd_report.recipe_of(run) | {"epochs": epochs if longer else config["epochs"]}
+        settings.add((run["data_sha256"], repr(sorted(differs.items()))))
+        if run is not rows.setdefault(name, {}).setdefault(config["seed"], run):
+            settings.add(name)  # twice
+    if len(settings) > 1:
+        sys.exit(f"the runs in '{folder}' differ in EPOCHS or OPTIONS: keep one kind of them")
     rows = {name: rows[name] for name in sorted(rows, key=lambda name: (WITH in name, name))}
 
     def minus(name: str, base: str) -> str:

@@ -1,5 +1,6 @@
 """The paper's tables and the study: what is run for them, and how it is reported."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -600,6 +601,49 @@ def test_runs_of_other_normalisation_are_not_compared_and_older_ones_had_the_dat
     assert rows == [{"student alone": [0, 1], "kd": [0, 1]}, {"kd": [2]}]
 
 
+def test_runs_of_given_normalisation_are_not_the_rule_for_older_records(tmp_path):
+    own, given = ({"normalisation": {"mean": [m] * 3, "std": [1] * 3}} for m in (0.5, 0.1))
+    record(tmp_path, 60.0, student="wrn_16_2", method="ce")
+    record(tmp_path, 62.0, **PAIR, method="kd", more=own)
+    with_mean = {"mean": (0.1,) * 3, "std": (1.0,) * 3}
+    record(tmp_path, 75.0, **PAIR, method="mhkd", **with_mean, more=given)
+    groups = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
+    assert [[row.name for row in group.rows] for group in groups] == [["student alone", "kd"], [
+        "mhkd"]]  # fmt: skip
+
+
+def test_runs_from_different_initial_weights_are_not_one_row(tmp_path):
+    for seed, sha256 in enumerate("xy"):
+        record(tmp_path, 50.0 + seed, student="wrn_16_2", method="ce", seed=seed,
+            student_init="file:init.pt", more={"student_init_sha256": sha256 * 64})  # fmt: skip
+    groups = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
+    assert [len(row.runs) for group in groups for row in group.rows] == [1, 1]
+
+
+def test_an_option_that_an_older_record_lacks_has_its_default(tmp_path, report):
+    old = record(tmp_path, 60.0, **PAIR, method="mhkd")
+    content = mhkd_runs.read_json(old / "result.json")
+    del content["config"]["options"]["head_ce"]
+    mhkd_runs.write_json(old / "result.json", content)
+    record(tmp_path, 65.0, **PAIR, method="mhkd", seed=1, options={"head_ce": 0.0})
+    rows = rows_of(report()["cifar100: wrn_40_2 → wrn_16_2"])
+    assert rows["mhkd"][0] == "60.00" and rows["mhkd, head_ce 0"][0] == "65.00"
+
+
+def test_the_papers_tables_show_each_teacher_and_the_views_by_themselves(tmp_path, report):
+    for seed, accuracy, teacher, views in (
+        (0, 70.0, b"a", {}), (0, 74.0, b"b", {}), (1, 75.0, b"b", {}),
+        (0, 71.0, b"b", {"view_seed": 5}),
+    ):  # fmt: skip
+        record(tmp_path, accuracy, taught_by=teacher, **PAIR, method="kd", seed=seed, **views)
+    cell = rows_of(report()[tables.TABLES["table1"].title])["kd"][0]
+    a, b = (hashlib.sha256(content).hexdigest()[:8] for content in (b"a", b"b"))
+    assert cell == (
+        f"70.00, n=1 (teacher {a}); 74.50 (0.71), n=2 (teacher {b}); "
+        f"71.00, n=1 (teacher {b}, view_seed 5) / 74.92"
+    )
+
+
 def test_a_teachers_run_makes_no_group_and_a_network_alone_does(tmp_path, report):
     record(tmp_path, 75.0, student="wrn_40_2", method="ce", weights=b"t")
     record(tmp_path, 71.0, **PAIR, method="kd")
@@ -868,6 +912,7 @@ def test_unlabelled_images_are_in_the_name_of_a_row_which_is_compared_with_kd_on
         folder = record(tmp_path, accuracy, **settings, method=method)
         content = mhkd_runs.read_json(folder / "result.json")
         if number:
+            content |= {"unlabelled_sha256": "u" * 64}
             content["differs"]["unlabelled"] = number
             content["environments"][0]["unlabelled"] = "some/unlabelled"
         mhkd_runs.write_json(folder / "result.json", content)
@@ -875,6 +920,29 @@ def test_unlabelled_images_are_in_the_name_of_a_row_which_is_compared_with_kd_on
     assert rows["kd, unlabelled 500"][3] == "+5.00, n=1"
     assert rows["mhkd, unlabelled 500"][3:] == ["+6.00, n=1", "+1.00, n=1"]
     assert rows["kd"][3:] == ["+2.00, n=1", ""]
+
+
+def test_runs_with_different_unlabelled_images_are_not_one_row(tmp_path, report):
+    for seed, of in enumerate("uvv"):
+        folder = record(tmp_path, 60.0 + seed, **PAIR, method="kd", seed=seed)
+        content = mhkd_runs.read_json(folder / "result.json") | {"unlabelled_sha256": of * 64}
+        content["differs"]["unlabelled"] = 500
+        mhkd_runs.write_json(folder / "result.json", content)
+    rows = rows_of(report()["cifar100: wrn_40_2 → wrn_16_2"])
+    assert rows[f"kd, unlabelled 500 ({'u' * 8})"][0] == "60.00"
+    assert rows[f"kd, unlabelled 500 ({'v' * 8})"][0] == "61.50 (0.71)"
+
+
+def test_the_command_for_the_student_alone_has_the_normalisation_of_a_pretrained_teacher(tmp_path):
+    settings = {"teacher": "torchvision:resnet18", "teacher_init": "pretrained"}
+    used = {"normalisation": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
+    record(tmp_path, 70.0, **settings, student="resnet8", method="kd", more=used)
+    (alone,) = re.findall(r"^    python mhkd\.py (.*)$", mhkd_report.report(tmp_path), re.MULTILINE)
+    assert configured(alone).mean == (0.485, 0.456, 0.406)
+    arguments = {k: v for k, v in configured(alone).arguments().items() if k not in ("out", "data")}
+    record(tmp_path, 60.0, **arguments, more=used)
+    (group,) = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
+    assert group.differences(group.alone) == {"kd": [10.0]}
 
 
 def test_the_commands_that_complete_a_comparison_name_the_unlabelled_images_for_kd_alone(tmp_path):
