@@ -469,7 +469,8 @@ class FeatureExtractor(nn.Module):
 
     forward(x) returns Outputs. The network itself, `model`, is not changed and can be used alone.
     The constructor runs a copy once to find the shape (C, H, W) of each feature, `shapes[unit]`,
-    and the name of the last linear layer, `classifier`, with `width` inputs. Args: see MultiHead.
+    and the name of the last linear layer with K outputs, `classifier`, which has `width` inputs.
+    Args: see MultiHead.
     """
 
     def __init__(
@@ -511,7 +512,8 @@ class FeatureExtractor(nn.Module):
                         'channels last: give layout="channels_last" or layout="channels_first"'
                     )
             self.shapes[unit] = tuple(as_map(feature, self.layouts[name], name).shape[1:])
-        linear = [name for name, _, _ in seen if isinstance(modules[name], nn.Linear)]
+        ran = ((name, modules[name]) for name, _, _ in seen)
+        linear = [n for n, m in ran if isinstance(m, nn.Linear) and m.out_features == num_classes]
         self.classifier = classifier or (linear or [None])[-1]
         self.width = getattr(modules.get(self.classifier), "in_features", None)
         if frozen:
@@ -600,7 +602,7 @@ class MultiHead(FeatureExtractor):
         example_input: an input for one run of a copy in the constructor. Default: random normal
             numbers [2, C, 32, 32].
         classifier: name of the last linear layer, whose input is the penultimate feature.
-            Default: the last linear layer that runs.
+            Default: the last linear layer with K outputs that runs.
         layout: of the features: "channels_first" [B, C, H, W], "channels_last" [B, H, W, C], or
             "tokens+n", tokens [B, n + H * W, C] of a square map after n other tokens. A dict from
             names of submodules if they differ. mhkd_custom.find_layouts detects it.
@@ -639,7 +641,8 @@ class MultiHead(FeatureExtractor):
         self.uses_penultimate = penultimate
         outputs = super().forward(*inputs, **keywords)
         if penultimate and outputs.penultimate is None:
-            raise UsageError("no linear layer of the network ran: name one with classifier=")
+            K = self.num_classes
+            raise UsageError(f"no linear layer with {K} outputs ran: name one with classifier=")
         logits = self.heads(outputs)
         return (logits, outputs.penultimate) if penultimate else logits
 
@@ -1030,7 +1033,8 @@ class Batch:
     teacher: Outputs | None
     labels: Tensor  # [B]; UNLABELLED for images without a label
     indices: Tensor  # [B], positions in data.train, not rows of data.images
-    metrics: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # scalars for the log
+    # Scalars for the log. Names that begin with train_accuracy: 100 for each correct image.
+    metrics: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Method(nn.Module):
@@ -1300,7 +1304,7 @@ class Distiller(nn.Module):
         super().__init__()
         K, methods = len(data.classes), find_methods(config.method)
         x = data.center_crop(data.train[:2]).cpu()  # real images, to inspect the networks
-        self.config, self.some_unlabelled = config, data.labelled_fraction < 1
+        self.config = config
         # The student comes first: its initial weights depend on the seed, not on the method.
         torch.manual_seed(config.seed)
         on_teacher = any(method.on_teacher for method in methods.values())
@@ -1371,12 +1375,12 @@ class Distiller(nn.Module):
         terms = self.methods[-1].final_terms(batch)
         for method in self.methods:
             terms |= method.own_terms(batch)
-        hits = student.logits.argmax(dim=1) == labels
+        hits, labelled = student.logits.argmax(dim=1) == labels, labels != UNLABELLED
         # The loss is the first metric: train() and means_of() rely on it.
         metrics = {"loss": sum(terms.values()), **terms, **batch.metrics}
-        metrics["train_accuracy"] = 100 * hits.float().mean()
-        if self.some_unlabelled:  # means_of() divides by it: a batch may have no label
-            metrics["labelled_fraction"] = (labels != UNLABELLED).float().mean()
+        # means_of() divides them: batches may differ in size, and one may have no label.
+        metrics["train_accuracy"] = 100 * hits.float().sum()
+        metrics["labelled"] = labelled.float().sum()
         return terms, {name: metric.detach() for name, metric in metrics.items()}
 
     def targets(self, images: Tensor, indices: Tensor) -> Outputs:
@@ -1567,8 +1571,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
 
 def make_optimizer(config: Config, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
-        settings = {"weight_decay": config.weight_decay, "fused": True}
-        return torch.optim.AdamW(parameters, config.lr, **settings)
+        # Not fused: on the CPU that is wrong if a gradient has another layout than its parameter.
+        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
     settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
     return torch.optim.SGD(parameters, config.lr, **settings)
 
@@ -1638,9 +1642,9 @@ def means_of(
             f"the weights are not finite in epoch {epoch}, after its last step: try a lower --lr"
         )
     means = dict(zip(names, metrics.mean(dim=0).tolist()))
-    if "labelled_fraction" in means:
-        means["train_accuracy"] /= means["labelled_fraction"] or 1
-    return means
+    labelled = means.pop("labelled") or 1
+    counts = {name for name in means if name.startswith("train_accuracy")}
+    return {name: mean / labelled if name in counts else mean for name, mean in means.items()}
 
 
 @torch.no_grad()
@@ -1648,14 +1652,26 @@ def evaluate(model: nn.Module, data: Data, part: Tensor | None = None) -> dict[s
     """Accuracies in percent on images of the data, by default the test images.
 
     Top-1, top-5, and of each class that has images, in float32. The modes are restored.
+
+    Raises:
+        UsageError: the network returns NaN.
     """
     part, K = data.test if part is None else part, len(data.classes)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     batches = part.split(max(10, 500 * 32**2 // data.size**2))  # 500 images of 32 x 32
-    best = [model(data.center_crop(batch)).topk(min(5, K), dim=1).indices for batch in batches]
+    best, bad = [], torch.zeros((), dtype=torch.bool, device=part.device)
+    for batch in batches:
+        logits = model(data.center_crop(batch))
+        bad |= logits.isnan().any()
+        best.append(logits.topk(min(5, K), dim=1).indices)
     for module, mode in modes.items():
         module.training = mode
+    if bad:
+        raise UsageError(
+            "the network returns NaN for test or validation images: try a lower --lr, and leave "
+            "out --ema if a buffer of the network contains infinities, which have no average"
+        )
     labels = data.labels[part]
     hit = torch.cat(best) == labels[:, None]  # [N, 5]
     right, counts = (torch.bincount(y, minlength=K) for y in (labels[hit[:, 0]], labels))

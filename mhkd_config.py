@@ -227,9 +227,17 @@ class Config:
             raise UsageError(f"--method {self.method} cannot use --unlabelled: leave it out")
         if any(m.on_teacher for m in methods.values()) and self.student != self.teacher:
             raise UsageError("--method heads has no student: give the teacher as --student, too")
+        if any(m.on_teacher for m in methods.values()) and (self.ema or self.keep == "best"):
+            raise UsageError("--method heads trains no student: leave out --ema and --keep best")
         for name in filter(None, (self.student, self.teacher)):
             if ":" not in name:
                 check_name("network", name, MODELS)
+        for name in DATASETS[self.dataset].recipe:
+            if name in FIELDS and FIELDS[name]["option"].default is not None:
+                raise UsageError(
+                    f"the recipe of the data set {self.dataset} cannot contain {name}, which has "
+                    f"one default for all data sets: give {flag_of(name)} for each run"
+                )
         declared = method_options(methods)
         for name in self.options:
             if name not in declared:
@@ -476,6 +484,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = [n for n in values if n.startswith("teacher") and n not in views]
             for flag in map(flag_of, names):
                 mhkd.log(f"note: {flag} has no effect with --method {config.method}")
+            if "teacher_views" in values:
+                mhkd.log(f"note: --method {config.method} sees a new view in every epoch, of "
+                    f"--view-seed {config.view_seed}, whatever --teacher-views is")  # fmt: skip
         keep_freed_memory()
         mhkd.train(config)
 

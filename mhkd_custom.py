@@ -71,8 +71,12 @@ def build(name: str, num_classes: int, init: str, image_size: int | None) -> nn.
     else:
         raise UsageError(f"there are no pretrained weights for {name}: use random or file:PATH")
     what = f"the weights '{init}' do not fit {name}"
-    mhkd_runs.load_state(model, state, what, num_classes)
+    # A library's network may have auxiliary classifiers, which are not used here.
+    mhkd_runs.load_state(model, state, what, num_classes, extra=init == "pretrained")
     return model
+
+
+INCEPTIONS = ("googlenet", "inception_v3")  # of torchvision
 
 
 def from_library(name: str, image_size: int | None, **keywords: Any) -> nn.Module:
@@ -89,7 +93,7 @@ def from_library(name: str, image_size: int | None, **keywords: Any) -> nn.Modul
         return models.get_model(rest, weights="DEFAULT")
     if rest.startswith("vit") and image_size:
         keywords["image_size"] = image_size
-    if rest not in ("googlenet", "inception_v3"):
+    if rest not in INCEPTIONS:
         return models.get_model(rest, weights=None, **keywords)
     model = models.get_model(rest, weights=None, init_weights=True, **keywords)
     # Without their own auxiliary classifiers.
@@ -105,6 +109,8 @@ def library_weights(name: str) -> tuple[tuple[float, ...], tuple[float, ...], st
         weights = models.get_model_weights(rest).DEFAULT
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         facts, where = weights.transforms(), f"{Path(weights.url).name} into '{folder}'"
+        if rest in INCEPTIONS:  # with these weights torchvision changes the input to this range
+            return (0.5,) * 3, (0.5,) * 3, where
     elif library == "timm":
         timm = import_optional("timm", "timm", f"the network {name}")
         facts = timm.get_pretrained_cfg(rest)

@@ -152,6 +152,8 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     dataset = DATASETS[config.dataset]
     images_at, labels, count, classes, *facts = dataset.load(config)
     end = len(labels) - int((labels == UNLABELLED).sum())  # of the labelled images
+    if (labels[:end] == UNLABELLED).any():
+        raise UsageError(f"the unlabelled images of {config.dataset} must be the last ones")
     parts = []  # the subsets: the same images for every run, in the order of the data set
     for size, most in ((count, config.subset), (end - count, config.test_subset)):
         indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))
@@ -209,8 +211,11 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
     if path := config.teacher_weights:
         content = mhkd_runs.load_file(Path(path))
         if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
-            with explain(f"'{path}' has a damaged mean or std", "use another file"):
-                torch.tensor([content["mean"], content["std"]]).view(2, 3)
+            hint = "give --mean and --std, for pixels from 0 to 1"
+            with explain(f"'{path}' has a damaged mean or std", hint):
+                mean, std = torch.tensor([content["mean"], content["std"]]).view(2, 3)
+                if not (mean.min() >= 0 and mean.max() <= 1 and std.min() > 0 and std.max() <= 1):
+                    raise ValueError(f"mean {content['mean']}, std {content['std']}")
             return tuple(content["mean"]), tuple(content["std"])
         shown = "mean {} and std {}".format(*known) if known else "that of the training images"
         log(f"note: '{path}' has no normalisation, {shown} is assumed; else give --mean and --std")

@@ -46,8 +46,10 @@ class Deployed(nn.Module):
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, S, S):
             raise UsageError(f"the student takes images [B, 3, {S}, {S}], not {list(images.shape)}")
         exporting = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not images.is_floating_point():
+        if images.dtype == torch.uint8:
             images = images.float() / 255
+        elif not images.is_floating_point():
+            raise UsageError(f"the student takes floats in 0 to 1 or uint8, not {images.dtype}")
         elif not exporting and len(images):
             low, high = (value.item() for value in images.aminmax())
             if low < -0.5 or high > 1.5:

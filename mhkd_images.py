@@ -199,14 +199,16 @@ def decode(
 ) -> tuple[Tensor, set[Path]]:
     """Image files as a mapped uint8 tensor [N, side, side, 3], decoded if that is not done yet.
 
-    The file is named after the paths, sizes, inodes and times of the image files and the version of
-    Pillow. It is decoded again from the first chunk on whose checksum differs from the index.
+    The file is named after the paths, sizes, inodes and times of the image files, the version of
+    Pillow and the code of prepare(). It is decoded again from the first chunk on whose checksum
+    differs from the index.
 
     Returns the images, and the files that cannot be read, which are not among the images. Without
     `skip_unreadable` such files are an error.
     """
     pil = import_optional("PIL.Image", "pillow", "a folder of images")
-    key = hashlib.sha256(repr((side, pil.__version__)).encode())
+    code = mhkd.sibling("mhkd_record").code_sha256([decode_one, prepare])
+    key = hashlib.sha256(repr((side, pil.__version__, code)).encode())
     for file in files:
         s = file.stat() if file.is_file() else None
         facts = (str(file), s and (s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns))
@@ -285,6 +287,10 @@ def prepare(image: Any, side: int) -> Any:
     """
     from PIL import Image, ImageOps
 
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})  # of TIFF: bits of a pixel; 0 is white
+        if tags.get(258, (16,)) != (16,) or tags.get(262) == 0 or "transparency" in image.info:
+            raise ValueError("grey levels of more than 8 bits must be 16 bits, 0 black, opaque")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
         image = image.convert("I").point(lambda grey: grey / 256).convert("L")

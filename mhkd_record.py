@@ -68,9 +68,9 @@ def code_hashes(config: Config) -> dict[str, str]:
     for role in ("student", "teacher"):
         name, init = getattr(config, role), getattr(config, f"{role}_init")
         if name in mhkd.MODELS:
-            found[f"{role}_code_sha256"] = code_sha256(
-                [mhkd.MODELS[name][0]], repr(mhkd.MODELS[name][1])
-            )
+            kind, settings = mhkd.MODELS[name]
+            settings = settings, mhkd.UNITS.get(kind)
+            found[f"{role}_code_sha256"] = code_sha256([kind], repr(settings))
         elif name and ".py:" in name:
             files = mhkd.sibling("mhkd_custom").source_files(name)
             found[f"{role}_code_sha256"] = code_sha256(files)
@@ -155,10 +155,18 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                     value = getattr(owner, node.attr, None)
             if isinstance(value, (type, types.FunctionType)) and value.__module__ in modules:
                 todo.append(value)
-            elif isinstance(node, ast.Name) and isinstance(value, (int, float, str)):
+            elif isinstance(node, ast.Name) and value is not None and is_plain(value):
                 found[node.id] = repr(value)
         found[name] = digest.hexdigest()
     return found
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a constant consists of numbers and strings only."""
+    if isinstance(value, (tuple, list, dict)):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(map(is_plain, parts))
+    return value is None or isinstance(value, (int, float, str))
 
 
 @functools.cache

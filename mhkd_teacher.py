@@ -169,7 +169,7 @@ class TeacherHeads(Method):
         for unit, z in zip(self.options.units, logits):
             terms[f"ce_{unit}"] = F.cross_entropy(z.float(), batch.labels)
             hits = z.detach().argmax(dim=1) == batch.labels
-            batch.metrics[f"train_accuracy_{unit}"] = 100 * hits.float().mean()
+            batch.metrics[f"train_accuracy_{unit}"] = 100 * hits.float().sum()
         return terms
 
     def saved(self) -> dict[str, Any]:

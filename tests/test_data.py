@@ -349,6 +349,51 @@ def test_sixteen_bit_grey_levels_keep_their_brightness(folder):
     assert np.array_equal(decoded_as(folder, levels), wanted)
 
 
+def test_grey_levels_whose_range_is_not_that_of_16_bits_are_refused(folder):
+    levels = np.zeros((32, 32), np.uint16)
+    for name, options in (
+        ("white is zero.tif", {"tiffinfo": {262: 0}}), ("transparent.png", {"transparency": 9}),
+    ):  # fmt: skip
+        path = folder / "train" / "cat" / name
+        save_image(path, levels, **options)
+        with pytest.raises(mhkd.UsageError, match="must be 16 bits, 0 black, opaque"):
+            of_folder(folder)
+        path.unlink()
+
+
+def test_images_are_decoded_again_by_other_code(folder, decoded, monkeypatch):
+    of_folder(folder)
+    before = len(decoded)
+    of_folder(folder)
+    assert len(decoded) == before > 0
+    monkeypatch.setattr("mhkd_record.code_sha256", lambda roots: "of other code")
+    of_folder(folder)
+    assert len(decoded) == 2 * before
+
+
+def test_unlabelled_images_of_a_data_set_must_be_the_last_ones(tmp_path, monkeypatch):
+    def source(last):
+        labels = torch.arange(30) % 2
+        labels[-5 if last else 3 :][:5] = mhkd.UNLABELLED
+        return lambda i: torch.zeros(len(i), 16, 16, 3, dtype=torch.uint8), labels, 15, ["a", "b"]
+
+    for last in (True, False):
+        kind = mhkd_data.DataSet(lambda _, last=last: source(last), {"image_size": 16})
+        monkeypatch.setitem(mhkd_data.DATASETS, "mine", kind)
+        if last:
+            assert len(load(tmp_path, "mine", batch_size=8).train) == 15 + 5
+        else:
+            with pytest.raises(mhkd.UsageError, match="unlabelled images of mine must be the last"):
+                load(tmp_path, "mine", batch_size=8)
+
+
+def test_a_recipe_with_a_setting_that_has_one_default_for_all_data_is_refused(monkeypatch):
+    kind = mhkd_data.DataSet(mhkd_data.from_digits, {"epochs": 7, "augment": "trivial"})
+    monkeypatch.setitem(mhkd_data.DATASETS, "mine", kind)
+    with pytest.raises(mhkd.UsageError, match="recipe of the data set mine cannot contain augment"):
+        mhkd.Config(student="resnet8", method="ce", dataset="mine")
+
+
 def test_transparent_pixels_are_black_whatever_colour_they_hide(folder):
     array = np.full((32, 32, 4), 200, np.uint8)
     array[..., 3] = np.where(np.arange(32) < 16, 0, 255)

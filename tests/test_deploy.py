@@ -142,6 +142,12 @@ def test_floats_that_are_not_in_0_to_1_are_refused(dtype, student):
     assert student(images(16)[:0]).shape == (0, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint16, torch.bool])
+def test_integers_other_than_uint8_are_refused(dtype, student):
+    with pytest.raises(mhkd.UsageError, match=f"floats in 0 to 1 or uint8, not {dtype}"):
+        student((255 * images(16)).to(dtype))
+
+
 @pytest.mark.parametrize("how", ["export", "trace", "compile", "onnx"])
 def test_the_student_can_be_exported_and_compiled(how, student, tmp_path):
     x, other = images(16), images(16, 5, seed=4)

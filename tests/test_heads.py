@@ -253,6 +253,24 @@ def test_the_classifier_can_be_named_and_a_network_of_a_fixed_input_asks_for_an_
         mhkd.MultiHead(plain, [], 4)
 
 
+def test_a_linear_layer_inside_of_the_network_is_not_taken_for_the_classifier():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gate = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            x = x * self.gate(x.mean(dim=(2, 3)))[:, :, None, None]
+            return self.head(x).mean(dim=(2, 3))
+
+    network = mhkd.MultiHead(Gated(), [], 4)
+    assert (network.classifier, network.width) == (None, None)
+    with pytest.raises(mhkd.UsageError, match="no linear layer with 4 outputs ran: name one"):
+        network(images(2, 3, 8, 8), penultimate=True)
+
+
 def test_a_network_of_grey_images_without_linear_layer_works_but_has_no_penultimate_feature():
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     network = mhkd.MultiHead(plain, ["0"], 4, width=4)

@@ -72,6 +72,40 @@ def test_adamw_is_that_of_pytorch_with_its_own_defaults(tmp_path, monkeypatch):
     assert accuracies[-1] > accuracies[0]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_gradient_of_another_memory_layout_gives_the_same_step(optimizer):
+    """As DHKD's, or as the state of a run that is continued on another device."""
+    config = mhkd.Config(student="resnet8", method="ce", optimizer=optimizer)
+    values, gradient = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        p = torch.nn.Parameter(values.clone(memory_format=torch.channels_last))
+        p.grad = gradient.clone(memory_format=layout)
+        step = mhkd.make_optimizer(config, [p])
+        for _ in range(3):
+            step.step()
+        found.append(p.detach())
+    assert torch.equal(*found) and not torch.equal(found[0], values)
+
+
+class Masked(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, num_classes)
+        self.register_buffer("mask", torch.full((num_classes,), -math.inf).where(
+            torch.arange(num_classes) == 3, 0.0))  # fmt: skip
+
+    def forward(self, x):
+        return self.linear(x.mean(dim=(2, 3))) * self.mask.exp()
+
+
+def test_an_average_that_is_not_a_number_is_an_error(tmp_path, failing):
+    alone = ["--student", f"{__file__}:Masked", *ALONE[2:]]
+    assert run(tmp_path / "last", *alone) == 0
+    said = failing(tmp_path / "average", *alone, "--ema", "0.9")
+    assert "returns NaN" in said and "leave out --ema" in said
+
+
 def test_the_gradient_of_all_trained_parameters_is_clipped(tmp_path, monkeypatch):
     _, free = rates_of(tmp_path / "free")
     _, norms = rates_of(tmp_path / "clipped", "--clip-grad", "0.1")

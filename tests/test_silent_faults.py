@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mhkd
+import mhkd_custom
 import mhkd_record
 import mhkd_runs
 
@@ -242,6 +243,9 @@ def test_mean_and_std_are_those_of_both_networks_and_an_assumed_one_is_logged(
     options = [*PAIR, "--method", "kd", "--epochs", "1", "--teacher-weights", tmp_path / "bare.pt"]
     assert run(tmp_path, *options) == 0
     assert "has no normalisation" in capsys.readouterr().out
+    torch.save(content | {"mean": [123.7, 116.3, 103.5]}, tmp_path / "of 255.pt")
+    assert run(tmp_path, *options[:-1], tmp_path / "of 255.pt") == 1
+    assert "of 255.pt' has a damaged mean or std (mean [123.7" in capsys.readouterr().err
     given = ["--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.6"]
     assert run(tmp_path, *options, *given) == 0
     assert "has no normalisation" not in capsys.readouterr().out
@@ -382,6 +386,46 @@ def test_a_network_without_a_linear_classifier_is_refused_by_methods_that_need_o
     with pytest.raises(mhkd.UsageError, match=f"--method {method} needs the input of a linear"):
         data = mhkd.load_data(config)
         mhkd.Distiller(config, data, mhkd.build_model("resnet14", 10))
+
+
+@pytest.mark.parametrize("name, deeper", [
+    ("resnet8", "resnet20"), ("torchvision:resnet18", "torchvision:resnet34"),
+])  # fmt: skip
+def test_initial_weights_of_a_deeper_network_are_refused(name, deeper, tmp_path):
+    for network in (deeper, name):
+        model = mhkd.build_model(network, 7)
+        torch.save(model.state_dict(), tmp_path / "init.pt")
+        if network == name:  # a classifier of other classes is left as it is
+            mhkd.build_model(name, 10, f"file:{tmp_path}/init.pt")
+        else:
+            with pytest.raises(mhkd_runs.RunError, match="do not fit .*missing.* in the network"):
+                mhkd.build_model(name, 10, f"file:{tmp_path}/init.pt")
+
+
+def test_networks_whose_library_changes_the_input_of_pretrained_weights_get_that_input():
+    """torchvision then maps images normalised for ImageNet to (x - 0.5) / 0.5."""
+    models = pytest.importorskip("torchvision.models")
+    model = models.googlenet(weights=None, init_weights=False, transform_input=True)
+    mean, std, _ = mhkd_custom.library_weights("torchvision:googlenet")
+    raw = torch.rand(1, 3, 4, 4)
+    of_imagenet = (raw - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(1, 3, 1, 1)
+    expected = model._transform_input(of_imagenet)
+    assert (mean, std) == ((0.5,) * 3, (0.5,) * 3)
+    torch.testing.assert_close((raw - 0.5) / 0.5, expected)
+
+
+def test_the_hash_of_a_network_covers_its_units_and_that_of_code_its_constants(monkeypatch):
+    config = mhkd.Config("resnet14", "resnet8")
+    before = mhkd_record.code_hashes(config)
+    monkeypatch.setitem(mhkd.UNITS, mhkd.ResNet, ("layer2", "layer3", "layer1"))
+    after = mhkd_record.code_hashes(config)
+    assert before["method_code_sha256"] == after["method_code_sha256"]
+    for role in ("student", "teacher"):
+        assert before[f"{role}_code_sha256"] != after[f"{role}_code_sha256"]
+    assert mhkd_record.is_plain({"a": (1, ["b", 2.0, None])})
+    assert not mhkd_record.is_plain({"a": mhkd.ResNet})
 
 
 # 11. Messages
