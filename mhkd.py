@@ -1465,6 +1465,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             )
         if data.labelled_fraction < 1 and not takes_unlabelled(config.method):
             data = data.labelled()
+        if (B := config.batch_size) > len(data.train):  # also of a teacher that is trained first
+            number = f"{len(data.train)} training images of --method {config.method}"
+            raise UsageError(f"--batch-size {B} is larger than the {number}")
         # Each process would average over its own number of labels.
         if data.labelled_fraction < 1 and world_size() > 1:
             raise UsageError(

@@ -188,8 +188,6 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         raise UsageError(f"there are {len(train)} training and {len(val)} validation images")
     mean, std = normalisation(config) or measure(images, train)
     train = torch.cat([train, torch.arange(end, len(labels))])
-    if (B := config.batch_size) > len(train):
-        raise UsageError(f"--batch-size {B} is larger than the {len(train)} training images")
     prefetch = sibling("mhkd_images").prefetch if dataset.mapped else None
     known = dict(facts[0]) if facts else {}
     if end < len(labels):

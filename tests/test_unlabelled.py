@@ -212,6 +212,13 @@ def test_methods_train_with_batches_that_have_few_labels_or_none(method, parted)
     assert all(p.grad.isfinite().all() for p in distiller.student.parameters())
 
 
+def test_a_teacher_that_is_trained_here_needs_a_batch_of_labelled_images(parted, tmp_path, failing):
+    options = ["--dataset", "folder", "--data", parted, "--image-size", "16", "--epochs", "1"]
+    options += ["--batch-size", "15", "--device", "cpu", "--student", "resnet8", "--method", "kd"]
+    said = failing(tmp_path / "out", *options, "--teacher", "resnet14")
+    assert "--batch-size 15 is larger than the 14 training images of --method ce" in said
+
+
 def test_a_run_with_unlabelled_images_has_its_own_record_and_shares_teacher_and_student_alone(
     parted, tmp_path
 ):
