@@ -125,7 +125,7 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
     """
     todo, found = list(roots), {}
     modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
-    modules |= {"mhkd", "mhkd_images"}
+    modules |= {mhkd.__name__, "mhkd_images"}  # __main__ in `python mhkd.py`
     while todo:
         thing = todo.pop()
         is_file = isinstance(thing, Path)

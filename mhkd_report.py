@@ -147,10 +147,8 @@ class Group:
         for run in runs:
             c, differs = run["config"], run["differs"]
             self.common |= {n: v for n, v in differs.items() if n not in in_name | OTHERWISE}
-            own, its = (
-                {n: v for n, v in differs.items() if n in in_name},
-                run.get("unlabelled_sha256"),
-            )
+            own = {n: v for n, v in differs.items() if n in in_name}
+            its = run.get("unlabelled_sha256")
             if len(unlabelled.get(own.get("unlabelled"), ())) > 1:
                 own["unlabelled"] = f"{own['unlabelled']} ({its[:8]})"
             name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])

@@ -10,7 +10,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import FOLDER, end_of, outcome, pixels, run, save_image, start
+from conftest import FOLDER, end_of, outcome, pixels, run, save_image, script, start
 
 import mhkd
 import mhkd_data
@@ -369,6 +369,13 @@ def test_images_are_decoded_again_by_other_code(folder, decoded, monkeypatch):
     monkeypatch.setattr("mhkd_record.code_sha256", lambda roots: "of other code")
     of_folder(folder)
     assert len(decoded) == 2 * before
+
+
+def test_the_command_line_and_a_program_use_the_same_decoded_images(folder, tmp_path):
+    options = [*FOLDER, folder, "--batch-size", "2"]
+    assert script(*options, "--out", tmp_path / "runs").returncode == 0
+    assert run(tmp_path / "runs", *options, "--seed", "1") == 0
+    assert len(list((tmp_path / "runs" / "cache").iterdir())) == 1
 
 
 def test_unlabelled_images_of_a_data_set_must_be_the_last_ones(tmp_path, monkeypatch):
