@@ -279,10 +279,10 @@ class Config:
             if method.needs_maps(self):
                 raise UsageError(
                     f"--teacher-store holds no feature maps, and --method {name} trains on those "
-                    "of the teacher: use --teacher-heads pretrained with mhkd, else leave it out"
+                    "of the teacher: leave it out, or use --teacher-heads pretrained with mhkd"
                 )
             own = method.frozen_heads is not mhkd.Method.frozen_heads
-            if own and self.options.get("teacher_heads") != "pretrained":
+            if own and self.options.get("teacher_heads") not in ("pretrained", "logits"):
                 raise UsageError(
                     "--teacher-store holds the heads of --teacher-heads pretrained, and --method "
                     f"{name} has others: leave it out"

@@ -10,8 +10,9 @@
 commands `python mhkd.py ...`. Their output is also written to OUT/logs. Finished runs are not
 repeated. --seeds, --pairs and --methods select a part. Options of mhkd.py apply to all runs, or to
 those whose method has them; --teacher-store to all that it can serve. --jobs is the number of runs
-at a time (default: 1; studies: one per core). The method "mhkd:2" is MHKD with the head of unit 2
-only, "kd:gamma=1" is KD with that option.
+at a time (default: 1; studies: one per core). --methods takes rows of the selected tables: "mhkd:2"
+(table2) is MHKD with the head of unit 2 only, "kd:gamma=1:kd_weight=1" (small) KD with these
+options.
 
 `report` writes report.md and, if matplotlib is installed, pictures: see mhkd_report.py.
 """
@@ -291,9 +292,9 @@ def run(tables: Sequence[str], arguments: Sequence[str]) -> None:
     done, jobs = are_done(configs), given.jobs or (cores if study else 1)
     counts, left = f"{sum(done)} of {len(done)} runs are done", len(done) - sum(done)
     if study:
-        hours, minutes = divmod(math.ceil(left / jobs) * 6, 60)
+        hours, minutes = divmod(math.ceil(left / jobs) * 12, 60)
         print(f"{left} runs, {jobs} at a time: about {hours} h {minutes} min, if each takes "
-              "6 minutes, as in the full protocol")  # fmt: skip
+              "12 minutes, as on average in the full protocol")  # fmt: skip
     if given.dry_run:
         for config, finished in zip(configs, done):
             print(f"{'done' if finished else 'todo'}  {command_of(config)}")

@@ -5,9 +5,10 @@
 #   ./run_all.sh demo     set up the environment; train a teacher on handwritten digits, then small
 #                         students on 100 of them, alone, with KD and with MHKD; print a table:
 #                         minutes on a laptop, no download of data
-#   ./run_all.sh small    the study of docs/measurements.md on small images of CIFAR-100: about
-#                         18 core-hours (estimated); METHODS="ce kd mhkd" SEEDS="0 1 2": 16 runs
-#   ./run_all.sh views    the study of stored teacher outputs, 86 runs, after small
+#   ./run_all.sh small    the second study of docs/measurements.md, on small images of CIFAR-100:
+#                         about 35 core-hours (extrapolated from 92 of 176 runs);
+#                         METHODS="ce kd mhkd" SEEDS="0 1 2": 16 runs
+#   ./run_all.sh views    the study of stored teacher outputs: 66 runs after those of small
 #   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report
 #   ./run_all.sh records  copy the records of finished runs to results/
 #   ./run_all.sh gpu      the first run on a GPU: kernel, its tests, benchmarks, two epochs; eight
@@ -21,8 +22,7 @@
 # into a virtual environment, VENV (default: .venv).
 #
 # Variables for studies and tables: SEEDS="0 1 2"; EPOCHS; PAIRS="wrn_40_2:wrn_16_2 vgg13:vgg8";
-# METHODS="ce kd mhkd mhkd:1" (mhkd:1 has one head, at unit 1); OPTIONS="--subset 1000" (any options
-# of mhkd.py); DATA, the folder of the data (default: data); JOBS, the number of runs at a time
+# METHODS="ce kd mhkd", rows of that target; OPTIONS="--subset 1000" (any options of mhkd.py); DATA, the folder of the data (default: data); JOBS, the number of runs at a time
 # (default: 1; studies: one per core). OUT is the folder of the runs (default: runs; demo: runs/demo).
 set -euo pipefail
 cd "$(dirname "$0")"
