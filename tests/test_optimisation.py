@@ -214,6 +214,7 @@ def test_milestones_that_would_coincide_are_an_epoch_apart(epochs, steps):
         (["--crop-scale", "0.5"], "--crop-scale has no effect with --image-size 16"),
         (["--image-size", "64", "--crop-padding", "3"], "--crop-padding has no effect with"),
         (["--clip-grad", "0"], "--clip-grad must be a number above 0"),
+        (["--method", "heads", "--teacher", "resnet8", "--ema", "0.9"], "heads trains no student"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, failing, options, wanted):
