@@ -71,12 +71,14 @@ def build(name: str, num_classes: int, init: str, image_size: int | None) -> nn.
     else:
         raise UsageError(f"there are no pretrained weights for {name}: use random or file:PATH")
     what = f"the weights '{init}' do not fit {name}"
-    # A library's network may have auxiliary classifiers, which are not used here.
-    mhkd_runs.load_state(model, state, what, num_classes, extra=init == "pretrained")
+    if name.partition(":")[2] in INCEPTIONS:
+        state = {key: t for key, t in state.items() if key.partition(".")[0] not in AUXILIARY}
+    mhkd_runs.load_state(model, state, what, num_classes)
     return model
 
 
 INCEPTIONS = ("googlenet", "inception_v3")  # of torchvision
+AUXILIARY = ("aux1", "aux2", "AuxLogits")  # their own auxiliary classifiers, which are not used
 
 
 def from_library(name: str, image_size: int | None, **keywords: Any) -> nn.Module:

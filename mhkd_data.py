@@ -211,9 +211,10 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
         if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
             hint = "give --mean and --std, for pixels from 0 to 1"
             with explain(f"'{path}' has a damaged mean or std", hint):
-                mean, std = torch.tensor([content["mean"], content["std"]]).view(2, 3)
-                if not (mean.min() >= 0 and mean.max() <= 1 and std.min() > 0 and std.max() <= 1):
-                    raise ValueError(f"mean {content['mean']}, std {content['std']}")
+                rules, mean, std = sibling("mhkd_config"), content["mean"], content["std"]
+                torch.tensor([mean, std]).view(2, 3)
+                if not (rules.CHANNELS[0](mean) and rules.STDS[0](std)):
+                    raise ValueError(f"mean {mean}, std {std}")
             return tuple(content["mean"]), tuple(content["std"])
         shown = "mean {} and std {}".format(*known) if known else "that of the training images"
         log(f"note: '{path}' has no normalisation, {shown} is assumed; else give --mean and --std")

@@ -148,12 +148,12 @@ class Group:
             c, differs = run["config"], run["differs"]
             self.common |= {n: v for n, v in differs.items() if n not in in_name | OTHERWISE}
             own = {n: v for n, v in differs.items() if n in in_name}
-            its = run.get("unlabelled_sha256")
+            images = run.get("unlabelled_sha256")
             if len(unlabelled.get(own.get("unlabelled"), ())) > 1:
-                own["unlabelled"] = f"{own['unlabelled']} ({its[:8]})"
+                own["unlabelled"] = f"{own['unlabelled']} ({images[:8]})"
             name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])
             options = {n: v for n, v in differs.items() if n in c["options"]}
-            weights = final_weights(c["options"]), its
+            weights = final_weights(c["options"]), images
             views = {n: v for n, v in differs.items() if n in VIEWS - {"teacher_store"}}
             new = Row(name, c["method"], options, weights, views, {})
             if rows.setdefault(name, new).runs.setdefault(c["seed"], run) is not run:
@@ -422,10 +422,9 @@ def completion(group: Group, folder: Path) -> str:
             if method != c["method"]:
                 with contextlib.suppress(UsageError):  # a method or data set of a user's program
                     config = Config(**c | given | {"method": method})
-                    if method == "ce" and mhkd_data.normalisation(config) not in (
-                        None, (used.get("mean"), used.get("std")),
-                    ):  # that of the teacher  # fmt: skip
-                        config = Config(**c | given | used | {"method": method})
+                    same = None, (*used.values(),)  # None: measured on the images
+                    if method == "ce" and mhkd_data.normalisation(config) not in same:
+                        config = config.replace(**used)  # the teacher's
                     commands.append(f"    {tables.command_of(config)}")
     return "\n".join(["These commands complete the comparison:\n", *commands]) if commands else ""
 

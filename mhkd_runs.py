@@ -278,13 +278,11 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def load_state(
-    model: nn.Module, state: Mapping[str, Tensor], what: str, new_classes: int = 0,
-    extra: bool = False,
-) -> None:  # fmt: skip
+    model: nn.Module, state: Mapping[str, Tensor], what: str, new_classes: int = 0
+) -> None:
     """Load a state dict strictly; `what` begins the error message if an entry does not fit.
 
     new_classes: number of classes; if given, a classifier of another number is left as it is.
-    extra: ignore entries that the network does not have.
     """
     with contextlib.suppress(RuntimeError):  # some modules accept other shapes, as observers do
         model.load_state_dict(state)
@@ -299,7 +297,7 @@ def load_state(
     for key in {**ours, **theirs}:
         a, b = theirs.get(key, "missing"), ours.get(key, "missing")
         new_classifier = "missing" not in (a, b) and (new_classes, *a[1:]) == b
-        if a != b and not (new_classes and new_classifier) and not (extra and b == "missing"):
+        if a != b and not (new_classes and new_classifier):
             raise RunError(f"{what}: '{key}' is {a} in the file, {b} in the network")
     fitting = {key: tensor for key, tensor in state.items() if theirs.get(key) == ours.get(key)}
     model.load_state_dict(fitting, strict=False)

@@ -294,7 +294,7 @@ def run(tables: Sequence[str], arguments: Sequence[str]) -> None:
     if study:
         hours, minutes = divmod(math.ceil(left / jobs) * 12, 60)
         print(f"{left} runs, {jobs} at a time: about {hours} h {minutes} min, if each takes "
-              "12 minutes, as on average in the full protocol")  # fmt: skip
+              "12 minutes, the average in the full protocol")  # fmt: skip
     if given.dry_run:
         for config, finished in zip(configs, done):
             print(f"{'done' if finished else 'todo'}  {command_of(config)}")

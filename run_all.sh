@@ -22,8 +22,9 @@
 # into a virtual environment, VENV (default: .venv).
 #
 # Variables for studies and tables: SEEDS="0 1 2"; EPOCHS; PAIRS="wrn_40_2:wrn_16_2 vgg13:vgg8";
-# METHODS="ce kd mhkd", rows of that target; OPTIONS="--subset 1000" (any options of mhkd.py); DATA, the folder of the data (default: data); JOBS, the number of runs at a time
-# (default: 1; studies: one per core). OUT is the folder of the runs (default: runs; demo: runs/demo).
+# METHODS="ce kd mhkd", rows of that target; OPTIONS="--subset 1000" (any options of mhkd.py);
+# DATA, the folder of the data (default: data); JOBS, the number of runs at a time (default: 1;
+# studies: one per core). OUT is the folder of the runs (default: runs; demo: runs/demo).
 set -euo pipefail
 cd "$(dirname "$0")"
 

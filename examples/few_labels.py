@@ -21,23 +21,22 @@ LONGER = ", as many steps"  # as a row with unlabelled images
 
 def main(folder: str, picture: str) -> None:
     rows: dict[str, dict[int, dict]] = {}  # runs by seed
+    settings: list[tuple] = []  # of each run, which must be the same
     runs, unusable = mhkd_report.read_runs(folder)
     runs = [run for run in runs if run["config"]["student"].startswith("timm:")]  # no teacher
     if not runs:
         sys.exit(f"there is no finished run of examples/few_labels.sh below '{folder}'")
     epochs = min(run["config"]["epochs"] for run in runs)
-    settings = set()
     for run in runs:
         config = run["config"]
         name = config["method"] + (WITH if run["unlabelled_sha256"] else "")
         longer = config["method"] == "ce" and config["epochs"] == 4 * epochs
         name += LONGER if longer else ""
         differs = mhkd_report.recipe_of(run) | {"epochs": epochs if longer else config["epochs"]}
-        settings.add((run["data_sha256"], repr(sorted(differs.items()))))
-        if run is not rows.setdefault(name, {}).setdefault(config["seed"], run):
-            settings.add(name)  # twice
-    if len(settings) > 1:
-        sys.exit(f"the runs in '{folder}' differ in EPOCHS or OPTIONS: keep one kind of them")
+        settings.append((run["data_sha256"], differs))
+        if settings[-1] != settings[0] or config["seed"] in rows.setdefault(name, {}):
+            sys.exit(f"the runs in '{folder}' differ in EPOCHS or OPTIONS: keep one kind of them")
+        rows[name][config["seed"]] = run
     rows = {name: rows[name] for name in sorted(rows, key=lambda name: (WITH in name, name))}
 
     def minus(name: str, base: str) -> str:
@@ -77,4 +76,6 @@ def main(folder: str, picture: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

@@ -402,7 +402,7 @@ def test_initial_weights_of_a_deeper_network_are_refused(name, deeper, tmp_path)
                 mhkd.build_model(name, 10, f"file:{tmp_path}/init.pt")
 
 
-def test_networks_whose_library_changes_the_input_of_pretrained_weights_get_that_input():
+def test_networks_whose_library_changes_the_input_of_pretrained_weights_get_it(tmp_path):
     """torchvision then maps images normalised for ImageNet to (x - 0.5) / 0.5."""
     models = pytest.importorskip("torchvision.models")
     model = models.googlenet(weights=None, init_weights=False, transform_input=True)
@@ -412,6 +412,9 @@ def test_networks_whose_library_changes_the_input_of_pretrained_weights_get_that
         [0.229, 0.224, 0.225]
     ).view(1, 3, 1, 1)
     expected = model._transform_input(of_imagenet)
+    torch.save(model.state_dict(), tmp_path / "library.pt")  # with its auxiliary classifiers
+    built = mhkd.build_model("torchvision:googlenet", 7, f"file:{tmp_path}/library.pt")
+    assert torch.equal(built.conv1.conv.weight, model.conv1.conv.weight)
     assert (mean, std) == ((0.5,) * 3, (0.5,) * 3)
     torch.testing.assert_close((raw - 0.5) / 0.5, expected)
 
