@@ -241,8 +241,8 @@ def numpy_scalars() -> list[Any]:
 def read_state(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
     """A state dict from a file, alone or as its entry "model", "state_dict" or similar.
 
-    names: entries of the network, to recognise the prefixes of DataParallel, torch.compile and
-    Lightning.
+    names: entries of the network, to recognise the prefixes of DataParallel, torch.compile,
+    Lightning and AveragedModel, whose counter is left out.
     """
     content = load_file(Path(path))
     if isinstance(content, dict):
@@ -261,6 +261,7 @@ def read_state(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
     ):
         raise RunError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
     if {*content}.isdisjoint(names):
+        content = {name: tensor for name, tensor in content.items() if name != "n_averaged"}
         for prefix in ("module.", "_orig_mod.", "model.", "net."):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
     return content

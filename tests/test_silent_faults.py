@@ -443,7 +443,8 @@ def test_a_term_that_is_not_finite_is_named(tmp_path, failing):
     lambda s: {"net": s}, lambda s: {"model_state_dict": s, "epoch": 3},
     lambda s: {"state_dict": {f"model.{k}": t for k, t in s.items()}},
     lambda s: {"model": s, "best": __import__("numpy").float64(0.5)},
-], ids=["net", "model_state_dict", "lightning", "numpy scalar"])  # fmt: skip
+    lambda s: {"n_averaged": torch.tensor(3), **{f"module.{k}": t for k, t in s.items()}},
+], ids=["net", "model_state_dict", "lightning", "numpy scalar", "average"])  # fmt: skip
 def test_checkpoints_of_common_layouts_load(wrap, tmp_path):
     network, other = (mhkd.build_model("resnet8", 10) for _ in range(2))
     torch.save(wrap(network.state_dict()), tmp_path / "a.pt")
