@@ -44,8 +44,8 @@ class Store:
         self.labelled, self.unlabelled = count if labelled is None else labelled, unlabelled
         self.log, self.disabled = log, False
         self.nbytes = views * count * sum(size for _, size in self.places.values()) * dtype.itemsize
-        files = ({f.name[:9] for f in d.glob("view-*.pt")} for d, _ in self.places.values())
-        self.stored = min(map(len, files))
+        folders, names = [folder for folder, _ in self.places.values()], range(views)
+        self.stored = sum(all(any(d.glob(f"view-{v:04}-*.pt")) for d in folders) for v in names)
 
     def open(self, view: int) -> None:
         """Select the view of the following steps."""

@@ -126,6 +126,9 @@ def test_with_fewer_views_they_are_used_in_turn_and_stored_once(tmp_path, teache
     options = [*PAIR, "--method", "kd", *teacher, "--epochs", "5", "--teacher-views", "2"]
     assert run(tmp_path, *options, *STORE) == 0
     assert len(batches) == 10 and len(views(tmp_path)) == 2
+    (logits,) = tmp_path.glob("cache/teacher-*/logits")
+    stored = [mhkd_store.Store({"logits": (logits, 10)}, 200, views).stored for views in (1, 5)]
+    assert stored == [1, 2]  # of the views that are needed
     assert run(tmp_path / "plain", *options) == 0
     stored, plain = (folder_of(out, method="kd") for out in (tmp_path, tmp_path / "plain"))
     assert [e["train_accuracy"] for e in outcome(stored)[0]][:2] == [
