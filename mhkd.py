@@ -962,6 +962,7 @@ def _check_settings(student, teacher, tau, alpha, weights, teacher_ce) -> None:
     ]
     rule = "must be finite and not negative"
     rules += [(f"{name} {rule}", w, 0 <= w < math.inf) for name, w in numbers]
+    rules += [("teacher_ce must contain True or False", x, x in (0, 1)) for x in teacher_ce]
     for rule, value, holds in rules:
         if not holds:
             raise ValueError(f"mhkd_loss: {rule}, not {value}")

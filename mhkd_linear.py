@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 import mhkd
 
 # Logits of one head in a chunk. Fewer rows make the matrix products slow, more take more memory.
 CHUNK_LOGITS = 2**23
+INSTEAD = 'call mhkd_loss with backend="reference" on the logits'
 
 
 def linear_mhkd_loss(
@@ -35,8 +36,9 @@ def linear_mhkd_loss(
 
     Equations, options and errors are those of mhkd.mhkd_loss. The student's hidden states, weights
     and biases get gradients, the teacher's none: there is no teacher_ce. The gradients are computed
-    with the loss, so that one backward pass is possible. They are scaled by the incoming gradient
-    after they have been rounded: with float16 and a loss scale, small ones are lost.
+    with the loss, so that one backward pass is possible. They have no derivatives, nor has the loss
+    those of forward mode. They are scaled by the incoming gradient after they have been rounded:
+    with float16 and a loss scale, small ones are lost.
 
     Args:
         student_hidden, teacher_hidden: a tensor [..., d] for each head, the final output first. The
@@ -89,7 +91,10 @@ def _in_chunks(columns, labels, chunk, accumulate, settings) -> tuple[Tensor, Te
     lengths = [len(column) for column in columns]
     if len({*lengths}) > 1:
         raise ValueError(f"linear_mhkd_loss: the lists differ in length: {lengths}")
-    trained = columns[0] + columns[1] + columns[2] if torch.is_grad_enabled() else []
+    trained = columns[0] + columns[1] + columns[2]
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in trained):
+        raise NotImplementedError(f"linear_mhkd_loss has no forward-mode derivative: {INSTEAD}")
+    trained = trained if torch.is_grad_enabled() else []
     grads = {
         x: torch.zeros_like(x, dtype=None if i < lengths[0] else accumulate)
         for i, x in enumerate(trained) if x is not None and x.requires_grad
@@ -98,16 +103,19 @@ def _in_chunks(columns, labels, chunk, accumulate, settings) -> tuple[Tensor, Te
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     chunk = chunk or max(1, CHUNK_LOGITS // len(columns[1][0]))
     with torch.no_grad(), torch.autocast(kind, enabled=False):
-        cast = {None: None}  # what the products take: half types under autocast
-        for x in itertools.chain(*columns[1:3], *columns[4:6]):
-            cast[x] = x if x is None or dtype is None else x.to(dtype)
+
+        def to_autocast(x):  # half types under autocast, which leaves float64 as it is
+            stays = x is None or dtype is None or x.dtype == torch.float64
+            return x if stays else x.to(dtype)
+
+        cast = {x: to_autocast(x) for x in itertools.chain(*columns[1:3], *columns[4:6])}
         # A chunk's terms are means over its rows: it weighs as many of all rows as count in it.
         counted = labels != settings["ignore_index"]
         masks = torch.stack((counted, counted & (labels != mhkd.UNLABELLED)))  # [2, N]
         parts = [part.sum(dim=1) for part in masks.split(chunk, dim=1)]
         counts = torch.stack(parts).tolist()  # the only synchronisation with a GPU
         all_kl, all_ce = (sum(column) for column in zip(*counts))
-        double = dtype is None and torch.float64 in {x.dtype for x in columns[0] + columns[3]}
+        double = torch.float64 in {x.dtype for x in columns[0] + columns[3]}
         loss = labels.new_zeros((), dtype=torch.float64 if double else torch.float32)
         terms = loss.new_zeros(lengths[0], 3)
         if not all_kl:  # means over no row
@@ -121,9 +129,9 @@ def _in_chunks(columns, labels, chunk, accumulate, settings) -> tuple[Tensor, Te
                 counts_nothing = kl == ce == 0
                 if n_kl == 0 or (counts_nothing and not settings["return_terms"]):
                     continue
-                x = x_s[here].to(dtype or x_s.dtype)
+                x = to_autocast(x_s[here])
                 student = x, cast[w_s], cast[b_s]
-                teacher = x_t[here].to(dtype or x_t.dtype), cast[w_t], cast[b_t]
+                teacher = to_autocast(x_t[here]), cast[w_t], cast[b_t]
                 one = {"kl_weights": [kl], "ce_weights": [ce], "teacher_ce": [False]} | settings
                 part, found, grad = _of_chunk(
                     student, teacher, labels[here], one, bool(grads) and not counts_nothing
@@ -164,8 +172,9 @@ class _WithGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss):
+        if torch.is_grad_enabled():  # create_graph: these gradients have no graph
+            raise NotImplementedError(f"linear_mhkd_loss has no second derivative: {INSTEAD}")
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_mhkd_loss: a second backward pass is not possible, because the gradients "

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import mhkd
 from mhkd_linear import CHUNK_LOGITS, linear_mhkd_loss
@@ -138,6 +139,17 @@ def test_a_second_backward_pass_is_refused(backend):
         loss.backward()
 
 
+def test_other_derivatives_are_refused(backend):
+    """They would be 0 or missing: the gradients are computed with the loss."""
+    student, teacher, labels = make()
+    loss = chunked(student, teacher, labels, backend=backend)
+    with pytest.raises(NotImplementedError, match="second derivative.*on the logits"):
+        torch.autograd.grad(loss, student[0], create_graph=True)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        x = forward_ad.make_dual(student[0][0].detach(), torch.ones(*LEAD, D_S))
+        chunked(([x, x], *student[1:]), teacher, labels, backend=backend)
+
+
 def test_gradients_are_those_of_finite_differences(backend):
     """gradcheck would go backward twice."""
     student, teacher, labels = make()
@@ -198,6 +210,12 @@ def test_under_autocast_the_products_are_half_precision_and_the_gradients_the_we
     found, expected = (torch.autograd.grad(loss, sum(student, [])) for loss in results)
     assert {x.dtype for x in found} == {torch.float32}
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+
+
+def test_autocast_leaves_float64_as_it_is(backend):
+    call = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compare(call, backend=backend)
 
 
 def test_a_chunk_has_few_enough_rows_for_a_large_vocabulary(backend, monkeypatch):

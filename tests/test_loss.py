@@ -364,6 +364,8 @@ WRONG = [
     (ValueError, "lists differ.*2 kl_weights", {"kl_weights": [1.0, 1.0]}),
     (ValueError, "ce_weights.*-1", {"ce_weights": [-1.0]}),
     (TypeError, "weights must be numbers", {"kl_weights": [torch.tensor(1.0)]}),
+    (ValueError, "teacher_ce must contain True or False", {"teacher_ce": [0.5]}),
+    (ValueError, "teacher_ce must contain True or False", {"teacher_ce": [None]}),
     (ValueError, "weights.*inf", {
         "beta": INF, "student_logits": [A, A], "teacher_logits": [A, A]}),
 ]  # fmt: skip
