@@ -9,6 +9,7 @@ tables contain runs of its full recipe only.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ import math
 import shlex
 import statistics
 import textwrap
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mhkd
 import mhkd_data
+import mhkd_record
 import mhkd_runs
 import mhkd_tables as tables
 from mhkd import UsageError
@@ -143,7 +146,7 @@ class Group:
             if sha256 := run.get("unlabelled_sha256"):
                 unlabelled.setdefault(run["differs"].get("unlabelled"), set()).add(sha256)
         in_name = {name for name, found in values.items() if len(found) > 1} | IN_NAME | VIEWS
-        rows: dict[str, Row] = {}
+        rows: dict[tuple, Row] = {}  # by name and by what its runs must share
         for run in runs:
             c, differs = run["config"], run["differs"]
             self.common |= {n: v for n, v in differs.items() if n not in in_name | OTHERWISE}
@@ -156,8 +159,14 @@ class Group:
             weights = final_weights(c["options"]), images
             views = {n: v for n, v in differs.items() if n in VIEWS - {"teacher_store"}}
             new = Row(name, c["method"], options, weights, views, {})
-            if rows.setdefault(name, new).runs.setdefault(c["seed"], run) is not run:
+            of_user = None if is_ours(c["method"]) else run.get("method_code_sha256")
+            hashes = [part[:8] for part in (run.get("teacher_heads_sha256"), of_user) if part]
+            row = rows.setdefault((name, *hashes), new)
+            if row.runs.setdefault(c["seed"], run) is not run:
                 self.twice.append(run["name"])
+        names = collections.Counter(row.name for row in rows.values())
+        for (name, *hashes), row in rows.items():  # other heads of the teacher, or a method's code
+            row.name += f" ({', '.join(hashes)})" * (names[name] > 1 and bool(hashes))
         methods = [*ORDER, *sorted({row.method for row in rows.values()} - {*ORDER})]
         self.rows = sorted(rows.values(), key=lambda row: (methods.index(row.method), row.name))
 
@@ -189,12 +198,18 @@ class Group:
         return {name: values for name, values in found.items() if values}
 
 
+def is_ours(method: str) -> bool:
+    """Whether it is no method of a user's program."""
+    with contextlib.suppress(UsageError):
+        return bool(mhkd.find_methods(method))
+    return False
+
+
 def defaults_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """The method's options with their defaults: older records lack newer ones."""
-    with contextlib.suppress(UsageError):  # a method of a user's program
-        declared = tables.options_of(run["config"]["method"])
-        return {name: option.default for name, option in declared.items()}
-    return {}
+    method = run["config"]["method"]
+    declared = tables.options_of(method) if is_ours(method) else {}
+    return {name: option.default for name, option in declared.items()}
 
 
 def shown(settings: Mapping[str, Any]) -> list[str]:
@@ -225,7 +240,9 @@ def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
         c, data = run["config"], run["data_sha256"]
         used = run.get("normalisation", usual.get(data))
         network = [c["dataset"], c["student"], recipe_of(run), data, used]
-        network += [run.get("student_init_sha256")]
+        # The code of built-in networks is that of a version, which older records do not hash.
+        code = run.get("student_code_sha256") if ".py:" in c["student"] else None
+        network += [run.get("student_init_sha256"), code]
         teacher = json.dumps([run["teacher_sha256"], c["teacher_units"], c["student_units"]])
         by_teacher = alike.setdefault(json.dumps(network, sort_keys=True), {})
         by_teacher.setdefault(teacher if c["teacher"] else None, []).append(run)
@@ -365,7 +382,8 @@ def report(folder: str | Path) -> str:
     ]
     parts += ["# All runs", markdown(header, rows)]
     if lost := [run["name"] for run in runs if not run["has_student"]]:
-        parts.append(f"The student.pt of its record is not beside {', '.join(lost)}.")
+        names = ", ".join(lost[:3] + ["…"] * (len(lost) > 3))
+        parts.append(f"{len(lost)} of these runs are without the student.pt of the record: {names}")
     twice = sorted({name for group in groups for name in group.twice})
     unusable += [f"'{name}' is not compared: another run has its row and seed" for name in twice]
     if unusable:
@@ -436,8 +454,10 @@ def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) ->
     lines: dict[tuple[str, ...], None] = {}  # two groups may have the same teacher
     measured, folders = set(), []
 
-    def add(name: str, network: str, run: Any, file: Path | None, accuracy: str, of: Any) -> None:
-        size = size_of(network, len(of["class_accuracy"]), of["config"]["image_size"])
+    def add(name: str, role: str, run: Any, file: Path | None, accuracy: str, of: Any) -> None:
+        network, size = of["config"][role], None
+        if is_as_it_was(network, of.get(f"{role}_code_sha256")):
+            size = size_of(network, len(of["class_accuracy"]), of["config"]["image_size"])
         parameters, multiply_adds = (f"{n / 1e6:.3g} M" for n in size) if size else ("", "")
         megabytes = f"{file.stat().st_size / 1e6:.3g}" if file and file.is_file() else ""
         speed = run["speed"] if run else {}
@@ -458,11 +478,11 @@ def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) ->
             path = run["folder"] / "student.pt" if run else given.get("teacher_weights")
             accuracy = f"{one['teacher_accuracy']:.2f}"
             file = Path(path) if path else None
-            add(f"{group.teacher}, teacher", group.teacher, run, file, accuracy, one)
+            add(f"{group.teacher}, teacher", "teacher", run, file, accuracy, one)
         for row in group.rows:
             run = next(iter(row.runs.values()))
             file, accuracy = run["folder"] / "student.pt", mean_and_std(row.values())
-            add(f"{group.student}, {row.name}", group.student, run, file, accuracy, run)
+            add(f"{group.student}, {row.name}", "student", run, file, accuracy, run)
     columns = zip([*titles, "test accuracy, %"], *lines)
     table = [*zip(*(column for column in columns if any(column[1:])))]
     text = [markdown(table[0], table[1:]), "Multiply-adds and ms (milliseconds) are for one image."]
@@ -474,11 +494,21 @@ def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) ->
     return "\n\n".join(filter(None, text))
 
 
+def is_as_it_was(network: str, sha256: str | None) -> bool:
+    """Whether the code of FILE.py:FUNCTION is still that of a run; True for other networks."""
+    with contextlib.suppress(UsageError, OSError):
+        files = mhkd.sibling("mhkd_custom").source_files(network)
+        return not files or mhkd_record.code_sha256(files) == sha256
+    return False
+
+
 @functools.cache
 def size_of(network: str, classes: int, side: int) -> tuple[int, int] | None:
     """Parameters, and multiply-adds for one image; None if the network cannot be built."""
     for device in ("meta", "cpu"):  # without memory and computation, if that works
-        with contextlib.suppress(Exception), torch.device(device), torch.no_grad():
+        quiet = warnings.catch_warnings()
+        with contextlib.suppress(Exception), quiet, torch.device(device), torch.no_grad():
+            warnings.simplefilter("ignore")  # weights that it loads are not copied to "meta"
             model = mhkd.build_model(network, classes, "random", side).eval()
             with FlopCounterMode(display=False) as counter:
                 model(torch.zeros(1, 3, side, side))

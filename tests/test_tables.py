@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import mhkd
 import mhkd_config
+import mhkd_record
 import mhkd_report
 import mhkd_runs
 import mhkd_tables as tables
@@ -620,6 +621,37 @@ def test_runs_from_different_initial_weights_are_not_one_row(tmp_path):
     assert [len(row.runs) for group in groups for row in group.rows] == [1, 1]
 
 
+def test_runs_of_changed_code_are_not_one_row_and_their_size_is_left_out(tmp_path, report):
+    net, lines = tmp_path / "net.py", ["from torch.nn import Flatten, Linear, Sequential", ""]
+    lines += ["def f(classes):", "    return Sequential(Flatten(), Linear(3072, classes))"]
+    net.write_text("\n".join(lines))
+    ours = mhkd_record.code_sha256([net])
+    for seed, sha256 in enumerate(["x" * 64, ours, ours]):
+        more = {"student_code_sha256": sha256}
+        record(tmp_path, 50.0 + seed, student=f"{net}:f", method="ce", seed=seed, more=more)
+    groups = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
+    assert [len(row.runs) for group in groups for row in group.rows] == [1, 2]
+    networks = [line.split(" | ") for line in report()["Networks"].splitlines() if "net.py" in line]
+    assert [line[1] for line in networks] == ["", "0.307 M"]
+
+
+def test_runs_with_other_heads_of_the_teacher_or_a_changed_method_are_not_one_row(tmp_path):
+    for seed, sha256 in enumerate("ab"):
+        heads, code = ({f"{n}_sha256": sha256 * 64} for n in ("teacher_heads", "method_code"))
+        record(tmp_path, 50.0, **PAIR, method="mhkd", seed=seed, more=heads)
+        record(tmp_path, 50.0, **PAIR, method="kd", seed=seed, more=code)  # of two versions
+    own = record(tmp_path, 50.0, **PAIR, method="kd", seed=2, more=code) / "result.json"
+    for sha256 in "cd":  # of a user's method
+        content = mhkd_runs.read_json(own)
+        content["config"]["method"], content["method_code_sha256"] = "own", sha256 * 64
+        (tmp_path / sha256).mkdir()
+        mhkd_runs.write_json(tmp_path / sha256 / "result.json", content)
+    (group,) = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
+    rows = {row.name: len(row.runs) for row in group.rows}
+    of_heads = {"mhkd (aaaaaaaa)": 1, "mhkd (bbbbbbbb)": 1}
+    assert rows == {"kd": 3, **of_heads, "own (cccccccc)": 1, "own (dddddddd)": 1}
+
+
 def test_an_option_that_an_older_record_lacks_has_its_default(tmp_path, report):
     old = record(tmp_path, 60.0, **PAIR, method="mhkd")
     content = mhkd_runs.read_json(old / "result.json")
@@ -709,7 +741,7 @@ def test_what_is_damaged_or_not_of_its_record_is_named_and_stops_nothing(tmp_pat
     (record(tmp_path, 70.0, **PAIR, method="kd", seed=8) / "student.pt").unlink()
     parts = report()
     assert [str(p) for p in (*named[:8], old) if str(p) not in parts["Not used"]] == []
-    assert "student.pt of its record is not beside 008, 010." in parts["All runs"]
+    assert "2 of these runs are without the student.pt of the record: 008, 010" in parts["All runs"]
     assert len(rows_of(parts["All runs"])) == 2 + 4 + 2
 
 
