@@ -560,6 +560,12 @@ class FeatureExtractor(nn.Module):
             features[unit] = as_map(feature, self.layouts[name], name)
         of_classifier = [args for other, args, _ in seen if other == self.classifier and args]
         penultimate = of_classifier[-1][0] if of_classifier else None
+        if self.uses_penultimate and penultimate is not None:
+            if len(of_classifier) > 1 or penultimate.dim() != 2:
+                raise UsageError(
+                    f"the classifier '{self.classifier}' must run once on [B, C], but ran "
+                    f"{len(of_classifier)} times on {shape_of(penultimate)}: use kd or mhkd"
+                )
         if self.training and torch.is_grad_enabled() and not self.frozen:
             outputs = {"": logits, **dict(zip(self.units.values(), features.values()))}
             if self.uses_penultimate and penultimate is not None:
@@ -677,8 +683,8 @@ def watch(
     """Run the model; also return (name, inputs, output) of each run of these submodules, in order.
 
     The submodules have hooks only during the call, so that copies and pickles of the network have
-    none. Concurrent calls with one network wait for each other. Outputs are copied because the next
-    layer may work in place.
+    none. Concurrent calls with one network wait for each other. Outputs, and inputs [B, C], are
+    copied because the next layer may work in place.
     """
     seen: list[tuple] = []
     active = [True]  # a copy of the network made during the call keeps a hook that does nothing
@@ -686,7 +692,9 @@ def watch(
     def hook_of(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if active:
-                seen.append((name, args, output.clone() if isinstance(output, Tensor) else output))
+                args = (x.clone() if isinstance(x, Tensor) and x.dim() == 2 else x for x in args)
+                output = output.clone() if isinstance(output, Tensor) else output
+                seen.append((name, tuple(args), output))
 
         return hook
 
@@ -1417,12 +1425,26 @@ class Distiller(nn.Module):
         # At most one method has a backward of its own, see find_methods().
         (special or self.methods)[0].backward(terms, student, others)
 
-    def check_saved(self) -> None:
-        """Raise an error in the first step if student.pt could not be loaded after the last one."""
+    def check_saved(self, images: Tensor) -> None:
+        """Raise an error in the first step if student.pt would be no such student after the last.
+
+        images: [B, 3, S, S], of which a newly built student must make the same logits.
+        """
         c, what = self.config, "the saved student would not fit a newly built one"
-        with torch.random.fork_rng(devices=[]):
+        logits, cuda = [], [images.device] * images.is_cuda
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
             fresh = build_model(c.student, self.student.num_classes, "random", c.image_size)
-        sibling("mhkd_runs").load_state(fresh, self.plain_state(), what)
+            sibling("mhkd_runs").load_state(fresh, self.plain_state(), what)
+            for network in (self.student.model, fresh.to(images.device)):
+                torch.manual_seed(0)
+                logits.append(network.eval()(images))
+        self.train()
+        if (logits[0] - logits[1]).abs().max() > 0.01 * logits[0].abs().max():
+            raise UsageError(
+                f"the saved student would not compute what the trained one does: keep all tensors "
+                f"of {c.student} in its state dict, not in buffers with persistent=False, and with "
+                "--method lsh use a plain nn.Linear as its classifier"
+            )
 
     def plain_state(self, student: nn.Module | None = None) -> dict[str, Any]:
         """The state dict of the plain student, or of an average of it, on the CPU."""
@@ -1510,6 +1532,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             if config.teacher_store:
                 distiller.store = teachers.open_store(config, data, distiller, record)
             if not run.log:
+                distiller.train()  # frozen heads are in eval mode
                 if distiller.store:
                     distiller.store.open(0)
                 for method in distiller.methods:
@@ -1543,7 +1566,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                         average.update_parameters(distiller.student.model)
                     steps.append(torch.stack(list(metrics.values())))
                     if epoch == 1 and len(steps) == 1:
-                        distiller.check_saved()
+                        distiller.check_saved(images[:2])
                     # means_of() raises the error. Elsewhere reading the loss waits for the device.
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break

@@ -121,7 +121,8 @@ def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping
     if distiller.teacher.uses_penultimate:
         outputs["penultimate"] = folder / "penultimate", distiller.teacher.width
     if config.options.get("teacher_heads") == "pretrained":
-        of_heads = record.get("teacher_heads_sha256"), config.teacher_units
+        # 2: --method lsh stored rows of heads in training mode before.
+        of_heads = record.get("teacher_heads_sha256"), config.teacher_units, 2
         heads = folder / f"heads-{digest(of_heads)}"
         for i in range(1, 1 + len(config.options["units"])):
             outputs[f"head_{i}"] = heads / str(i), K

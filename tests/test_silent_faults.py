@@ -359,6 +359,61 @@ def test_a_buffer_that_takes_its_size_in_training_is_an_error_in_the_first_step(
     assert not [*(tmp_path / "out").glob("*-mhkd-*/checkpoint.pt")]
 
 
+COSINE = """class Cosine(nn.Linear):
+    def forward(self, x):
+        return 9 * nn.functional.linear(nn.functional.normalize(x), self.weight, self.bias)
+"""
+
+
+@pytest.mark.parametrize("method", ["ce", "lsh"])
+def test_a_saved_student_that_computes_something_else_is_an_error_in_the_first_step(
+    method, tmp_path, failing
+):
+    """A buffer that is not saved; two layers, merged into a classifier that is no plain one."""
+    file = network_file(tmp_path)
+    path = tmp_path / "net.py"
+    if method == "ce":
+        add, use = (
+            ", persistent=False)",
+            "x = x * self.scale[:, None, None]\n        return self.fc(",
+        )
+        add = 'nn.Linear(8, K)\n        self.register_buffer("scale", torch.rand(8)' + add
+        text = path.read_text().replace("nn.Linear(8, K)", add).replace("return self.fc(", use)
+    else:
+        text = path.read_text().replace("nn.Linear(8, K)", "Cosine(8, K)")
+        text = text.replace("class Net", COSINE + "\n\nclass Net")
+    path.write_text(text)
+    options = [*ALONE, "--student", file] if method == "ce" else [*PAIR, "--student", file]
+    said = failing(tmp_path / "out", *options, "--method", method)
+    assert "the saved student would not compute what the trained one does" in said
+    assert not [*(tmp_path / "out").glob(f"*-{method}-*/checkpoint.pt")]
+
+
+class OfTokens(nn.Module):
+    """A classifier of each token, whose mean over the tokens are the logits."""
+
+    def __init__(self, change=False):
+        super().__init__()
+        self.conv, self.fc, self.change = nn.Conv2d(3, 8, 3, 4), nn.Linear(8, 5), change
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).mT  # [B, T, C]
+        if not self.change:
+            return self.fc(x).mean(dim=1)
+        z, self.used = self.fc(x := x.mean(dim=1)), x.clone()
+        x.zero_()
+        return z
+
+
+def test_the_penultimate_feature_is_the_classifiers_input_and_has_one_row_for_each_image():
+    network = mhkd.MultiHead(OfTokens(), [], 5)
+    with pytest.raises(mhkd.UsageError, match=r"'fc' must run once on \[B, C\].*\(16, 64, 8\)"):
+        network(torch.randn(16, 3, 32, 32), penultimate=True)
+    network = mhkd.MultiHead(OfTokens(change=True), [], 5, frozen=True)
+    _, feature = network(torch.randn(16, 3, 32, 32), penultimate=True)
+    assert torch.equal(feature, network.model.used) and feature.any()
+
+
 def test_a_lazy_network_gets_its_size_from_real_images_and_is_trained(tmp_path):
     file = network_file(tmp_path)
     path = tmp_path / "net.py"
