@@ -135,6 +135,16 @@ def file_of(name: str) -> Path:
     return path.resolve()
 
 
+def note_changed_code(name: str, path: str | Path) -> None:
+    """Print a note if the code of FILE.py:FUNCTION is not that of a student.pt."""
+    content = mhkd_runs.load_file(Path(path)) if ".py:" in name else None
+    saved = content.get("code_sha256") if isinstance(content, dict) else None
+    code_sha256 = mhkd.sibling("mhkd_record").code_sha256
+    if saved and saved != code_sha256(source_files(name)):
+        file = name.rpartition(":")[0]
+        mhkd.log(f"note: '{file}' or what it imports has changed since '{path}' was trained")
+
+
 def source_files(name: str) -> list[Path]:
     """For FILE.py:FUNCTION the file and the modules that it imports from its own folder.
 

@@ -101,7 +101,8 @@ def load_student(path: str | Path, model: nn.Module | None = None) -> Deployed:
     """A student.pt as a network in eval mode for raw images [B, 3, S, S], which it normalises.
 
     Networks of torchvision, timm or a file need that library or file. A file that is no longer at
-    its place is also looked for beside the student.pt.
+    its place is also looked for beside the student.pt. An export (torch.export, torch.jit.trace)
+    is for the dtype of its example, floats in 0 to 1 or uint8, and checks no range.
 
     Args:
         model: the network itself, into which the weights are loaded, instead of its name.
@@ -120,6 +121,7 @@ def load_student(path: str | Path, model: nn.Module | None = None) -> Deployed:
             if not Path(name.rpartition(":")[0]).is_file():
                 what = f"the network of '{path}' is built by '{content['name']}', which is missing"
                 raise UsageError(f"{what}: put the file beside '{path}', or {hint}")
+        mhkd.sibling("mhkd_custom").note_changed_code(name, path)
         model = mhkd.build_model(name, len(content["classes"]), "random", content["image_size"])
     elif not isinstance(model, nn.Module):
         raise UsageError(f"model= is {type(model).__name__}, not a network: {hint}")

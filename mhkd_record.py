@@ -121,7 +121,8 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
     """The hash of each part of the code by its name: of `roots` and of what they use.
 
     It follows functions, classes and constants of their own modules, of mhkd and of mhkd_images.
-    Comments, docstrings, annotations, errors and strings with spaces (messages) do not count.
+    Comments, docstrings, annotations and errors do not count, nor in this project's code strings
+    with spaces and f-strings, which are messages. In a user's code they may be patterns or names.
     """
     todo, found = list(roots), {}
     modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
@@ -132,6 +133,8 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
         # `python mhkd.py` has the classes of mhkd in __main__.
         module = "" if is_file else thing.__module__.replace("__main__", "mhkd")
         name = thing.name if is_file else f"{module}.{thing.__qualname__}"
+        while is_file and name in found:  # the same name in another folder, which may be moved
+            name += "'"
         if name in found:
             continue
         if is_file:
@@ -141,7 +144,7 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
         known = {} if is_file else vars(sys.modules[thing.__module__])
         used = () if is_file else globals_in(thing.__module__).get(thing.__name__, ())
         digest = hashlib.sha256()
-        for place, node in computation_of(trees):
+        for place, node in computation_of(trees, is_file or not is_ours(thing.__module__)):
             part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
             digest.update(f"{place} {part}\n".encode())
             value = None
@@ -159,6 +162,12 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                 found[node.id] = repr(value)
         found[name] = digest.hexdigest()
     return found
+
+
+def is_ours(module: str) -> bool:
+    """Whether a module is a part of this project."""
+    file = Path(getattr(sys.modules[module], "__file__", None) or "")
+    return file.parent == Path(mhkd.__file__).parent and file.name.startswith("mhkd")
 
 
 def is_plain(value: Any) -> bool:
@@ -200,19 +209,23 @@ def definitions_in(module: str) -> dict[str, list[ast.AST]]:
     return found
 
 
-def computation_of(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Place and value of everything in a syntax tree that changes what the code computes."""
-    message = isinstance(node, str) and " " in node
-    if message or isinstance(node, (ast.Raise, ast.JoinedStr)):
+def computation_of(node: Any, strings: bool, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Place and value of everything in a syntax tree that changes what the code computes.
+
+    strings: whether all strings but docstrings count.
+    """
+    docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    message = isinstance(node, str) and " " in node or isinstance(node, ast.JoinedStr)
+    if isinstance(node, ast.Raise) or (docstring if strings else message):
         return
     yield place, node
     if isinstance(node, list):
         for i, part in enumerate(node):
-            yield from computation_of(part, f"{place}.{i}")
+            yield from computation_of(part, strings, f"{place}.{i}")
     elif isinstance(node, ast.AST):
         for name, part in ast.iter_fields(node):
             if name not in ("annotation", "returns"):
-                yield from computation_of(part, f"{place}.{name}")
+                yield from computation_of(part, strings, f"{place}.{name}")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -299,6 +312,7 @@ def finish(
         content = {"model": student, "name": name, "classes": data.classes}
         content |= {"image_size": config.image_size, "mean": [*data.mean], "std": [*data.std]}
         content["resize"] = data.images.shape[1]
+        content["code_sha256"] = run.record.get("student_code_sha256")
         for method in distiller.methods:
             content |= method.saved()
         plain = mhkd.build_model(config.student, len(data.classes), "random", config.image_size)

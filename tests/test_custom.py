@@ -10,6 +10,7 @@ from torch import nn
 import mhkd
 import mhkd_custom
 import mhkd_deploy
+import mhkd_record
 
 
 def images(size, count=2, seed=3):
@@ -113,6 +114,23 @@ def test_the_source_files_are_the_file_and_what_it_imports_from_its_folder(write
         mhkd_custom.source_files(f"{place}/none.py:Net")
 
 
+def test_the_hash_of_files_covers_equal_names_and_all_strings_but_docstrings(write, tmp_path):
+    """In a user's file a string with spaces or an f-string may be a pattern or a name."""
+    name, place, hashes = write(), tmp_path / "a", []
+    (place / "net.py").write_text("from one import common as a\nfrom two import common as b")
+    for folder in ("one", "two"):
+        (place / folder).mkdir()
+        (place / folder / "common.py").write_text("")
+    for folder, text in (
+        ("one", ""), ("one", "'b c h w -> b c'"), ("one", "x = 'b c h w -> b c'"),
+        ("one", "x = 'b c h w -> b h'"), ("two", "x = 7"), ("two", "x = f'layer{1}'"),
+        ("two", "x = f'layer{2}'"),
+    ):  # fmt: skip
+        (place / folder / "common.py").write_text(text)
+        hashes.append(mhkd_record.code_sha256(mhkd_custom.source_files(name)))
+    assert hashes[0] == hashes[1] and len({*hashes}) == 6
+
+
 def test_a_networks_name_is_made_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert mhkd_custom.absolute_name("a/../net.py:Net") == f"{tmp_path}/net.py:Net"
@@ -122,7 +140,7 @@ def test_a_networks_name_is_made_absolute(monkeypatch, tmp_path):
 
 
 def test_a_student_of_a_file_is_loaded_from_anywhere_and_moves_with_its_file(
-    write, tmp_path, monkeypatch
+    write, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -131,15 +149,24 @@ def test_a_student_of_a_file_is_loaded_from_anywhere_and_moves_with_its_file(
     path = tmp_path / "runs" / "student.pt"
     path.parent.mkdir()
     model = student_file(path, name, 16)
-    x = images(16)
+    x, network = images(16), type(model)(4)
     wanted = mhkd_deploy.load_student(path)(x)
     monkeypatch.chdir("work")
     assert torch.equal(mhkd_deploy.load_student(path)(x), wanted)
+    content = torch.load(path)
+    torch.save(
+        content | {"code_sha256": mhkd_record.code_sha256(mhkd_custom.source_files(name))}, path
+    )
+    mhkd_deploy.load_student(path)
+    assert capsys.readouterr().out == ""
+    write(activation="GELU")  # the weights still fit
+    mhkd_deploy.load_student(path)
+    assert f"a/net.py' or what it imports has changed since '{path}'" in capsys.readouterr().out
+    write()
     (tmp_path / "a").rename(tmp_path / "moved")
     message = r"built by '.*a/net.py:Net', which is missing: put .* beside .*model=network\)"
     with pytest.raises(mhkd.UsageError, match=message):
         mhkd_deploy.load_student(path)
-    network = type(model)(4)
     student = mhkd_deploy.load_student(path, network)
     assert torch.equal(student(x), wanted) and student.model is network
     for file in (tmp_path / "moved").iterdir():
