@@ -38,6 +38,7 @@ import hashlib
 import importlib
 import math
 import os
+import random
 import sys
 import threading
 import time
@@ -1315,7 +1316,7 @@ class Distiller(nn.Module):
         x = data.center_crop(data.train[:2]).cpu()  # real images, to inspect the networks
         self.config = config
         # The student comes first: its initial weights depend on the seed, not on the method.
-        torch.manual_seed(config.seed)
+        set_seed(config.seed)
         on_teacher = any(method.on_teacher for method in methods.values())
         if on_teacher:
             student, teacher = teacher, None
@@ -1527,6 +1528,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             if config.keep == "best":
                 state["best"] = records.Best()
             run.restore(state, records.environment(config, device))
+            runs.check_processes(distiller, len(run.log))
             begin = f"continues after epoch {len(run.log)} of" if run.log else "starts:"
             log(f"'{folder}' {begin} {config.epochs} epochs on {device}")
             if config.teacher_store:
@@ -1536,7 +1538,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 if distiller.store:
                     distiller.store.open(0)
                 for method in distiller.methods:
-                    torch.manual_seed(seed_of(config.seed, 0, rank()))
+                    set_seed(seed_of(config.seed, 0, rank()))
                     method.prepare(lambda: distiller.first_targets(data))
                 if distiller.store:
                     distiller.store.save()
@@ -1546,7 +1548,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             bar = progress_bar(config.epochs * N, config.student, len(run.log) * N)
             for epoch in range(len(run.log) + 1, config.epochs + 1):
                 started = time.perf_counter()
-                torch.manual_seed(seed_of(config.seed, epoch, rank()))  # for dropout, CRD
+                set_seed(seed_of(config.seed, epoch, rank()))  # for dropout, CRD
                 distiller.train()
                 if distiller.store:  # a view: one augmentation of every image
                     distiller.store.open((epoch - 1) % config.views)
@@ -1645,6 +1647,16 @@ def seed_of(*parts: Any) -> int:
     Each epoch is seeded anew, so that checkpoints contain no state of a generator.
     """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2
+
+
+def set_seed(seed: int) -> None:
+    """Seed PyTorch, and NumPy and random, from which a user's network may draw."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        numpy.random.seed(seed % 2**32)
 
 
 def means_of(
@@ -1922,12 +1934,19 @@ def average_over_processes(values: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """The mean over the processes, in one message. Parameters without a gradient keep none."""
+    """The mean over the processes, in one message.
+
+    A parameter without a gradient in some of them, of a layer left out at random, counts as 0
+    there. If it has none in all of them, it keeps none.
+    """
     if world_size() > 1:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        mean = average_over_processes(torch.cat([g.flatten() for g in gradients]))
-        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        exist = gradients[0].new_tensor([p.grad is not None for p in parameters])
+        mean = average_over_processes(torch.cat([*(g.flatten() for g in gradients), exist]))
+        *parts, exist = mean.split([*(g.numel() for g in gradients), len(parameters)])
+        for i, (p, gradient, part) in enumerate(zip(parameters, gradients, parts)):
+            if p.grad is not None or exist[i] > 0:
+                p.grad = gradient.copy_(part.view_as(gradient))
 
 
 def gather_from_processes(rows: Tensor) -> Tensor:

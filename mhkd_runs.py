@@ -196,6 +196,18 @@ def joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def check_processes(model: nn.Module, epochs: int) -> None:
+    """Under torchrun: raise an error unless all processes have the same weights and epochs."""
+    if joined():
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, (epochs, sha256_of_state(model)))
+        if len({*states}) > 1:
+            raise RunError(
+                "the processes of torchrun start with different weights or epochs: initialise "
+                "networks with torch, numpy or random only, and use one --out for all processes"
+            )
+
+
 def wait_for_all() -> None:
     """Under torchrun: until all processes have come here."""
     if joined():
@@ -343,15 +355,19 @@ class Run:
         student = folder / "student.pt"
         if before and student.is_file() and sha256_of(student) == before.get("student_sha256"):
             self.result = before
+        elif before:
+            what = f"'{student}' is missing"
+            if student.is_file():
+                names = (folder / f"student-changed-{i}.pt" for i in itertools.count(1))
+                what = f"'{student}' has changed and is now '{(to := unused(names)).name}'"
+                if is_main():
+                    os.replace(student, to)
+            log(f"note: {what}: the run is repeated")
 
     def _move_aside(self) -> None:
         """Move the files of the folder, which stays and stays locked, to OUT/replaced."""
         parent = self.folder.parent / "replaced"
-        aside = next(
-            path
-            for i in itertools.count(1)
-            if not (path := parent / f"{self.folder.name}-{i}").exists()
-        )
+        aside = unused(parent / f"{self.folder.name}-{i}" for i in itertools.count(1))
         aside.mkdir(parents=True)
         for path in self.folder.iterdir():
             os.replace(path, aside / path.name)
@@ -364,6 +380,8 @@ class Run:
             return config | hashes
 
         old, new = identity(before), identity(self.record)
+        if all(used := [record.get("normalisation") for record in (before, self.record)]):
+            old["mean, std"], new["mean, std"] = ([*map(list, u.values())] for u in used)
         pairs = {k: (old.get(k), new.get(k)) for k in {**old, **new}}  # missing is None
         differ = [f"{k} was {a}, is {b}" for k, (a, b) in pairs.items() if a != b]
         changed = [text.partition(" ")[0] for text in differ if "_sha256 " in text]
@@ -454,6 +472,10 @@ class Run:
         write_json(self.folder / "result.json", self.result)
         for name in () if keep_checkpoint else CHECKPOINTS:
             (self.folder / name).unlink(missing_ok=True)
+
+
+def unused(paths: Iterable[Path]) -> Path:
+    return next(path for path in paths if not path.exists())
 
 
 def in_file_name(value: Any) -> str:

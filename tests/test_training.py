@@ -316,6 +316,31 @@ def test_a_half_trained_teacher_is_taken_up_again_not_taken_as_finished(finished
     assert outcome(teacher_folders(out)[0]) == outcomes(finished[0])[0]
 
 
+def test_a_student_that_was_changed_or_is_missing_is_trained_again_and_kept(
+    finished, tmp_path, capsys
+):
+    shutil.copytree(
+        student_folder(finished[0]), mine := tmp_path / student_folder(finished[0]).name
+    )
+    for teacher in teacher_folders(finished[0]):
+        shutil.copytree(teacher, tmp_path / teacher.name)
+    (mine / "student.pt").write_bytes(b"of the user")
+    for said in ("has changed and is now 'student-changed-1.pt'", "is missing"):
+        assert run(tmp_path, *DISTIL) == 0
+        assert f"student.pt' {said}: the run is repeated" in capsys.readouterr().out
+        assert outcome(mine) == outcome(student_folder(finished[0]))
+        assert (mine / "student-changed-1.pt").read_bytes() == b"of the user"
+        (mine / "student.pt").unlink()
+
+
+def test_a_finished_run_of_another_normalisation_is_not_taken(tmp_path, monkeypatch, failing):
+    assert run(tmp_path, *ALONE) == 0
+    mhkd_data = mhkd.sibling("mhkd_data")
+    other = dataclasses.replace(mhkd_data.DATASETS["digits"], statistics=((0.5,) * 3, (0.2,) * 3))
+    monkeypatch.setitem(mhkd_data.DATASETS, "digits", other)
+    assert "mean, std was [[" in failing(tmp_path, *ALONE)
+
+
 @pytest.mark.parametrize("damage", ["student.pt is truncated", "result.json is missing"])
 def test_a_teacher_that_is_not_whole_is_made_whole_first(damage, finished, tmp_path):
     (teacher,) = teacher_folders(finished[0])
@@ -444,6 +469,65 @@ def test_two_processes_of_torchrun_killed_and_started_again_train_one_and_the_sa
     (wanted,) = tmp_path.glob("torchrun/*crd+mhkd*processes=2*")
     assert read(wanted / "result.json")["config"]["processes"] == 2
     assert outcome(killed) == outcome(wanted)
+
+
+RANDOM_NETWORK = """
+import os, random
+import numpy, torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, K):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(48, 48) for _ in range(3))
+        self.fc = nn.Linear(48, K)
+        for block in self.blocks:
+            block.weight.data = torch.tensor(numpy.random.randn(48, 48) / 7).float()
+        self.fc.bias.data.fill_(DRAW)
+
+    def forward(self, x):
+        x = x[:, :, ::4, ::4].flatten(1)
+        i = int(torch.randint(2, ())) if self.training else 0
+        return self.fc(torch.relu(self.blocks[i](x)))
+"""
+
+
+def _weights(environment, options, folder):
+    """A run as one of two processes, which saves its parameters at the end."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    finish = mhkd_record.finish
+
+    def spy(run, config, data, distiller, *rest):
+        parameters = {n: (p, p.grad is None) for n, p in distiller.named_parameters()}
+        torch.save(parameters, folder / f"weights{environment['RANK']}.pt")
+        return finish(run, config, data, distiller, *rest)
+
+    mhkd_record.finish = spy
+    raise SystemExit(mhkd.main([*map(str, options)]))
+
+
+def test_all_processes_train_one_network_that_draws_from_numpy_and_leaves_out_layers(tmp_path):
+    """Each of two equal layers has a gradient only in the processes that used it."""
+    (tmp_path / "net.py").write_text(RANDOM_NETWORK.replace("DRAW", "random.random()"))
+    options = [*ALONE, "--student", f"{tmp_path / 'net.py'}:Net", "--out", tmp_path / "out"]
+    processes = [fork(_weights, e, options, tmp_path) for e in environments(2)]
+    assert [end_of(process) for process in processes] == [0, 0]
+    one, other = (torch.load(tmp_path / f"weights{i}.pt", weights_only=False) for i in range(2))
+    assert all(torch.equal(one[name][0], other[name][0]) for name in one)
+    unused = {name.partition("blocks.2.")[2] for name in one if one[name][1]}
+    assert {"weight", "bias"} <= unused  # a layer that no process uses keeps no gradient
+
+
+def test_processes_with_different_initial_weights_are_an_error(tmp_path):
+    (tmp_path / "net.py").write_text(
+        RANDOM_NETWORK.replace("DRAW", "os.urandom(1)[0] + os.getpid()")
+    )
+    options = [*ALONE, "--student", f"{tmp_path / 'net.py'}:Net", "--out", tmp_path / "out"]
+    said = [tmp_path / f"{i}.txt" for i in range(2)]
+    both = [start(*options, output=o, environment=e) for o, e in zip(said, environments(2))]
+    assert [end_of(process) for process in both] == [1, 1]
+    assert "start with different weights or epochs" in said[0].read_text()
 
 
 def _impatient(environment, options):
