@@ -177,12 +177,14 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     train, test = torch.arange(count), torch.arange(count, end)
     val = torch.cat(held_out).sort().values
     train = train[~torch.isin(train, val)]
-    digests = []
+    digests, each = [], []
     for begin, stop in ((0, end), (end, len(labels))):
         pixels = images[begin:stop]
         digests.append(hashlib.sha256(repr((pixels.shape, classes, count)).encode()))
-        for part in (labels[begin:stop], *pixels.split(1000)):
+        digests[-1].update(labels[begin:stop].numpy())
+        for part in pixels.split(1000):
             digests[-1].update(part.numpy())
+            each += [hash(image.tobytes()) for image in part.numpy()] if dataset.mapped else []
     sha256, of_unlabelled = (digest.hexdigest() for digest in digests)
     if len(train) < 2 or config.val_fraction and not len(val):
         raise UsageError(f"there are {len(train)} training and {len(val)} validation images")
@@ -190,6 +192,11 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     train = torch.cat([train, torch.arange(end, len(labels))])
     prefetch = sibling("mhkd_images").prefetch if dataset.mapped else None
     known = dict(facts[0]) if facts else {}
+    trained = {*each[:count], *each[end:]}
+    if again := sum(image in trained for image in each[count:end]):
+        known["test_images_in_training"] = again
+        what = f"{again} of {end - count} test images are also training or unlabelled images"
+        log(f"note: {what}: the test accuracy is too high, remove them from one of the folders")
     if end < len(labels):
         known["unlabelled"] = len(labels) - end
     return Data(

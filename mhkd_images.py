@@ -146,7 +146,9 @@ def divide(root: Path, fraction: float, left_out: dict[str, list[Path]]) -> Spli
     folders, train, test = [root / name for name in classes] * 2, [], []
     for i, folder in enumerate(folders[: len(classes)]):
         files = list(images_below(folder, left_out))
-        files.sort(key=lambda f: hashlib.sha256(f.relative_to(folder).as_posix().encode()).digest())
+        files.sort(
+            key=lambda f: hashlib.sha256(os.fsencode(f.relative_to(folder).as_posix())).digest()
+        )
         if len(files) == 1:
             raise UsageError(f"'{folder}' has one image: training and test need one each")
         number = min(max(1, round(fraction * len(files))), len(files) - 1)
@@ -223,7 +225,10 @@ def decode(
         try:
             return decode_one(pil, file, side)
         except UsageError as error:
-            return mhkd_runs.first_line(error.__cause__)
+            cause = error.__cause__
+            if isinstance(cause, MemoryError) or getattr(cause, "errno", None):
+                raise  # of the machine, not of the file: it may be readable the next time
+            return mhkd_runs.first_line(cause)
 
     with mhkd_runs.locked(folder, "another process decodes images"), mhkd_runs.writing(images):
         images.touch()

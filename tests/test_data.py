@@ -1,9 +1,11 @@
 """Every data source through real files in their real formats, decoding, and the augmentation."""
 
+import errno
 import hashlib
 import math
 import os
 import pickle
+import shutil
 import signal
 from urllib.error import URLError
 
@@ -277,6 +279,35 @@ def test_all_images_that_cannot_be_read_are_listed_at_once(folder):
     with pytest.raises(mhkd.UsageError, match="15 of 23 images") as error:
         of_folder(folder)
     assert str(error.value).count("'/") == 11 and str(error.value).endswith("9.png', ...")
+
+
+def test_an_error_of_the_machine_is_not_taken_for_an_unreadable_image(folder, monkeypatch):
+    decode_one = mhkd_images.decode_one
+
+    def failing_disk(pil, path, side):
+        with mhkd.explain(f"the image '{path}' cannot be read", "remove it"):
+            if path.stem == "exact":
+                raise OSError(errno.EIO, "Input/output error")
+        return decode_one(pil, path, side)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mhkd_images, "decode_one", failing_disk)
+        patch.setattr("mhkd_record.code_sha256", lambda roots: "the same")
+        with pytest.raises(mhkd.UsageError, match="cannot be read.*Input/output error"):
+            of_folder(folder, skip_unreadable=True)
+        patch.setattr(mhkd_images, "decode_one", decode_one)
+        assert len(of_folder(folder, skip_unreadable=True).images) == 8
+
+
+def test_test_images_that_are_also_training_or_unlabelled_images_are_counted(folder, capsys):
+    of_folder(folder)
+    assert "note" not in capsys.readouterr().out
+    shutil.copy(folder / "val" / "cat" / "d.png", folder / "train" / "dog" / "exact.png")
+    (folder / "unlabelled").mkdir()
+    os.link(folder / "val" / "dog" / "e.jpeg", folder / "unlabelled" / "copy.jpeg")
+    data = of_folder(folder, method="kd", teacher="resnet14")
+    assert data.facts["test_images_in_training"] == 2
+    assert "2 of 2 test images are also training or unlabelled images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chunk", [3, 512])
