@@ -137,7 +137,7 @@ def file_of(name: str) -> Path:
 
 def note_changed_code(name: str, path: str | Path) -> None:
     """Print a note if the code of FILE.py:FUNCTION is not that of a student.pt."""
-    content = mhkd_runs.load_file(Path(path)) if ".py:" in name else None
+    content = mhkd_runs.load_file(Path(path))
     saved = content.get("code_sha256") if isinstance(content, dict) else None
     code_sha256 = mhkd.sibling("mhkd_record").code_sha256
     if saved and saved != code_sha256(source_files(name)):

@@ -121,7 +121,8 @@ def load_student(path: str | Path, model: nn.Module | None = None) -> Deployed:
             if not Path(name.rpartition(":")[0]).is_file():
                 what = f"the network of '{path}' is built by '{content['name']}', which is missing"
                 raise UsageError(f"{what}: put the file beside '{path}', or {hint}")
-        mhkd.sibling("mhkd_custom").note_changed_code(name, path)
+        if ".py:" in name:
+            mhkd.sibling("mhkd_custom").note_changed_code(name, path)
         model = mhkd.build_model(name, len(content["classes"]), "random", content["image_size"])
     elif not isinstance(model, nn.Module):
         raise UsageError(f"model= is {type(model).__name__}, not a network: {hint}")

@@ -50,7 +50,8 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
         mhkd.log(f"teacher {config.teacher}: no --teacher-weights, so its own run comes first")
         path = student_of(config.of_teacher(), data)
     check_teacher(path, mhkd_runs.load_file(Path(path)), data)
-    mhkd.sibling("mhkd_custom").note_changed_code(config.teacher, path)
+    if ".py:" in config.teacher:
+        mhkd.sibling("mhkd_custom").note_changed_code(config.teacher, path)
     mhkd_runs.load_weights(model, path).to(data.device)
     if config.teacher_weights:
         accuracy = evaluate(model, data)["accuracy"]
