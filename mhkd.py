@@ -1450,11 +1450,15 @@ class Distiller(nn.Module):
     def plain_state(self, student: nn.Module | None = None) -> dict[str, Any]:
         """The state dict of the plain student, or of an average of it, on the CPU."""
         student = student or self.student.model
-        state = dict(student.state_dict())
+        state = student.state_dict()
+        versions = getattr(state, "_metadata", None)  # of its modules; MNASNet needs them to load
         for method in self.methods:
             state = method.plain(student, state)
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
-        return state | {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        state = OrderedDict({**state, **tensors})
+        state._metadata = versions
+        return state
 
 
 def train(config: Config, data: Data | None = None) -> dict[str, Any]:

@@ -389,6 +389,16 @@ def test_a_saved_student_that_computes_something_else_is_an_error_in_the_first_s
     assert not [*(tmp_path / "out").glob(f"*-{method}-*/checkpoint.pt")]
 
 
+def test_versions_of_modules_are_saved_with_a_student(tmp_path):
+    pytest.importorskip("torchvision")
+    name = "torchvision:mnasnet0_5"  # whose weights without a version are an error
+    config = mhkd.Config(student=name, method="ce", dataset="digits", image_size=32, subset=20)
+    distiller = mhkd.Distiller(config, data := mhkd.load_data(config), None)
+    distiller.check_saved(data.center_crop(data.train[:2]))
+    torch.save({"model": distiller.plain_state()}, tmp_path / "student.pt")
+    mhkd_runs.load_weights(mhkd.build_model(name, 10), tmp_path / "student.pt")
+
+
 class OfTokens(nn.Module):
     """A classifier of each token, whose mean over the tokens are the logits."""
 
