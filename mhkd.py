@@ -563,10 +563,9 @@ class FeatureExtractor(nn.Module):
         penultimate = of_classifier[-1][0] if of_classifier else None
         if self.uses_penultimate and penultimate is not None:
             if len(of_classifier) > 1 or penultimate.dim() != 2:
-                raise UsageError(
-                    f"the classifier '{self.classifier}' must run once on [B, C], but ran "
-                    f"{len(of_classifier)} times on {shape_of(penultimate)}: use kd or mhkd"
-                )
+                ran = " and ".join(str(shape_of(args[0])) for args in of_classifier)
+                what = f"the classifier '{self.classifier}' must run once on [B, C]"
+                raise UsageError(f"{what}, but ran on {ran}: use kd or mhkd")
         if self.training and torch.is_grad_enabled() and not self.frozen:
             outputs = {"": logits, **dict(zip(self.units.values(), features.values()))}
             if self.uses_penultimate and penultimate is not None:
@@ -1427,9 +1426,9 @@ class Distiller(nn.Module):
         (special or self.methods)[0].backward(terms, student, others)
 
     def check_saved(self, images: Tensor) -> None:
-        """Raise an error in the first step if student.pt would be no such student after the last.
+        """Raise an error in the first step if the saved student would not load or would differ.
 
-        images: [B, 3, S, S], of which a newly built student must make the same logits.
+        images: [B, 3, S, S], for which the loaded student must give the same logits.
         """
         c, what = self.config, "the saved student would not fit a newly built one"
         logits, cuda = [], [images.device] * images.is_cuda
@@ -1442,9 +1441,9 @@ class Distiller(nn.Module):
         self.train()
         if (logits[0] - logits[1]).abs().max() > 0.01 * logits[0].abs().max():
             raise UsageError(
-                f"the saved student would not compute what the trained one does: keep all tensors "
-                f"of {c.student} in its state dict, not in buffers with persistent=False, and with "
-                "--method lsh use a plain nn.Linear as its classifier"
+                "the saved student would not compute what the trained one does: keep all tensors "
+                f"of {c.student} in its state dict, not in buffers with persistent=False; with "
+                "--method lsh its classifier must be a plain nn.Linear"
             )
 
     def plain_state(self, student: nn.Module | None = None) -> dict[str, Any]:
@@ -1940,8 +1939,8 @@ def average_over_processes(values: Tensor) -> Tensor:
 def average_gradients(parameters: Sequence[Tensor]) -> None:
     """The mean over the processes, in one message.
 
-    A parameter without a gradient in some of them, of a layer left out at random, counts as 0
-    there. If it has none in all of them, it keeps none.
+    A process that has no gradient of a parameter, because it left out a layer at random, counts
+    with 0. A parameter without a gradient in all processes keeps none.
     """
     if world_size() > 1:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -139,10 +139,15 @@ def note_changed_code(name: str, path: str | Path) -> None:
     """Print a note if the code of FILE.py:FUNCTION is not that of a student.pt."""
     content = mhkd_runs.load_file(Path(path))
     saved = content.get("code_sha256") if isinstance(content, dict) else None
-    code_sha256 = mhkd.sibling("mhkd_record").code_sha256
-    if saved and saved != code_sha256(source_files(name)):
+    if saved and not has_code(name, saved):
         file = name.rpartition(":")[0]
         mhkd.log(f"note: '{file}' or what it imports has changed since '{path}' was trained")
+
+
+def has_code(name: str, sha256: str | None) -> bool:
+    """Whether the code of FILE.py:FUNCTION has this hash; True for other networks."""
+    files = source_files(name)
+    return not files or mhkd.sibling("mhkd_record").code_sha256(files) == sha256
 
 
 def source_files(name: str) -> list[Path]:

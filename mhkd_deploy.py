@@ -101,8 +101,9 @@ def load_student(path: str | Path, model: nn.Module | None = None) -> Deployed:
     """A student.pt as a network in eval mode for raw images [B, 3, S, S], which it normalises.
 
     Networks of torchvision, timm or a file need that library or file. A file that is no longer at
-    its place is also looked for beside the student.pt. An export (torch.export, torch.jit.trace)
-    is for the dtype of its example, floats in 0 to 1 or uint8, and checks no range.
+    its place is also looked for beside the student.pt. A network
+    exported with an example input (torch.export, torch.jit.trace) takes images of the example's
+    dtype only, floats in 0 to 1 or uint8, and does not check their range.
 
     Args:
         model: the network itself, into which the weights are loaded, instead of its name.

@@ -36,9 +36,9 @@ def linear_mhkd_loss(
 
     Equations, options and errors are those of mhkd.mhkd_loss. The student's hidden states, weights
     and biases get gradients, the teacher's none: there is no teacher_ce. The gradients are computed
-    with the loss, so that one backward pass is possible. They have no derivatives, nor has the loss
-    those of forward mode. They are scaled by the incoming gradient after they have been rounded:
-    with float16 and a loss scale, small ones are lost.
+    with the loss, so that one backward pass is possible; second derivatives and forward mode are
+    refused. They are scaled by the incoming gradient after they have been rounded: with float16 and
+    a loss scale, small ones are lost.
 
     Args:
         student_hidden, teacher_hidden: a tensor [..., d] for each head, the final output first. The

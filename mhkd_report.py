@@ -28,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mhkd
 import mhkd_data
-import mhkd_record
 import mhkd_runs
 import mhkd_tables as tables
 from mhkd import UsageError
@@ -159,7 +158,7 @@ class Group:
             weights = final_weights(c["options"]), images
             views = {n: v for n, v in differs.items() if n in VIEWS - {"teacher_store"}}
             new = Row(name, c["method"], options, weights, views, {})
-            of_user = None if is_ours(c["method"]) else run.get("method_code_sha256")
+            of_user = None if is_built_in(c["method"]) else run.get("method_code_sha256")
             hashes = [part[:8] for part in (run.get("teacher_heads_sha256"), of_user) if part]
             row = rows.setdefault((name, *hashes), new)
             if row.runs.setdefault(c["seed"], run) is not run:
@@ -198,7 +197,7 @@ class Group:
         return {name: values for name, values in found.items() if values}
 
 
-def is_ours(method: str) -> bool:
+def is_built_in(method: str) -> bool:
     """Whether it is no method of a user's program."""
     with contextlib.suppress(UsageError):
         return bool(mhkd.find_methods(method))
@@ -208,7 +207,7 @@ def is_ours(method: str) -> bool:
 def defaults_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """The method's options with their defaults: older records lack newer ones."""
     method = run["config"]["method"]
-    declared = tables.options_of(method) if is_ours(method) else {}
+    declared = tables.options_of(method) if is_built_in(method) else {}
     return {name: option.default for name, option in declared.items()}
 
 
@@ -240,7 +239,7 @@ def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
         c, data = run["config"], run["data_sha256"]
         used = run.get("normalisation", usual.get(data))
         network = [c["dataset"], c["student"], recipe_of(run), data, used]
-        # The code of built-in networks is that of a version, which older records do not hash.
+        # Not of built-in networks: older records have no hash of their code.
         code = run.get("student_code_sha256") if ".py:" in c["student"] else None
         network += [run.get("student_init_sha256"), code]
         teacher = json.dumps([run["teacher_sha256"], c["teacher_units"], c["student_units"]])
@@ -456,8 +455,9 @@ def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) ->
 
     def add(name: str, role: str, run: Any, file: Path | None, accuracy: str, of: Any) -> None:
         network, size = of["config"][role], None
-        if is_as_it_was(network, of.get(f"{role}_code_sha256")):
-            size = size_of(network, len(of["class_accuracy"]), of["config"]["image_size"])
+        with contextlib.suppress(UsageError, OSError):  # the file is missing or has changed since
+            if mhkd.sibling("mhkd_custom").has_code(network, of.get(f"{role}_code_sha256")):
+                size = size_of(network, len(of["class_accuracy"]), of["config"]["image_size"])
         parameters, multiply_adds = (f"{n / 1e6:.3g} M" for n in size) if size else ("", "")
         megabytes = f"{file.stat().st_size / 1e6:.3g}" if file and file.is_file() else ""
         speed = run["speed"] if run else {}
@@ -492,14 +492,6 @@ def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) ->
         command = shlex.join(["python", "bench.py", "networks", *dict.fromkeys(folders)])
         text.append(f"This command adds the milliseconds:\n\n    {command}" if folders else "")
     return "\n\n".join(filter(None, text))
-
-
-def is_as_it_was(network: str, sha256: str | None) -> bool:
-    """Whether the code of FILE.py:FUNCTION is still that of a run; True for other networks."""
-    with contextlib.suppress(UsageError, OSError):
-        files = mhkd.sibling("mhkd_custom").source_files(network)
-        return not files or mhkd_record.code_sha256(files) == sha256
-    return False
 
 
 @functools.cache

@@ -356,13 +356,8 @@ class Run:
         if before and student.is_file() and sha256_of(student) == before.get("student_sha256"):
             self.result = before
         elif before:
-            what = f"'{student}' is missing"
-            if student.is_file():
-                names = (folder / f"student-changed-{i}.pt" for i in itertools.count(1))
-                what = f"'{student}' has changed and is now '{(to := unused(names)).name}'"
-                if is_main():
-                    os.replace(student, to)
-            log(f"note: {what}: the run is repeated")
+            what = "has changed and will be renamed" if student.is_file() else "is missing"
+            log(f"note: '{student}' {what}: the run is repeated")
 
     def _move_aside(self) -> None:
         """Move the files of the folder, which stays and stays locked, to OUT/replaced."""
@@ -462,6 +457,10 @@ class Run:
 
     def save_student(self, content: dict[str, Any]) -> Path:
         path = self.folder / "student.pt"
+        finished = (read_json(self.folder / "result.json") or {}).get("student_sha256")
+        if finished and path.is_file() and sha256_of(path) != finished:  # a user has changed it
+            names = (self.folder / f"student-changed-{i}.pt" for i in itertools.count(1))
+            os.replace(path, unused(names))
         write_atomically(path, lambda file: torch.save(content, file))
         return path
 

@@ -325,7 +325,7 @@ def test_a_student_that_was_changed_or_is_missing_is_trained_again_and_kept(
     for teacher in teacher_folders(finished[0]):
         shutil.copytree(teacher, tmp_path / teacher.name)
     (mine / "student.pt").write_bytes(b"of the user")
-    for said in ("has changed and is now 'student-changed-1.pt'", "is missing"):
+    for said in ("has changed and will be renamed", "is missing"):
         assert run(tmp_path, *DISTIL) == 0
         assert f"student.pt' {said}: the run is repeated" in capsys.readouterr().out
         assert outcome(mine) == outcome(student_folder(finished[0]))
