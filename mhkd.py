@@ -505,9 +505,12 @@ class FeatureExtractor(nn.Module):
         self.layouts = {n: of_unit.get(n) or "channels_first" for n in self.units.values()}
         for unit, name in self.units.items():
             feature = self._feature(name, seen)
-            height, width = getattr(example_input, "shape", (1, 2))[-2:]  # (1, 2): do not check
-            if height == width and feature.dim() == 4 and not of_unit.get(name):
-                if feature.shape[1] == feature.shape[2] != feature.shape[3]:
+            if feature.dim() == 4 and not of_unit.get(name):
+                height, width = getattr(example_input, "shape", (0, 0))[-2:]  # (0, 0): any shape
+                first, last = feature.shape[2:], feature.shape[1:3]
+                # A map has the ratio of the input's sides, up to the rounding of its own.
+                off = [abs(a * width - b * height) for a, b in (last, first)]
+                if off[0] < min(height, width) <= off[1]:
                     raise UsageError(
                         f"the submodule '{name}' returns {shape_of(feature)}, which looks like "
                         'channels last: give layout="channels_last" or layout="channels_first"'
@@ -626,9 +629,11 @@ class MultiHead(FeatureExtractor):
         parameter = next(model.parameters(), torch.empty(0))
         self.heads = AuxHeads(self, self.units, width, stride)
         self.heads.to(parameter.device, parameter.dtype)
+        self.heads_frozen = False
 
     def freeze_heads(self) -> MultiHead:
         """Keep the heads as they are: in eval mode, without gradients."""
+        self.heads_frozen = True
         self.heads.requires_grad_(False)
         return self.train(self.training)
 
@@ -650,6 +655,15 @@ class MultiHead(FeatureExtractor):
             K = self.num_classes
             raise UsageError(f"no linear layer with {K} outputs ran: name one with classifier=")
         logits = self.heads(outputs)
+        mode, learn = self.heads.training, logits[-1].requires_grad
+        trained_here = self.frozen and self.units and not self.heads_frozen
+        if trained_here and mode != learn and not torch.compiler.is_compiling():
+            warnings.warn(
+                "the heads of a frozen network learn if they are in train mode and outside of "
+                f"torch.no_grad(), but they are in {'train' if mode else 'eval'} mode "
+                f"{'with' if learn else 'without'} gradients: call freeze_heads() if they are "
+                "trained already", stacklevel=4,
+            )  # fmt: skip
         return (logits, outputs.penultimate) if penultimate else logits
 
 
@@ -1382,8 +1396,12 @@ class Distiller(nn.Module):
         teacher = self.targets(images, indices) if self.teacher else None
         batch = Batch(student, teacher, labels, indices)
         terms = self.methods[-1].final_terms(batch)
+        names = {*LOG_ENTRIES, *terms}
         for method in self.methods:
-            terms |= method.own_terms(batch)
+            own = method.own_terms(batch)
+            names = check_new(names, own)
+            terms |= own
+        check_new(names, batch.metrics)
         hits, labelled = student.logits.argmax(dim=1) == labels, labels != UNLABELLED
         # The loss is the first metric: train() and means_of() rely on it.
         metrics = {"loss": sum(terms.values()), **terms, **batch.metrics}
@@ -1460,6 +1478,17 @@ class Distiller(nn.Module):
         return state
 
 
+LOG_ENTRIES = ("loss", "labelled", "train_accuracy", "val_accuracy", "test_accuracy", "epoch", "lr")
+LOG_ENTRIES += ("images_per_second", "seconds")
+
+
+def check_new(names: set[str], own: Mapping[str, Any]) -> set[str]:
+    """All names, if those of a method's own terms or metrics are new."""
+    for name in names & own.keys():
+        raise UsageError(f"the log has a '{name}' already: rename the method's term or metric")
+    return names | own.keys()
+
+
 def train(config: Config, data: Data | None = None) -> dict[str, Any]:
     """Train the student of a configuration, and its teacher first if there is no checkpoint.
 
@@ -1485,11 +1514,13 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
     data = data or sibling("mhkd_data").load_data(config)
     with runtime(config) as device:
         data = data.to(device)
-        if (data.name, data.size) != (config.dataset, config.image_size):
-            raise UsageError(
-                f"the data are '{data.name}' with {data.size} pixels, the configuration has "
-                f"{config.dataset} with {config.image_size}"
-            )
+        theirs = data.settings or {"dataset": data.name, "image_size": data.size}
+        for name, value in theirs.items():
+            if value != getattr(config, name):
+                raise UsageError(
+                    f"the data were loaded with {name} {value!r}, and the configuration has "
+                    f"{getattr(config, name)!r}: load them with this configuration"
+                )
         if data.labelled_fraction < 1 and not takes_unlabelled(config.method):
             data = data.labelled()
         if (B := config.batch_size) > len(data.train):  # also of a teacher that is trained first
@@ -1770,6 +1801,7 @@ class Data:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the record
     prefetch: Callable[[Tensor, Tensor], None] | None = None  # for images mapped from a file
     unlabelled_sha256: str | None = None  # of the unlabelled images, if any
+    settings: dict[str, Any] | None = None  # of the Config with which load_data() made them
 
     def __post_init__(self) -> None:
         self.device, self.train_labels = self.labels.device, self.labels[self.train]

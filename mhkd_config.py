@@ -129,7 +129,8 @@ class Config:
         "on colour or shape (trivial: TrivialAugment) or two (rand: RandAugment)", str,
         one_of("crop", "trivial", "rand"))
     mean: Sequence[float] | None = field("data", None, "mean of the channels on the scale 0 to 1, "
-        "for both networks (default: of the teacher's file, of pretrained weights, or of the data)",
+        "for both networks (default: of the teacher's file, of its pretrained weights, without a "
+        "teacher those of the student, else of the data)",
         numbers, CHANNELS)
     std: Sequence[float] | None = field(
         "data", None, "standard deviation of the channels, with --mean", numbers, STDS)
@@ -232,13 +233,18 @@ class Config:
         for name in filter(None, (self.student, self.teacher)):
             if ":" not in name:
                 check_name("network", name, MODELS)
+        declared = method_options(methods)
         for name in DATASETS[self.dataset].recipe:
+            if name not in {**FIELDS, **declared}:
+                mhkd.sibling("mhkd_baselines", optional=True)  # registers its methods
+                options = [{**m.options, **m.final_options} for m in METHODS.values()]
+                known = sorted({*FIELDS}.union(*options))
+                check_name(f"setting for the recipe of {self.dataset} named", name, known)
             if name in FIELDS and FIELDS[name]["option"].default is not None:
                 raise UsageError(
                     f"the recipe of the data set {self.dataset} cannot contain {name}, which has "
                     f"one default for all data sets: give {flag_of(name)} for each run"
                 )
-        declared = method_options(methods)
         for name in self.options:
             if name not in declared:
                 raise UsageError(foreign_option(name, self.method))
@@ -247,6 +253,7 @@ class Config:
         usual |= {name: v for name, v in self._recipe().items() if name in usual}
         values = {name: getattr(self, name) for name in FIELDS} | dict(self.options)
         values = {n: usual[n] if values.get(n) is None else values[n] for n in usual}
+        values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         rules = {n: facts["option"] for n, facts in FIELDS.items()} | declared
         for name, option in rules.items():
             value = values[name]
@@ -298,7 +305,10 @@ class Config:
         recipe = BASE_RECIPE | {"momentum": 0.9, "weight_decay": 5e-4}
         if self.student in LOW_LR_MODELS:
             recipe["lr"] = LOW_LR
-        recipe |= DATASETS[self.dataset].recipe
+        own = DATASETS[self.dataset].recipe
+        if "epochs" in own:  # with the milestones of the base in proportion, unless it has others
+            recipe["lr_steps"] = scaled(recipe["lr_steps"], own["epochs"] / recipe["epochs"])
+        recipe |= own
         if self.optimizer == "adamw":
             recipe |= {"momentum": None, "weight_decay": 0.05, "lr": 0.001}
         full, epochs = recipe["epochs"], self.epochs or recipe["epochs"]
@@ -392,8 +402,13 @@ def flag_of(name: str) -> str:
 def method_options(methods: Mapping[str, type[Method]]) -> dict[str, Option]:
     """The options of joined methods: those of the last one's final terms and of all own terms."""
     *_, last = methods.values()
-    own = {name: option for m in methods.values() for name, option in m.options.items()}
-    return {**last.final_options, **own}
+    found = dict(last.final_options)
+    for name, method in methods.items():
+        for key, option in method.options.items():
+            if found.setdefault(key, option) is not option:
+                what = f"--method {name} has an option {key}"
+                raise UsageError(f"{what}, which another method has, too: rename it")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mhkd
 import mhkd_runs
 from mhkd import UNLABELLED, Data, UsageError, explain, import_optional, log, sibling
 
@@ -143,6 +144,11 @@ DATASETS: dict[str, DataSet] = {
 }
 
 
+# Settings of a Config that the data depend on.
+SETTINGS = ["dataset", "image_size", "subset", "test_subset", "val_fraction", "test_fraction"]
+SETTINGS += ["mean", "std"]
+
+
 def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     """The data set of a configuration, resized, split, with its normalisation, on a device.
 
@@ -156,13 +162,23 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         raise UsageError(f"the unlabelled images of {config.dataset} must be the last ones")
     parts = []  # the subsets: the same images for every run, in the order of the data set
     for size, most in ((count, config.subset), (end - count, config.test_subset)):
+        if (most or 0) > size:
+            log(f"note: a subset of {most} images is asked for, and there are {size}: all are used")
         indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))
         parts.append(indices[:most].sort().values)
     chosen = torch.cat([parts[0], count + parts[1], torch.arange(end, len(labels))]).tolist()
     count, end = len(parts[0]), len(parts[0]) + len(parts[1])
     images, labels = images_at(chosen), labels[chosen]
-    S = config.image_size
-    if images.shape[1] != S and not dataset.mapped:
+    S, M = config.image_size, images.shape[1]
+    if images.dtype != torch.uint8 or images.shape[1:] != (M, M, 3):
+        kind = f"{images.dtype} {list(images.shape)}"
+        raise UsageError(f"the images of {config.dataset} are {kind}, not uint8 [n, M, M, 3]")
+    if dataset.mapped and not (M == S or M > S >= mhkd.RESIZED_CROP_FROM):
+        raise UsageError(f"the images of {config.dataset} have {M} pixels: use --image-size {M}")
+    if labels.min() < UNLABELLED or labels.max() >= len(classes):
+        what = f"labels from {labels.min()} to {labels.max()} for {len(classes)} classes"
+        raise UsageError(f"{config.dataset} has {what}: count the classes from 0")
+    if M != S and not dataset.mapped:
         original, images = images, torch.empty(len(images), S, S, 3, dtype=torch.uint8)
         for old, new in zip(original.split(1000), images.split(1000)):
             old = old.permute(0, 3, 1, 2).float()
@@ -199,9 +215,10 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         log(f"note: {what}: the test accuracy is too high, remove them from one of the folders")
     if end < len(labels):
         known["unlabelled"] = len(labels) - end
+    settings = {name: getattr(config, name) for name in SETTINGS}
     return Data(
         images, labels, train, val, test, classes, S, mean, std, sha256, config.dataset,
-        known, prefetch, of_unlabelled if end < len(labels) else None,
+        known, prefetch, of_unlabelled if end < len(labels) else None, settings,
     ).to(torch.device(device))  # fmt: skip
 
 
@@ -216,20 +233,23 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
     if path := config.teacher_weights:
         content = mhkd_runs.load_file(Path(path))
         if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
-            hint = "give --mean and --std, for pixels from 0 to 1"
-            with explain(f"'{path}' has a damaged mean or std", hint):
-                rules, mean, std = sibling("mhkd_config"), content["mean"], content["std"]
-                torch.tensor([mean, std]).view(2, 3)
-                if not (rules.CHANNELS[0](mean) and rules.STDS[0](std)):
-                    raise ValueError(f"mean {mean}, std {std}")
-            return tuple(content["mean"]), tuple(content["std"])
+            return checked_statistics(content["mean"], content["std"], f"'{path}'")
         shown = "mean {} and std {}".format(*known) if known else "that of the training images"
         log(f"note: '{path}' has no normalisation, {shown} is assumed; else give --mean and --std")
     first = "teacher" if config.teacher else "student"
     if getattr(config, f"{first}_init") == "pretrained":
         if of_library := sibling("mhkd_custom").library_weights(getattr(config, first)):
             return of_library[:2]
-    return known
+    return checked_statistics(*known, f"the data set {config.dataset}") if known else None
+
+
+def checked_statistics(mean: Any, std: Any, what: str) -> tuple[tuple, tuple]:
+    with explain(f"{what} has a wrong mean or std", "give --mean and --std, from 0 to 1"):
+        rules = sibling("mhkd_config")
+        torch.tensor([mean, std]).view(2, 3)
+        if not (rules.CHANNELS[0](mean) and rules.STDS[0](std)):
+            raise ValueError(f"mean {mean}, std {std}")
+    return tuple(mean), tuple(std)
 
 
 def measure(images: Tensor, indices: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

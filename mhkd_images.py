@@ -301,6 +301,8 @@ def prepare(image: Any, side: int) -> Any:
         image = image.convert("I").point(lambda grey: grey / 256).convert("L")
     if image.mode in ("I", "F"):
         raise ValueError(f"the range of pixels of mode {image.mode} is unknown")
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+        image = image.convert(image.mode.upper())
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)

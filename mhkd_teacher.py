@@ -49,7 +49,7 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
         Distiller(config, data, model)  # reports errors before the teacher is trained
         mhkd.log(f"teacher {config.teacher}: no --teacher-weights, so its own run comes first")
         path = student_of(config.of_teacher(), data)
-    check_teacher(path, mhkd_runs.load_file(Path(path)), data)
+    check_teacher(config.teacher, path, mhkd_runs.load_file(Path(path)), data)
     if ".py:" in config.teacher:
         mhkd.sibling("mhkd_custom").note_changed_code(config.teacher, path)
     mhkd_runs.load_weights(model, path).to(data.device)
@@ -74,10 +74,13 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
     return model, path, {"teacher_sha256": mhkd_runs.sha256_of(path), "teacher_accuracy": accuracy}
 
 
-def check_teacher(path: str | Path, content: Any, data: Data) -> None:
-    """Refuse the student.pt of other classes or of another image size as a teacher."""
+def check_teacher(teacher: str, path: str | Path, content: Any, data: Data) -> None:
+    """Refuse the student.pt of other classes or of another image size; note another network."""
     if not isinstance(content, dict) or "classes" not in content:
         return
+    name = content.get("name", teacher)
+    if name.rpartition("/")[2] != teacher.rpartition("/")[2]:  # files may have moved
+        mhkd.log(f"note: '{path}' is of {name}, and its weights are loaded into {teacher}")
     theirs, size = content["classes"], content.get("image_size", data.size)
     if theirs != data.classes:
         differ = sorted({*theirs} ^ {*data.classes})[:6]

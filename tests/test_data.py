@@ -588,6 +588,75 @@ def test_a_subset_is_always_the_same_part_of_the_data(tmp_path):
     assert small.sha256 == same.sha256 != other.sha256
 
 
+# Data sets of one's own
+
+
+def own(monkeypatch, images, labels=None, classes=3, **settings):
+    labels = torch.arange(len(images)) % 3 if labels is None else torch.tensor(labels)
+    source = (lambda i: images[i], labels, len(images) // 2, [*"abcdefgh"[:classes]])
+    monkeypatch.setitem(mhkd.DATASETS, "mine", mhkd.DataSet(lambda config: source, **settings))
+
+
+def test_the_milestones_of_a_data_sets_recipe_follow_its_epochs(tmp_path, monkeypatch):
+    for recipe, steps in (({}, (150, 180, 210)), ({"lr_steps": (40,)}, (40,))):
+        own(monkeypatch, torch.zeros(8, 32, 32, 3, dtype=torch.uint8), recipe=recipe)
+        assert config(tmp_path, dataset="mine").lr_steps == steps
+        own(
+            monkeypatch,
+            torch.zeros(8, 32, 32, 3, dtype=torch.uint8),
+            recipe={"epochs": 60} | recipe,
+        )
+        usual = config(tmp_path, dataset="mine")
+        assert usual.lr_steps == (steps if recipe else (38, 45, 52)) and not usual.differs
+        half = config(tmp_path, dataset="mine", epochs=30)
+        assert half.lr_steps == ((20,) if recipe else (19, 22, 26))
+
+
+def test_a_list_of_milestones_is_the_tuple(tmp_path):
+    given = config(tmp_path, dataset="cifar100", lr_steps=[150, 180, 210])
+    assert given.lr_steps == (150, 180, 210) and not given.differs
+
+
+@pytest.mark.parametrize("recipe, message", [
+    ({"epoch": 60}, "mine named 'epoch': did you mean epochs"),
+    ({"negatives": 5, "nce": 1}, "'nce'"),
+])  # fmt: skip
+def test_a_setting_that_does_not_exist_is_refused_in_a_recipe(
+    recipe, message, tmp_path, monkeypatch
+):
+    own(monkeypatch, torch.zeros(8, 32, 32, 3, dtype=torch.uint8), recipe=recipe)
+    with pytest.raises(mhkd.UsageError, match=message):
+        config(tmp_path, dataset="mine")
+
+
+BYTES = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("images, settings, message", [
+    (torch.rand(8, 28, 28, 3), {}, r"torch.float32 \[8, 28, 28, 3\], not uint8 \[n, M, M, 3\]"),
+    (BYTES[:, :, :24], {}, r"uint8 \[8, 32, 24, 3\]"), (BYTES[..., 0], {}, r"\[8, 32, 32\]"),
+    (BYTES[:, :24, :24], {"mapped": True}, "24 pixels: use --image-size 24"),
+    (BYTES, {"labels": [0, 1, 2, 2, 0, 1, 2, 3]}, "labels from 0 to 3 for 3 classes"),
+    (BYTES, {"labels": [0, 1, 2, 2, 0, 1, 2, -2]}, "labels from -2 to 2"),
+    (BYTES, {"statistics": ((125.3, 123.0, 114.0), (63.0, 62.0, 66.0))}, "wrong mean .*0 to 1"),
+])  # fmt: skip
+def test_what_a_data_set_gives_is_checked(images, settings, message, tmp_path, monkeypatch):
+    own(monkeypatch, images, **settings)
+    with pytest.raises(mhkd.UsageError, match=message):
+        load(tmp_path, "mine", batch_size=2)
+
+
+def test_data_that_were_loaded_with_other_settings_are_refused(tmp_path, capsys):
+    data = load(tmp_path, subset=100)
+    capsys.readouterr()
+    for name, value in (("subset", 80), ("val_fraction", 0.1), ("mean", (0.1, 0.1, 0.1))):
+        other = {"subset": 100, name: value} | ({"std": (0.2, 0.2, 0.2)} if name == "mean" else {})
+        with pytest.raises(mhkd.UsageError, match=f"loaded with {name} .*load them with this"):
+            mhkd.train(config(tmp_path, dataset="digits", **other), data)
+    assert len(load(tmp_path, subset=2000).train) == 1437
+    assert "2000 images is asked for, and there are 1437" in capsys.readouterr().out
+
+
 # Augmentation and normalisation
 
 

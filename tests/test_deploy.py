@@ -102,6 +102,14 @@ def test_predict_names_classes_with_their_probabilities(student, tmp_path):
     assert student.predict([]) == []
 
 
+@pytest.mark.parametrize("mode, multiplied", [("RGBA", "RGBa"), ("LA", "La")])
+def test_colours_that_are_multiplied_by_alpha_are_those_that_are_not(mode, multiplied, student):
+    image = PIL.fromarray(np.full((16, 16, 4), (200, 100, 50, 128), np.uint8)).convert(mode)
+    found = [student.preprocess(given) for given in (image, image.convert(multiplied))]
+    torch.testing.assert_close(*found, atol=2 / 255, rtol=0)
+    assert found[1].max() < 0.45
+
+
 def test_what_is_no_image_is_refused(student, tmp_path):
     (tmp_path / "text.png").write_text("text")
     for name, message in (("text.png", "text.png' cannot be read"), ("none.png", "none.png' cann")):

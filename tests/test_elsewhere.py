@@ -235,6 +235,10 @@ def test_a_layout_is_detected_by_the_aspect_or_asked_for():
         assert on_last("move", size, layout=layout).shapes == {1: (16, size // 4, size // 4)}
         with pytest.raises(mhkd.UsageError, match='looks like channels last: .*"channels_last"'):
             on_last("move", size)
+    wide = {"example_input": torch.zeros(1, 3, 32, 64), "width": 4}  # a map of 8 x 16 pixels
+    with pytest.raises(mhkd.UsageError, match="looks like channels last"):
+        mhkd.MultiHead(Last(), ["move"], 4, **wide)
+    assert mhkd.MultiHead(Last(), ["unit"], 4, **wide).shapes == {1: (16, 8, 16)}
     assert detected("unit") == {"unit": "channels_first"}
     given = on_last("move", layout="channels_last")
     x = images(64)

@@ -6,6 +6,7 @@ import gc
 import io
 import pickle
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -56,6 +57,24 @@ def test_frozen_heads_stay_in_eval_mode_and_give_no_gradients():
     assert not any(m.training for m in (network.model, *network.heads.modules()))
     assert not any(z.requires_grad for z in network(X))
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["no_grad", "eval", "requires_grad_"])
+def test_heads_of_a_frozen_network_that_do_not_learn_are_warned_of(how):
+    network = small(frozen=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network(X)  # they learn
+        with torch.no_grad():
+            copy.deepcopy(network).eval()(X)  # a test
+            copy.deepcopy(network).freeze_heads()(X)
+    if how == "eval":
+        network.eval()
+    elif how == "requires_grad_":
+        network.requires_grad_(False)
+    with torch.set_grad_enabled(how != "no_grad"):
+        with pytest.warns(UserWarning, match="train mode.*but they are in .*: call freeze_heads"):
+            network(X)
 
 
 def equal(found, wanted):

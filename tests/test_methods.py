@@ -168,7 +168,32 @@ def test_a_new_method_is_joined_with_any_other(other, gives, monkeypatch):
     assert ("ce" in terms) == (gives == "new")
 
 
+@pytest.mark.parametrize("names, log", [
+    (["kd"], []), (["loss"], []), (["new"], ["lr"]), (["new"], ["new"]), (["new"], ["labelled"]),
+])  # fmt: skip
+def test_a_term_or_metric_with_the_name_of_another_is_refused(names, log, monkeypatch):
+    class New(mhkd_baselines.BenchmarkMethod):
+        def own_terms(self, batch):
+            batch.metrics |= {name: batch.student.logits.mean() for name in log}
+            return {name: batch.student.logits.square().mean() for name in names}
+
+    monkeypatch.setitem(mhkd.METHODS, "new", New)
+    distiller, batch = make("new", batch_size=8)
+    with pytest.raises(mhkd.UsageError, match=f"'{[*log, *names][0]}' already: rename"):
+        distiller(*batch)
+
+
 # Options belong to methods
+
+
+def test_an_option_with_the_name_of_another_methods_option_is_refused(monkeypatch):
+    class New(mhkd_baselines.BenchmarkMethod):
+        options = {"tau": mhkd.Option(0.1, "a temperature of its own")}
+
+    monkeypatch.setitem(mhkd.METHODS, "new", New)
+    with pytest.raises(mhkd.UsageError, match="--method new has an option tau, which another"):
+        configure("new")
+    assert "embed_dim" in configure("cc+crd").options  # one option for both
 
 
 @pytest.mark.parametrize("method, message", [

@@ -215,6 +215,18 @@ def test_a_teacher_of_other_classes_or_another_size_is_refused(
     assert parts in said
 
 
+def test_weights_of_another_network_with_the_same_entries_give_a_note(teacher, tmp_path, capsys):
+    content = torch.load(teacher, weights_only=True) | {"name": "/elsewhere/net.py:relu"}
+    torch.save(content, tmp_path / "other.pt")
+    options = [*PAIR, "--method", "kd", "--epochs", "1", "--teacher-weights", tmp_path / "other.pt"]
+    assert run(tmp_path, *options) == 0
+    assert "is of /elsewhere/net.py:relu, and its weights are" in capsys.readouterr().out
+    check = mhkd.sibling("mhkd_teacher").check_teacher
+    data = mhkd.load_data(mhkd.Config(student="resnet8", method="ce", dataset="digits"))
+    check("net.py:relu", "t.pt", content, data)  # the file has moved
+    assert not capsys.readouterr().out
+
+
 def test_a_teacher_near_chance_or_below_the_student_alone_gives_a_note(teacher, tmp_path, capsys):
     content = torch.load(teacher, weights_only=True)
     for tensor in content["model"].values():
@@ -245,7 +257,7 @@ def test_mean_and_std_are_those_of_both_networks_and_an_assumed_one_is_logged(
     assert "has no normalisation" in capsys.readouterr().out
     torch.save(content | {"mean": [123.7, 116.3, 103.5]}, tmp_path / "of 255.pt")
     assert run(tmp_path, *options[:-1], tmp_path / "of 255.pt") == 1
-    assert "of 255.pt' has a damaged mean or std (mean [123.7" in capsys.readouterr().err
+    assert "of 255.pt' has a wrong mean or std (mean [123.7" in capsys.readouterr().err
     given = ["--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.6"]
     assert run(tmp_path, *options, *given) == 0
     assert "has no normalisation" not in capsys.readouterr().out
