@@ -918,7 +918,7 @@ def kd_loss(
 ) -> Tensor:
     """tau^2 * KL(teacher || student) of logits [..., K], the mean (Hinton et al. 2015, section 2).
 
-    Rows whose label is `ignore_index` are not counted, other labels have no effect. The teacher
+    Rows whose label is `ignore_index` are not counted; other labels have no effect. The teacher
     gets no gradient. `dim` is the dimension of the classes, by default the last one; it is required
     for 4 or more dimensions: dim=1 for maps [B, K, H, W]. Precision and errors are those of
     mhkd_loss, of which this is the first term.
@@ -929,7 +929,9 @@ def kd_loss(
     if dim is not None:
         student_logits = student_logits.movedim(dim, -1)
         teacher_logits = teacher_logits.movedim(dim, -1)
-    settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False], "ignore_index": ignore_index}
+    if labels is not None:  # others may be no classes
+        labels = torch.where(labels == ignore_index, -100, UNLABELLED)
+    settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False]}
     return mhkd_loss([student_logits], [teacher_logits], labels, backend=backend, **settings)
 
 
@@ -1539,13 +1541,14 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         record = records.record_of(config, data, teacher_record)
         folder = Path(config.out) / record["name"]
         with runs.locked_by_main(folder, f"another process is training in '{folder}'"):
+            # Also before a finished run is used: weights or units of its networks may have changed.
+            distiller = Distiller(config, data, teacher, heads)
+            record |= {"units": distiller.units, "init_sha256": distiller.initial_sha256}
             run = runs.Run(folder, record, config.overwrite)
             runs.wait_for_all()  # until the main process has moved a replaced run away
             if run.result:
                 log(f"already finished: '{folder}'")
                 return run.result
-            distiller = Distiller(config, data, teacher, heads)
-            run.record |= {"units": distiller.units, "init_sha256": distiller.initial_sha256}
             if config.compile:
                 for network in filter(None, (distiller.student, distiller.teacher)):
                     network.compile(dynamic=False)

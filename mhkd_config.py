@@ -319,6 +319,8 @@ class Config:
         sides = [names for names in (self.student_units, self.teacher_units) if names]
         if len({len(names) for names in sides}) > 1:
             raise UsageError("--teacher-units and --student-units must have the same length")
+        if self.teacher and len(sides) == 1 and len(sides[0]) != 3:
+            raise UsageError("give both --teacher-units and --student-units if they are not three")
         recipe["units"] = tuple(range(1, len(sides[0] if sides else (1, 2, 3)) + 1))
         if self.options.get("teacher_heads") == "pretrained":
             recipe["teacher_heads_epochs"] = max(1, round(epochs / 3))
@@ -494,6 +496,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"fused loss on {device}: {problem or 'agrees with plain PyTorch'}")
             return
         config = Config(**values)
+        if config.epochs < min(values.get("lr_steps") or [config.epochs]):
+            mhkd.log(
+                f"note: --lr-steps begin after the {config.epochs} epochs, so the rate is fixed"
+            )
         if not config.teacher:  # these also set the view seed, which every method uses
             views = ("teacher_store", "teacher_views")
             names = [n for n in values if n.startswith("teacher") and n not in views]

@@ -252,18 +252,19 @@ def find_units(
             "observed: use the network as it was before torch.jit or torch.compile, or --method kd"
         )
     _, seen = mhkd.run_once(model, images)
+    prefix = [n for n in [getattr(model, "num_prefix_tokens", None)] if isinstance(n, int)]  # timm
     runs = Counter(name for name, _, _ in seen if name not in opaque)
     for name in names or ():
         if name in modules and not runs[name]:
             hint = f"choose others with --{role}-units"
             raise UsageError(f"the submodule '{name}' of the {role} does not run: {hint}")
     if names:
-        return tuple(names), find_layouts(seen, images, names)
+        return tuple(names), find_layouts(seen, images, names, prefix)
     layout, shapes = common_layout(seen, images), {}
     for name, _, out in seen:  # (H, W, C) of the features of submodules that run once
         with contextlib.suppress(UsageError):
             if runs[name] == 1 and is_feature(out) and len(out) == len(images):
-                C, *size = mhkd.as_map(out, layout_of(out, images, name, layout)).shape[1:]
+                C, *size = mhkd.as_map(out, layout_of(out, images, name, layout, prefix)).shape[1:]
                 if size[0] == size[1]:
                     shapes[name] = (*size, C)
     found = detect_units(model, {*runs}, shapes, images.shape[-1])
@@ -273,7 +274,7 @@ def find_units(
         hint = f"name them with --{role}-units, or use a method without heads, --method kd"
         raise UsageError(f"the units of the {role} were not detected ({why}): {hint}")
     mhkd.log(f"{role} {network}: heads after {', '.join(found)}")
-    return tuple(found), find_layouts(seen, images, found)
+    return tuple(found), find_layouts(seen, images, found, prefix)
 
 
 def detect_units(
@@ -365,15 +366,17 @@ def is_inside(name: str, others: Iterable[str]) -> bool:
     return any(name.startswith(f"{other}.") for other in others)
 
 
-def find_layouts(seen: list[tuple], image: Tensor, names: Sequence[str]) -> dict[str, str]:
+def find_layouts(
+    seen: list[tuple], image: Tensor, names: Sequence[str], prefix: Sequence[int] = ()
+) -> dict[str, str]:
     """The layout of the features of submodules, as MultiHead takes it.
 
-    seen: what mhkd.run_once returns for the network and an image batch.
+    seen: what mhkd.run_once returns for the network and an image batch. prefix: see layout_of.
     """
     common, found = common_layout(seen, image), {}
     for name, _, out in seen:
         if name in names and is_feature(out):
-            found[name] = layout_of(out, image, name, common)
+            found[name] = layout_of(out, image, name, common, prefix)
     return found
 
 
@@ -381,16 +384,18 @@ def is_feature(output: Any) -> bool:
     return isinstance(output, Tensor) and output.dim() in (3, 4)
 
 
-def layout_of(feature: Tensor, image: Any, name: str, layout: str | None) -> str:
+def layout_of(
+    feature: Tensor, image: Any, name: str, layout: str | None, prefix: Sequence[int] = ()
+) -> str:
     """The layout of a feature: "channels_first", "channels_last", or "tokens+n".
 
-    n is the number of class tokens before the H * W tokens of a square map. The image's aspect
-    ratio distinguishes [B, C, H, W] from [B, H, W, C].
+    n is the number of class tokens before the H * W tokens of a square map; prefix are numbers to
+    be tried first. The image's aspect ratio distinguishes [B, C, H, W] from [B, H, W, C].
     """
     shape = tuple(feature.shape)
     if len(shape) == 3:
         square = image.dim() == 4 and image.shape[-1] == image.shape[-2]
-        for n in (0, 1, 2, 4, 5) if square else ():
+        for n in (*prefix, 0, 1, 2, 4, 5) if square else ():
             if shape[1] > n and math.isqrt(shape[1] - n) ** 2 == shape[1] - n:
                 return f"tokens+{n}"
         where = f"the submodule '{name}' returns {shape}"

@@ -205,6 +205,14 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     if len(train) < 2 or config.val_fraction and not len(val):
         raise UsageError(f"there are {len(train)} training and {len(val)} validation images")
     mean, std = normalisation(config) or measure(images, train)
+    if config.teacher and config.student_init == "pretrained":
+        usual = sibling("mhkd_custom").library_weights(config.student)
+        if usual and usual[:2] != (mean, std):
+            expects = "expects {} and {}".format(*usual)
+            what = (
+                f"the images have mean {mean} and std {std}, pretrained {config.student} {expects}"
+            )
+            log(f"note: {what}: with --mean and --std it gets the same in all runs")
     train = torch.cat([train, torch.arange(end, len(labels))])
     prefetch = sibling("mhkd_images").prefetch if dataset.mapped else None
     known = dict(facts[0]) if facts else {}
@@ -232,7 +240,7 @@ def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]
         return tuple(config.mean), tuple(config.std)
     if path := config.teacher_weights:
         content = mhkd_runs.load_file(Path(path))
-        if isinstance(content, dict) and content.keys() >= {"mean", "std", "classes"}:
+        if isinstance(content, dict) and content.keys() >= {"model", "mean", "std"}:
             return checked_statistics(content["mean"], content["std"], f"'{path}'")
         shown = "mean {} and std {}".format(*known) if known else "that of the training images"
         log(f"note: '{path}' has no normalisation, {shown} is assumed; else give --mean and --std")

@@ -64,7 +64,12 @@ def code_hashes(config: Config) -> dict[str, str]:
     """
     found = {}
     methods = find_methods(config.method).values()
-    found["method_code_sha256"] = code_sha256([*methods, Distiller, Data, epoch_batches])
+    roots = [*methods, Distiller, Data, epoch_batches]
+    for module in {m.__module__ for m in methods if not is_ours(m.__module__)}:
+        file = getattr(sys.modules.get(module), "__file__", None) or ""
+        if file.endswith(".py") and "site-packages" not in file:  # what a user's method imports
+            roots += mhkd.sibling("mhkd_custom").source_files(f"{file}:")[1:]
+    found["method_code_sha256"] = code_sha256(roots)
     for role in ("student", "teacher"):
         name, init = getattr(config, role), getattr(config, f"{role}_init")
         if name in mhkd.MODELS:
@@ -120,13 +125,17 @@ def code_sha256(roots: Iterable[Any], more: str = "") -> str:
 def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
     """The hash of each part of the code by its name: of `roots` and of what they use.
 
-    It follows functions, classes and constants of their own modules, of mhkd and of mhkd_images.
+    It follows functions, classes and constants of their own modules and of this project.
     Comments, docstrings, annotations and errors do not count, nor in this project's code strings
     with spaces and f-strings, which are messages. In a user's code they may be patterns or names.
     """
     todo, found = list(roots), {}
     modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
     modules |= {mhkd.__name__, "mhkd_images"}  # __main__ in `python mhkd.py`
+
+    def followed(module: str) -> bool:
+        return module in modules or is_ours(module)
+
     while todo:
         thing = todo.pop()
         is_file = isinstance(thing, Path)
@@ -142,7 +151,9 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
         else:
             trees = definitions_in(thing.__module__).get(thing.__name__, [])
         known = {} if is_file else vars(sys.modules[thing.__module__])
-        used = () if is_file else globals_in(thing.__module__).get(thing.__name__, ())
+        used = set() if is_file else {*globals_in(thing.__module__).get(thing.__name__, ())}
+        for part in around(trees) if known else ():
+            used |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
         digest = hashlib.sha256()
         for place, node in computation_of(trees, is_file or not is_ours(thing.__module__)):
             part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
@@ -154,9 +165,9 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                 value = getattr(mhkd.sibling("mhkd_images", optional=True), node.attr, None)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = known.get(node.value.id)
-                if isinstance(owner, types.ModuleType) and owner.__name__ in modules:
+                if isinstance(owner, types.ModuleType) and followed(owner.__name__):
                     value = getattr(owner, node.attr, None)
-            if isinstance(value, (type, types.FunctionType)) and value.__module__ in modules:
+            if isinstance(value, (type, types.FunctionType)) and followed(value.__module__):
                 todo.append(value)
             elif isinstance(node, ast.Name) and value is not None and is_plain(value):
                 found[node.id] = repr(value)
@@ -166,7 +177,7 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
 
 def is_ours(module: str) -> bool:
     """Whether a module is a part of this project."""
-    file = Path(getattr(sys.modules[module], "__file__", None) or "")
+    file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
     return file.parent == Path(mhkd.__file__).parent and file.name.startswith("mhkd")
 
 
@@ -196,6 +207,15 @@ def globals_in(module: str) -> dict[str, set[str]]:
         source = inspect.getsource(sys.modules[module])
         visit(symtable.symtable(source, module, "exec"))
     return found
+
+
+def around(definitions: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """What the scope around definitions evaluates: decorators, bases, defaults of arguments."""
+    for node in definitions:
+        yield from getattr(node, "decorator_list", [])
+        yield from getattr(node, "bases", [])
+        if isinstance(node, ast.FunctionDef):
+            yield from filter(None, [*node.args.defaults, *node.args.kw_defaults])
 
 
 @functools.cache

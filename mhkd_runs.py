@@ -372,7 +372,8 @@ class Run:
         def identity(record: Mapping[str, Any]) -> dict[str, Any]:
             config = {**record["config"], **record["config"].get("options", {}), "options": None}
             hashes = {k: record.get(k) for k in self.record if k.endswith("_sha256")}
-            return config | hashes
+            units = json.loads(json.dumps(record.get("units")))  # with the keys of JSON
+            return config | hashes | {"units in use": units}
 
         old, new = identity(before), identity(self.record)
         if all(used := [record.get("normalisation") for record in (before, self.record)]):

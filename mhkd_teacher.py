@@ -81,7 +81,7 @@ def check_teacher(teacher: str, path: str | Path, content: Any, data: Data) -> N
     name = content.get("name", teacher)
     if name.rpartition("/")[2] != teacher.rpartition("/")[2]:  # files may have moved
         mhkd.log(f"note: '{path}' is of {name}, and its weights are loaded into {teacher}")
-    theirs, size = content["classes"], content.get("image_size", data.size)
+    theirs, size = [*content["classes"]], content.get("image_size", data.size)
     if theirs != data.classes:
         differ = sorted({*theirs} ^ {*data.classes})[:6]
         what = f"has other classes ({', '.join(differ)})" if differ else "has another class order"

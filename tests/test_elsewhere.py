@@ -205,6 +205,17 @@ def test_tokens_become_a_map_in_reading_order_without_the_class_token(n):
     assert torch.equal(mhkd.as_map(tokens, f"tokens+{n}"), torch.tensor(wanted))
 
 
+def test_the_number_of_other_tokens_is_that_of_the_network_if_it_has_one():
+    class Tokens(nn.Module):  # 9 tokens: a map of 3 x 3, or 5 other ones and a map of 2 x 2
+        def forward(self, x):
+            return x.flatten(2)[:, :, :9].transpose(1, 2)
+
+    network = nn.Sequential(Tokens())
+    assert mhkd_custom.find_units(network, images(32), "", "", ["0"])[1] == {"0": "tokens+0"}
+    network.num_prefix_tokens = 5
+    assert mhkd_custom.find_units(network, images(32), "", "", ["0"])[1] == {"0": "tokens+5"}
+
+
 class Last(nn.Module):
     """Maps [B, H, W, 16]; `mixed`: other ones, too, that have their channels last for certain."""
 

@@ -72,6 +72,7 @@ def refused(tmp_path, failing):
     (MHKD, "--teacher-units layer1,layer9 --student-units layer1,layer2", "'layer9'|layer2|layer3"),
     (MHKD, "--student-units layer9,fc --teacher-units layer1,layer2", "'layer9'|layer2|layer3"),
     (MHKD, "--teacher-units layer1 --student-units fc", "'fc'"),
+    (MHKD, "--student-units layer2,layer3", "both|--teacher-units|--student-units"),
     (MHKD, "--teacher-units layer1,layer2 --student-units layer1",
      "--teacher-units|--student-units"),
 ])  # fmt: skip

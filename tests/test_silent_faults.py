@@ -1,6 +1,7 @@
 """What used to give a wrong result without a message: gradients, identity of runs, teachers."""
 
 import copy
+import importlib
 import shutil
 import warnings
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mhkd
+import mhkd_baselines
 import mhkd_custom
 import mhkd_record
 import mhkd_runs
@@ -191,6 +193,62 @@ def test_the_hash_of_a_method_is_the_same_in_every_process_and_differs_between_m
     assert one == other == hashes["mhkd"] and len({*hashes.values()}) == 4
 
 
+@pytest.mark.parametrize("method", [
+    mhkd_baselines.FitNet, mhkd_baselines.CorrelationCongruence,
+    mhkd_baselines.RelationalDistillation, mhkd_baselines.ContrastiveDistillation,
+])  # fmt: skip
+def test_the_hash_of_a_method_covers_its_base_classes(method):
+    parts = mhkd_record.parts_of_code([method])
+    wanted = "mhkd_baselines.BenchmarkMethod mhkd.kd_loss mhkd._reference_loss"
+    assert {*wanted.split()} <= parts.keys()
+
+
+METHOD = """
+import mhkd_baselines
+from losses import square
+
+class Mine(mhkd_baselines.BenchmarkMethod):
+    def own_terms(self, batch):
+        return {"mine": square(batch.student.logits)}
+"""
+
+
+def test_the_hash_of_a_users_method_covers_its_base_class_and_what_it_imports(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "mine.py").write_text(METHOD)
+    losses = tmp_path / "losses.py"
+    losses.write_text("def square(z):\n    return z.square().mean()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    Mine = importlib.import_module("mine").Mine
+    monkeypatch.setitem(mhkd.METHODS, "mine", Mine)
+    assert "mhkd_baselines.BenchmarkMethod" in mhkd_record.parts_of_code([Mine])
+    config = mhkd.Config("vgg8", "vgg8", method="mine")
+    before = mhkd_record.code_hashes(config)["method_code_sha256"]
+    losses.write_text("# a comment\n" + losses.read_text())
+    assert mhkd_record.code_hashes(config)["method_code_sha256"] == before
+    losses.write_text(losses.read_text().replace("square()", "abs()"))
+    assert mhkd_record.code_hashes(config)["method_code_sha256"] != before
+
+
+def test_a_finished_run_is_not_that_of_other_weights_or_units(tmp_path, failing, monkeypatch):
+    file, out = network_file(tmp_path), tmp_path / "out"
+    path, weights = tmp_path / "net.py", tmp_path / "w.pt"
+    torch.save(torch.ones(8), weights)
+    load = f"net = Net(num_classes)\n    net.a.bias.data = torch.load({str(weights)!r})\n"
+    path.write_text(path.read_text().replace("return Net(num_classes)", load + "    return net"))
+    assert run(out, *student(file)) == 0
+    assert run(out, *student(file)) == 0
+    other = (("b", "a", "c"), dict.fromkeys("abc", "channels_first"))
+    with monkeypatch.context() as patch:
+        patch.setattr(mhkd_custom, "find_units", lambda *_: other)
+        assert "units in use was" in failing(out, *student(file))
+    torch.save(torch.zeros(8), weights)
+    assert "another init: run again with --overwrite" in failing(out, *student(file))
+    assert run(out, *student(file), "--overwrite") == 0
+    assert len([*(out / "replaced").iterdir()]) == 1
+
+
 # 3. Metadata of the teacher
 
 
@@ -213,6 +271,22 @@ def test_a_teacher_of_other_classes_or_another_size_is_refused(
     torch.save(content, tmp_path / "teacher.pt")
     said = failing(tmp_path / "out", *MHKD, "--teacher-weights", tmp_path / "teacher.pt")
     assert parts in said
+
+
+def test_a_teachers_file_without_classes_or_with_a_tuple_of_them_states_the_normalisation(
+    teacher, tmp_path, capsys
+):
+    content = torch.load(teacher, weights_only=True)
+    known = {name: content[name] for name in ("model", "mean", "std")}
+    torch.save(known | {"mean": [0.1, 0.2, 0.3]}, tmp_path / "bare.pt")
+    torch.save(content | {"classes": (*content["classes"],)}, tmp_path / "tuple.pt")
+    for name in ("bare", "tuple"):
+        options = [*PAIR, "--method", "kd", "--epochs", "1"]
+        options += ["--teacher-weights", tmp_path / f"{name}.pt"]
+        assert run(tmp_path / name, *options) == 0
+        assert "has no normalisation" not in capsys.readouterr().out
+    result = read(folder_of(tmp_path / "bare", method="kd") / "result.json")
+    assert result["normalisation"]["mean"] == [0.1, 0.2, 0.3]
 
 
 def test_weights_of_another_network_with_the_same_entries_give_a_note(teacher, tmp_path, capsys):
@@ -550,6 +624,14 @@ def test_further_inputs_and_keywords_reach_the_network():
     logits, feature = network(x, 1, penultimate=True)
     assert feature.shape == (2, 4)
     torch.testing.assert_close(logits[0], plain + 1)
+
+
+def test_kd_loss_counts_all_rows_but_those_of_ignore_index_also_labels_that_are_no_class():
+    z_s, z_t = torch.randn(2, 4, 5)
+    for ignored in (-100, mhkd.UNLABELLED):
+        labels = torch.tensor([0, mhkd.UNLABELLED if ignored == -100 else 3, 255, ignored])
+        found = mhkd.kd_loss(z_s, z_t, labels=labels, ignore_index=ignored)
+        torch.testing.assert_close(found, mhkd.kd_loss(z_s[:3], z_t[:3]))
 
 
 def test_kd_loss_of_maps_asks_for_the_dimension_of_the_classes():
