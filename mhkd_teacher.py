@@ -78,7 +78,7 @@ def check_teacher(teacher: str, path: str | Path, content: Any, data: Data) -> N
     """Refuse the student.pt of other classes or of another image size; note another network."""
     if not isinstance(content, dict) or "classes" not in content:
         return
-    name = content.get("name", teacher)
+    name = str(content.get("name", teacher))
     if name.rpartition("/")[2] != teacher.rpartition("/")[2]:  # files may have moved
         mhkd.log(f"note: '{path}' is of {name}, and its weights are loaded into {teacher}")
     theirs, size = [*content["classes"]], content.get("image_size", data.size)
