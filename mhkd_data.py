@@ -175,7 +175,7 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         raise UsageError(f"the images of {config.dataset} are {kind}, not uint8 [n, M, M, 3]")
     if dataset.mapped and not (M == S or M > S >= mhkd.RESIZED_CROP_FROM):
         raise UsageError(f"the images of {config.dataset} have {M} pixels: use --image-size {M}")
-    if labels.min() < UNLABELLED or labels.max() >= len(classes):
+    if len(labels) and not UNLABELLED <= labels.min() <= labels.max() < len(classes):
         what = f"labels from {labels.min()} to {labels.max()} for {len(classes)} classes"
         raise UsageError(f"{config.dataset} has {what}: count the classes from 0")
     if M != S and not dataset.mapped:
@@ -202,8 +202,9 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
             digests[-1].update(part.numpy())
             each += [hash(image.tobytes()) for image in part.numpy()] if dataset.mapped else []
     sha256, of_unlabelled = (digest.hexdigest() for digest in digests)
-    if len(train) < 2 or config.val_fraction and not len(val):
-        raise UsageError(f"there are {len(train)} training and {len(val)} validation images")
+    if len(train) < 2 or not len(test) or config.val_fraction and not len(val):
+        counts = f"{len(train)} training, {len(val)} validation and {len(test)} test images"
+        raise UsageError(f"{config.dataset} has {counts}: more are needed")
     mean, std = normalisation(config) or measure(images, train)
     if config.teacher and config.student_init == "pretrained":
         usual = sibling("mhkd_custom").library_weights(config.student)

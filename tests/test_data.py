@@ -636,6 +636,7 @@ BYTES = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
     (torch.rand(8, 28, 28, 3), {}, r"torch.float32 \[8, 28, 28, 3\], not uint8 \[n, M, M, 3\]"),
     (BYTES[:, :, :24], {}, r"uint8 \[8, 32, 24, 3\]"), (BYTES[..., 0], {}, r"\[8, 32, 32\]"),
     (BYTES[:, :24, :24], {"mapped": True}, "24 pixels: use --image-size 24"),
+    (BYTES[:0], {}, "mine has 0 training, 0 validation and 0 test images: more"),
     (BYTES, {"labels": [0, 1, 2, 2, 0, 1, 2, 3]}, "labels from 0 to 3 for 3 classes"),
     (BYTES, {"labels": [0, 1, 2, 2, 0, 1, 2, -2]}, "labels from -2 to 2"),
     (BYTES, {"statistics": ((125.3, 123.0, 114.0), (63.0, 62.0, 66.0))}, "wrong mean .*0 to 1"),
