@@ -48,7 +48,7 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
 
     Each also gets its "folder", its "key", its "curve" (test accuracies by epoch), the
     "train_accuracy" of the kept epoch (None without a log), its "speed" (see bench.py networks; {}
-    if it was not measured), and whether it still "has_student".
+    if it was not measured), whether it still "has_student", and the normalisation "used".
     """
     runs, unusable = [], []
     for path in sorted(Path(folder).glob("*/result.json")):
@@ -78,6 +78,13 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
         of_other = speed.get("student_sha256") != run["student_sha256"]
         run |= {"folder": path.parent, "speed": {} if of_other else speed}
         runs.append(run)
+    # Older records lack the normalisation: it was the data set's, which newer ones may contain.
+    usual, others = {}, {"teacher_weights", "teacher_init", "student_init", "mean", "std"}
+    for run in runs:
+        if "normalisation" in run and others.isdisjoint(run["differs"]):
+            usual[run["data_sha256"]] = run["normalisation"]
+    for run in runs:
+        run["used"] = run.get("normalisation", usual.get(run["data_sha256"]))
     return runs, unusable
 
 
@@ -102,6 +109,7 @@ class Row:
     options: dict[str, Any]  # those that differ from the recipe
     weights: Any  # see final_weights(), and the unlabelled images
     views: dict[str, Any]  # view seed and number of views, if they differ from the recipe
+    store: str | None  # of the teacher's outputs
     runs: dict[int, dict[str, Any]]  # by seed
 
     def values(self, name: str = "accuracy") -> list[float]:
@@ -125,7 +133,7 @@ IN_NAME = {"units", "gamma", "kd_weight", "unlabelled"}  # always part of a row'
 
 
 class Group:
-    """Runs that can be compared, as rows. `twice`: names of runs whose row has their seed twice."""
+    """Runs that can be compared, as rows. twice: sentences on runs whose seed its row has."""
 
     def __init__(self, runs: Sequence[dict[str, Any]]):
         self.one = runs[-1]  # runs without a teacher come first
@@ -136,7 +144,7 @@ class Group:
         pair = f"{self.teacher} → {self.student}" if self.teacher else f"{self.student} alone"
         self.title = f"{data}: {pair}"
         self.common: dict[str, Any] = {}  # what differs from the recipe and is in no row's name
-        self.twice: list[str] = []
+        self.runs, self.twice = runs, []
         values: dict[str, set[str]] = {}
         unlabelled: dict[Any, set[str]] = {}  # the sets of as many images
         for run in runs:
@@ -157,12 +165,12 @@ class Group:
             options = {n: v for n, v in differs.items() if n in c["options"]}
             weights = final_weights(c["options"]), images
             views = {n: v for n, v in differs.items() if n in VIEWS - {"teacher_store"}}
-            new = Row(name, c["method"], options, weights, views, {})
+            new = Row(name, c["method"], options, weights, views, c.get("teacher_store"), {})
             of_user = None if is_built_in(c["method"]) else run.get("method_code_sha256")
             hashes = [part[:8] for part in (run.get("teacher_heads_sha256"), of_user) if part]
             row = rows.setdefault((name, *hashes), new)
-            if row.runs.setdefault(c["seed"], run) is not run:
-                self.twice.append(run["name"])
+            if (first := row.runs.setdefault(c["seed"], run)) is not run:
+                self.twice.append(repeated(run, first))
         names = collections.Counter(row.name for row in rows.values())
         for (name, *hashes), row in rows.items():  # other heads of the teacher, or a method's code
             row.name += f" ({', '.join(hashes)})" * (names[name] > 1 and bool(hashes))
@@ -177,10 +185,9 @@ class Group:
 
     def kd_of(self, row: Row) -> Row | None:
         """The row of kd with the same temperature, final weights, unlabelled images and views."""
-        same = row.weights, row.views
-        return next(
-            (r for r in self.rows if r.method == "kd" and (r.weights, r.views) == same), None
-        )
+        found = [r for r in self.rows if r.method == "kd" and r.weights == row.weights]
+        found = [r for r in found if r.views == row.views and row.method != "kd"]
+        return min(found, key=lambda r: (r.store != row.store, -len(r.runs)), default=None)
 
     def with_more_views(self, row: Row) -> Row | None:
         """The same with all views instead of fewer, or with those of the run's own seed."""
@@ -188,13 +195,27 @@ class Group:
         views.pop("teacher_views", None)
         same = row.method, row.options, row.weights, views
         rows = ((r, (r.method, r.options, r.weights, r.views)) for r in self.rows)
-        found = (r for r, its in rows if r is not row and its == same)
-        return next(found, None)
+        found = [r for r, its in rows if its == same and r.views != row.views]
+        return min(found, key=lambda r: (r.store != row.store, -len(r.runs)), default=None)
 
     def differences(self, base_of: Any) -> dict[str, list[float]]:
         """Each row minus its base, base_of(row), for the rows that have one."""
         found = {row.name: row.minus(base_of(row)) for row in self.rows}
         return {name: values for name, values in found.items() if values}
+
+
+def repeated(run: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    which = f"its settings and seed are those of '{first['folder'].name}'"
+    return f"'{run['folder'].name}' is not compared: {which}"
+
+
+def best_rows(rows: Iterable[Row]) -> dict[str, Row]:
+    """For each method the row of the highest mean, among those with the most seeds."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        both = row, found.get(row.method, row)
+        found[row.method] = max(both, key=lambda r: (len(r.runs), r.mean()))
+    return found
 
 
 def is_built_in(method: str) -> bool:
@@ -215,7 +236,7 @@ def shown(settings: Mapping[str, Any]) -> list[str]:
     def text(value: Any) -> str:
         if isinstance(value, (list, tuple)):
             return ",".join(map(text, value))
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return f"{value:.15g}" if isinstance(value, float) else str(value)
 
     return [f"{name} {text(value)}" for name, value in settings.items()]
 
@@ -228,17 +249,11 @@ def recipe_of(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
     """What can be compared. Runs without a teacher belong to the groups of all teachers."""
-    # Older records lack the normalisation: it was the data set's, which newer ones may contain.
-    usual, others = {}, {"teacher_weights", "teacher_init", "student_init", "mean", "std"}
     runs = [run for run in runs if run["config"]["method"] != "heads"]
-    for run in runs:
-        if "normalisation" in run and others.isdisjoint(run["differs"]):
-            usual[run["data_sha256"]] = run["normalisation"]
     alike: dict[str, dict[str | None, list]] = {}
     for run in runs:
-        c, data = run["config"], run["data_sha256"]
-        used = run.get("normalisation", usual.get(data))
-        network = [c["dataset"], c["student"], recipe_of(run), data, used]
+        c = run["config"]
+        network = [c["dataset"], c["student"], recipe_of(run), run["data_sha256"], run["used"]]
         # Not of built-in networks: older records have no hash of their code.
         code = run.get("student_code_sha256") if ".py:" in c["student"] else None
         network += [run.get("student_init_sha256"), code]
@@ -304,6 +319,7 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
     lines: list[list[str]] = []
 
     def add(claim: str, row: Row | None, base: Row | None, level: float, seeds: int = 1) -> None:
+        claim += of_teacher
         text, verdict, values = "–", "undecided", row.minus(base) if row else []
         if values:
             text, (mean, _, half) = estimate(values, level), interval(values, level)
@@ -312,28 +328,38 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
         verdict = verdict if len(values) >= seeds else "incomplete"
         lines.append([claim, str(len(values)), text, verdict])
 
-    for group in group_runs([run for run in runs if recipe_of(run) == tables.STUDY_RECIPE]):
-        pair = f"{group.teacher}:{group.student}"
-        if group.one["config"]["dataset"] != "cifar100" or pair not in (PAIR_A, PAIR_B):
-            continue
+    groups = {}
+    for group in group_runs([run for run in runs if is_of_study(run)]):
+        if (pair := f"{group.teacher}:{group.student}") in (PAIR_A, PAIR_B):
+            groups[group] = pair
+    for group, pair in groups.items():
+        several = [*groups.values()].count(pair) > 1
+        of_teacher = f" (teacher {group.one['teacher_sha256'][:8]})" if several else ""
         find = functools.partial(find_row, group, pair)
         primary = [(t, find(row), find(base)) for t, row, base in PRIMARY if pair == PAIR_A]
         for claim, row, base in primary:
             add(f"primary: {claim}", row, base, 1 - 0.05 / len(PRIMARY), PRIMARY_SEEDS)
-        pairs = [(row, base) for row in group.rows for base in (group.kd_of(row), group.alone())]
+        bases = group.kd_of, group.alone
+        pairs = [(row, base_of(row)) for row in group.rows for base_of in bases]
         pairs += [(row, group.with_more_views(row)) for row in group.rows]
         pairs += [(find("mhkd" + BEST), find(f"mhkd:units={unit}" + BEST)) for unit in (1, 2, 3)]
-        for row, base in pairs:
+        for row, base in dict.fromkeys(pairs):
             if row and row.minus(base) and (row, base) not in [claim[1:] for claim in primary]:
                 add(f"{group.student}: {row.name} above {base.name}", row, base, 0.95)
-        own = [row for row in group.rows if not row.views]
-        by_accuracy = sorted(own, key=Row.mean)
-        best = {row.method: row for row in by_accuracy}
+        best = best_rows(row for row in group.rows if not row.views)
         if best.keys() >= {"kd", "mhkd"}:
             row, base = best["mhkd"], best["kd"]
             claim = f"{group.student}: best mhkd ({row.name}) above best kd ({base.name})"
             add(claim, row, base, 0.95)
     return markdown(["claim", "n", "difference", "verdict"], lines) if lines else ""
+
+
+def is_of_study(run: Mapping[str, Any]) -> bool:
+    """Whether a run is of the second protocol: recipe, seed, device and loss."""
+    c, places = run["config"], run["environments"]
+    where = {(place.get("device", "cpu"), place.get("loss", "reference")) for place in places}
+    of_protocol = c["dataset"] == "cifar100" and recipe_of(run) == tables.STUDY_RECIPE
+    return of_protocol and c["seed"] < PRIMARY_SEEDS and where == {("cpu", "reference")}
 
 
 def find_row(group: Group, pair: str, name: str) -> Row | None:
@@ -356,7 +382,9 @@ t]. KD of the same weights has the row's weights of cross-entropy and KL on the 
 CLAIMS = """\
 Primary claims have intervals at level 98.75 % (0.05 / 4), the others at 95 %. A claim is supported
 or contradicted if its interval excludes 0. n is the number of seeds so far. Primary claims are
-decided with ten seeds, as the protocol says. The best rows are chosen by the same test images."""
+decided with ten seeds, as the protocol says. Runs of other seeds than 0 to 9, on other devices than
+the CPU or with another loss than plain PyTorch do not count. The best rows are chosen by the same
+test images, among the rows of their method with the most seeds."""
 
 
 def report(folder: str | Path) -> str:
@@ -372,7 +400,9 @@ def report(folder: str | Path) -> str:
     parts += ["# Networks", network_table(groups, runs)] if groups else []
     if text := claims(runs):
         parts += ["# Claims of the second study", CLAIMS, text]
-    papers = [text for table in tables.TABLES.values() if (text := paper_table(table, runs))]
+    twice: list[str] = []
+    papers = [paper_table(table, runs, twice) for table in tables.TABLES.values()]
+    papers = [text for text in papers if text]
     parts += papers and ["# The paper's tables, for runs of its recipe in full", *papers]
     header = ["run", "test accuracy, %", "epochs", "minutes"]
     rows = [
@@ -383,8 +413,7 @@ def report(folder: str | Path) -> str:
     if lost := [run["name"] for run in runs if not run["has_student"]]:
         names = ", ".join(lost[:3] + ["…"] * (len(lost) > 3))
         parts.append(f"{len(lost)} of these runs are without the student.pt of the record: {names}")
-    twice = sorted({name for group in groups for name in group.twice})
-    unusable += [f"'{name}' is not compared: another run has its row and seed" for name in twice]
+    unusable += sorted({*twice, *(text for group in groups for text in group.twice)})
     if unusable:
         parts += ["# Not used", "\n".join(f"- {sentence}" for sentence in unusable)]
     text = "\n\n".join(filter(None, parts))
@@ -410,8 +439,13 @@ def group_table(group: Group) -> str:
     columns["n"] = [str(len(row.runs)) for row in rows]
     bases = {"minus student alone": group.alone, "minus kd of the same weights": group.kd_of}
     for title, base_of in bases.items():
-        found = group.differences(base_of)
-        texts = {name: f"{estimate(values)}, n={len(values)}" for name, values in found.items()}
+        found, texts = group.differences(base_of), {}
+        for row in rows:
+            base, values = base_of(row), found.get(row.name)
+            if values:
+                seeds = [r.views.get("view_seed") for r in (row, base)]
+                other = f" (minus {base.name})" * (seeds[0] != seeds[1])
+                texts[row.name] = f"{estimate(values)}, n={len(values)}{other}"
         columns[title] = [texts.get(row.name, "") for row in rows]
     columns = {title: column for title, column in columns.items() if any(column)}
     lines = [*zip(*columns.values())]
@@ -419,7 +453,29 @@ def group_table(group: Group) -> str:
         facts += [f"teacher {one['teacher_sha256'][:8]}"]
         accuracy = f"{one['teacher_accuracy']:.2f}"
         lines.insert(0, (f"teacher {group.teacher}", accuracy, *[""] * (len(columns) - 2)))
-    return f"## {group.title}\n\n{'; '.join(facts)}.\n\n{markdown([*columns], lines)}"
+    text = f"## {group.title}\n\n{'; '.join(facts)}.\n\n{markdown([*columns], lines)}"
+    return "\n\n".join([text, *what_varies(group)])
+
+
+def what_varies(group: Group) -> list[str]:
+    """Sentences on differences between the runs of a group that its rows do not show."""
+    values: dict[str, set[str]] = {}
+    initial: dict[int, set[str]] = {}
+    for run in group.runs:
+        place, method = run["environments"][-1], run["config"]["method"]
+        found = {name: place.get(name) for name in ("device", "hardware", "torch", "loss")}
+        found |= {"version": place.get("mhkd"), "commit": (place.get("commit") or "")[:7]}
+        found[f"code of {method}"] = (run.get("method_code_sha256") or "")[:8]
+        found["code of the student"] = (run.get("student_code_sha256") or "")[:8]
+        for name, value in found.items():
+            values.setdefault(name, set()).update([value] if value else [])
+        if sha256 := run.get("init_sha256"):
+            initial.setdefault(run["config"]["seed"], set()).add(sha256)
+    varying = [f"{name} ({', '.join(sorted(v))})" for name, v in values.items() if len(v) > 1]
+    texts = [f"Not the same in all runs: {'; '.join(varying)}."] if varying else []
+    if seeds := [str(seed) for seed, found in sorted(initial.items()) if len(found) > 1]:
+        texts.append(f"Not paired: with seed {', '.join(seeds)} the initial weights differ.")
+    return texts
 
 
 def completion(group: Group, folder: Path) -> str:
@@ -450,10 +506,14 @@ def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) ->
     """Size, cost and accuracy of teachers and students, without empty columns."""
     by_weights = {run["student_sha256"]: run for run in runs}
     titles = ["", "parameters", "multiply-adds", "MB", "ms (batch 1)", "ms (batch 64)"]
-    lines: dict[tuple[str, ...], None] = {}  # two groups may have the same teacher
+    lines: dict[Any, list[str]] = {}  # two groups may have the same teacher or student
+    which: dict[Any, str] = {}  # what distinguishes lines of the same name
     measured, folders = set(), []
 
-    def add(name: str, role: str, run: Any, file: Path | None, accuracy: str, of: Any) -> None:
+    def add(key: Any, name: str, run: Any, file: Path | None, accuracy: str, of: Any) -> None:
+        role = "teacher" if name.endswith(", teacher") else "student"
+        hashes = {"data": of["data_sha256"][:8], "teacher": (of["teacher_sha256"] or "none")[:8]}
+        which[key] = ", ".join(shown({**(recipe_of(of) if role == "student" else {}), **hashes}))
         network, size = of["config"][role], None
         with contextlib.suppress(UsageError, OSError):  # the file is missing or has changed since
             if mhkd.sibling("mhkd_custom").has_code(network, of.get(f"{role}_code_sha256")):
@@ -462,8 +522,7 @@ def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) ->
         megabytes = f"{file.stat().st_size / 1e6:.3g}" if file and file.is_file() else ""
         speed = run["speed"] if run else {}
         times = [f"{speed['milliseconds'][n]:.3g}" if speed else "" for n in ("1", "64")]
-        cells = [name, parameters, multiply_adds, megabytes, *times, accuracy]
-        lines[tuple(cells)] = None
+        lines[key] = [name, parameters, multiply_adds, megabytes, *times, accuracy]
         if speed:
             here = speed["environment"]
             keys = ("hardware", "device", "threads", "torch")
@@ -478,12 +537,17 @@ def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) ->
             path = run["folder"] / "student.pt" if run else given.get("teacher_weights")
             accuracy = f"{one['teacher_accuracy']:.2f}"
             file = Path(path) if path else None
-            add(f"{group.teacher}, teacher", "teacher", run, file, accuracy, one)
+            key = one["teacher_sha256"], accuracy
+            add(key, f"{group.teacher}, teacher", run, file, accuracy, one)
         for row in group.rows:
             run = next(iter(row.runs.values()))
             file, accuracy = run["folder"] / "student.pt", mean_and_std(row.values())
-            add(f"{group.student}, {row.name}", "student", run, file, accuracy, run)
-    columns = zip([*titles, "test accuracy, %"], *lines)
+            key = frozenset(run["folder"] for run in row.runs.values())
+            add(key, f"{group.student}, {row.name}", run, file, accuracy, run)
+    names = collections.Counter(cells[0] for cells in lines.values())
+    for key, cells in lines.items():
+        cells[0] += f" ({which[key]})" * (names[cells[0]] > 1)
+    columns = zip([*titles, "test accuracy, %"], *lines.values())
     table = [*zip(*(column for column in columns if any(column[1:])))]
     text = [markdown(table[0], table[1:]), "Multiply-adds and ms (milliseconds) are for one image."]
     if measured:
@@ -520,30 +584,52 @@ def row_in_paper(run: Mapping[str, Any]) -> str | None:
     return ":".join(map(str, [run["config"]["method"], *run["differs"].get("units", [])]))
 
 
-def paper_table(table: tables.Table, runs: Iterable[Mapping[str, Any]]) -> str:
-    """A table as in the paper, with our accuracies beside the paper's; "" if we have none."""
-    found: dict[tuple, dict[str, dict[int, float]]] = {}  # of a cell: by teacher and views
+def paper_table(table: tables.Table, runs: Iterable[Mapping[str, Any]], twice: list[str]) -> str:
+    """A table as in the paper, with our accuracies beside the paper's; "" if we have none.
+
+    twice: gets a sentence for each run whose seed its cell has already.
+    """
+    found: dict[tuple, dict[str, dict[int, Any]]] = {}  # of a cell: by what its runs share, by seed
+    teachers: dict[str, dict[str, str]] = {}  # accuracy of the teachers of each pair, by hash
     for run in runs:
         c, row = run["config"], row_in_paper(run)
-        if row in table.rows and c["dataset"] == table.dataset:
-            views = {n: v for n, v in run["differs"].items() if n in VIEWS}
-            teacher = [f"teacher {run['teacher_sha256'][:8]}"] if c["teacher"] else []
-            which = ", ".join([*teacher, *shown(views)])
-            cell = found.setdefault((row, c["teacher"], c["student"]), {})
-            cell.setdefault(which, {}).setdefault(c["seed"], run["accuracy"])
+        if c["dataset"] != table.dataset or row not in table.rows:
+            continue
+        shared = {"teacher": (run["teacher_sha256"] or "")[:8]}
+        shared |= {n: v for n, v in run["differs"].items() if n in VIEWS}
+        shared["teacher's heads"] = (run.get("teacher_heads_sha256") or "")[:8]
+        shared |= {"data": run["data_sha256"][:8], **(run["used"] or {})}
+        which = json.dumps({n: v for n, v in shared.items() if v != ""})
+        cell = found.setdefault((row, c["teacher"], c["student"]), {}).setdefault(which, {})
+        if (first := cell.setdefault(c["seed"], run)) is not run:
+            twice.append(repeated(run, first))
+        if c["teacher"]:
+            of_pair = teachers.setdefault(f"{c['teacher']}:{c['student']}", {})
+            of_pair[shared["teacher"]] = f"{run['teacher_accuracy']:.2f}"
+
+    def text_of(cell: Mapping[str, Mapping[int, Any]]) -> str:
+        settings = [json.loads(which) for which in cell]
+        texts = []
+        for own, by_seed in zip(settings, cell.values()):
+            differ = {n: v for n, v in own.items() if any(s.get(n) != v for s in settings)}
+            which = f" ({', '.join(shown(differ))})" if differ else ""
+            values = [run["accuracy"] for run in by_seed.values()]
+            texts.append(f"{mean_and_std(values)}, n={len(values)}{which}")
+        return "; ".join(texts)
+
     lines = []
     for row, accuracies in table.paper.items():
         lines.append([row])
         for pair, accuracy in zip(table.pairs, accuracies):
             teacher, student = pair.split(":")
-            alone = {"ce": student, "teacher": teacher}.get(row)
-            key = ("ce", None, alone) if alone else (row, teacher, student)
-            cell = {which: [*by_seed.values()] for which, by_seed in found.get(key, {}).items()}
-            ours = [
-                f"{mean_and_std(values)}, n={len(values)}" + f" ({which})" * (len(cell) > 1)
-                for which, values in cell.items()
-            ]
-            lines[-1].append(f"{'; '.join(ours) or '–'} / {accuracy}")
+            if row == "teacher":
+                used = teachers.get(pair, {})
+                several = len(used) > 1
+                ours = "; ".join(a + f" (teacher {sha})" * several for sha, a in used.items())
+            else:
+                key = ("ce", None, student) if row == "ce" else (row, teacher, student)
+                ours = text_of(found.get(key, {}))
+            lines[-1].append(f"{ours or '–'} / {accuracy}")
     header = ["ours / the paper's", *(pair.replace(":", " → ") for pair in table.pairs)]
     return f"## {table.title}\n\n{markdown(header, lines)}" if found else ""
 
@@ -588,18 +674,16 @@ def draw(folder: Path, groups: Sequence[Group]) -> Iterator[str]:
 
 
 def draw_curves(axis: Any, group: Group) -> None:
-    """Test accuracy over epochs, mean and range over seeds, of the best rows of three methods."""
-    best: dict[str, Row] = {}
-    for row in sorted(group.rows, key=lambda row: row.method not in COLORS):
-        best[row.method] = max(best.get(row.method, row), row, key=Row.mean)
-    for i, row in enumerate([*best.values()][:3]):
+    """Test accuracy over epochs, mean and range over seeds, of the best row of three methods."""
+    best = sorted(best_rows(group.rows).values(), key=lambda row: row.method not in COLORS)
+    for i, row in enumerate(best[:3]):
         curves = row.values("curve")
         epochs = [epoch for epoch in curves[0] if all(epoch in curve for curve in curves)]
         values = [[curve[epoch] for curve in curves] for epoch in epochs]
         means, low, high = ([f(v) for v in values] for f in (statistics.mean, min, max))
         color = COLORS.get(row.method, f"C{i + 2}")
         marker = "o" if len(epochs) < 12 else None
-        label = f"{row.name}, n={len(curves)}"
+        label = textwrap.fill(f"{row.name}, n={len(curves)}", 2 * LABEL)
         axis.plot(epochs, means, color=color, marker=marker, markersize=3, label=label)
         axis.fill_between(epochs, low, high, color=color, alpha=0.2)
         axis.vlines(epochs[-1], low[-1], high[-1], color=color)  # the area of one epoch is empty

@@ -126,6 +126,7 @@ VIEW_ROWS = [
     (PAIR_A, [f"kd{EQUAL}{stored}:subset=20000" for stored in (STORED[0], STORED[2])], 3),
 ]
 STUDIES = {"small": SMALL_ROWS, "views": VIEW_ROWS}
+MINUTES = {"small": 14, "views": 6}  # of a run, the mean of the records in results/
 PRIMARY_SEEDS = 10
 PRIMARY = [  # a claim about pair A, and the two rows of their order in it
     ("MHKD (pretrained) above KD, both 1/1", "mhkd" + BEST, "kd" + EQUAL),
@@ -229,6 +230,11 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         raise UsageError(mhkd_config.foreign_option(name, others[-1].method))
     if len({config.teacher for config in others if config.teacher_weights}) > 1:
         raise UsageError("--teacher-weights is for one teacher: select its pairs with --pairs")
+    for name in fields.keys() & {"teacher_seed", "teacher_init"} if {*tables} & {*STUDIES} else ():
+        flag = mhkd_config.flag_of(name)
+        raise UsageError(
+            f"{flag} is not for a study, whose teacher is fixed: use --teacher-weights"
+        )
     if (path := fields.get("teacher_weights")) and not Path(path).is_file():
         raise UsageError(f"there is no checkpoint '{path}'")
     teachers = [c for i, c in enumerate(teachers) if c not in teachers[:i]]
@@ -292,9 +298,10 @@ def run(tables: Sequence[str], arguments: Sequence[str]) -> None:
     done, jobs = are_done(configs), given.jobs or (cores if study else 1)
     counts, left = f"{sum(done)} of {len(done)} runs are done", len(done) - sum(done)
     if study:
-        hours, minutes = divmod(math.ceil(left / jobs) * 12, 60)
+        each = max(MINUTES[name] for name in study)
+        hours, minutes = divmod(math.ceil(left / jobs) * each, 60)
         print(f"{left} runs, {jobs} at a time: about {hours} h {minutes} min, if each takes "
-              "12 minutes, the average in the full protocol")  # fmt: skip
+              f"{each} minutes, the average of the published runs")  # fmt: skip
     if given.dry_run:
         for config, finished in zip(configs, done):
             print(f"{'done' if finished else 'todo'}  {command_of(config)}")

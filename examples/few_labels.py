@@ -22,6 +22,7 @@ LONGER = ", as many steps"  # as a row with unlabelled images
 def main(folder: str, picture: str) -> None:
     rows: dict[str, dict[int, dict]] = {}  # runs by seed
     settings: list[tuple] = []  # of each run, which must be the same
+    own: dict[str, set[str]] = {}  # of each row's runs, which must be the same, too
     runs, unusable = mhkd_report.read_runs(folder)
     runs = [run for run in runs if run["config"]["student"].startswith("timm:")]  # no teacher
     if not runs:
@@ -33,9 +34,17 @@ def main(folder: str, picture: str) -> None:
         longer = config["method"] == "ce" and config["epochs"] == 4 * epochs
         name += LONGER if longer else ""
         differs = mhkd_report.recipe_of(run) | {"epochs": epochs if longer else config["epochs"]}
-        settings.append((run["data_sha256"], differs))
-        if settings[-1] != settings[0] or config["seed"] in rows.setdefault(name, {}):
-            sys.exit(f"the runs in '{folder}' differ in EPOCHS or OPTIONS: keep one kind of them")
+        settings.append((run["data_sha256"], differs, config["view_seed"]))
+        hashes = {n: run.get(n) for n in ("teacher_sha256", "teacher_heads_sha256")}
+        hashes["unlabelled"] = run["unlabelled_sha256"]
+        own.setdefault(name, set()).add(json.dumps([config["options"], hashes]))
+        own.setdefault("teacher", set()).update(filter(None, [run["teacher_sha256"]]))
+        repeated = config["seed"] in rows.setdefault(name, {})
+        if settings[-1] != settings[0] or repeated or max(map(len, own.values())) > 1:
+            sys.exit(
+                f"the runs in '{folder}' differ in EPOCHS, OPTIONS or the teacher, or a run is "
+                "there twice: keep one kind of them"
+            )
         rows[name][config["seed"]] = run
     rows = {name: rows[name] for name in sorted(rows, key=lambda name: (WITH in name, name))}
 

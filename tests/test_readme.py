@@ -1,7 +1,10 @@
 """What the README and docs/methods.md show works as it stands there."""
 
+import json
 import os
 import re
+import shutil
+import statistics
 import types
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from conftest import ALONE, ROOT, folder_of, python, run
 
 import mhkd
+import mhkd_report
 
 TEXTS = [
     path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs/methods.md")
@@ -75,3 +79,35 @@ def test_the_table_of_the_study_with_few_labels_is_that_of_its_records(tmp_path)
     assert len(rows) == 8, done.stdout
     text = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
     assert [row for row in rows if f"{row}\n" not in text] == []
+
+
+def test_a_table_of_runs_with_two_teachers_is_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(ROOT / "results/few-labels", tmp_path / "runs")
+    path = next((tmp_path / "runs").glob("*-kd-seed2-*")) / "result.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"teacher_sha256": "0" * 64}))
+    done = python(ROOT / "examples/few_labels.py", tmp_path / "runs", tmp_path / "few.png")
+    assert done.returncode == 1 and "or the teacher" in done.stderr
+
+
+def test_the_tables_of_the_second_study_are_those_of_its_records(tmp_path):
+    folders = [path.parent for path in (ROOT / "results").glob("*/result.json")]
+    for folder in folders:
+        (tmp_path / folder.name).symlink_to(folder)
+    groups = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
+    text = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
+    lines = text.partition("### Results of pair A")[2].partition("\n## ")[0].splitlines()
+    (group,) = [g for g in groups if (g.teacher, g.student) == ("wrn_16_2", "resnet8")]
+    rows = [row for row in group.rows if len(row.runs) == 10]
+    assert len(rows) == 9
+    for row in rows:
+        cells = [mhkd_report.mean_and_std(row.values())]
+        cells.append(f"{statistics.mean(row.values('train_accuracy')):.1f}")
+        for base in filter(None, (group.alone(row), group.kd_of(row))):
+            if values := row.minus(base):
+                mean, _, half = mhkd_report.interval(values)
+                difference = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}], n = 10"
+                cells.append(difference.replace("-", "−"))
+        found = [line for line in (*lines, *TEXTS[0].splitlines()) if cells[0] in line]
+        assert [line for line in found if all(f"| {cell} |" in line for cell in cells)], cells

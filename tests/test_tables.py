@@ -183,6 +183,7 @@ def test_a_table_is_narrowed_and_takes_options_for_the_methods_that_have_them(ca
         (["table1", "--epoch", "9"], "no option --epoch: did you mean --epochs"),
         (["small", "--seeds", "10"], "no run is left"),
         (["small", "--seeds", "a"], "--seeds"),
+        (["small", "--teacher-seed", "5"], "--teacher-seed is not for a study"),
         (["table1", "--methods", "kd", "--negatives", "9"], "option of --method crd, not of kd"),
         (["table1", "--method=kd"], "takes --methods, not --method"),
         (["table1", "--teacher-weights", "t.pt"], "for one teacher"),
@@ -685,7 +686,8 @@ def test_a_teachers_run_makes_no_group_and_a_network_alone_does(tmp_path, report
     groups = ["cifar100: wrn_40_2 → wrn_16_2", "cifar100: vgg8 alone"]
     assert [part for part in parts if part.startswith("cifar100")] == groups
     assert rows_of(parts[groups[1]])["student alone"] == ["60.00", "270.00", "1"]
-    assert "'003' is not compared: another run has its row and seed" in parts["Not used"]
+    assert parts["Not used"].count("is not compared") == 1
+    assert "'003' is not compared: its settings and seed are those of '002'" in parts["Not used"]
 
 
 def test_the_papers_tables_have_our_figures_beside_its_own(tmp_path, report):
@@ -698,7 +700,8 @@ def test_the_papers_tables_have_our_figures_beside_its_own(tmp_path, report):
     one, two = (rows_of(parts[tables.TABLES[name].title]) for name in ("table1", "table2"))
     assert one["kd"] == ["74.87 (0.81), n=3 / 74.92", *(f"– / {x}" for x in KD)]
     assert one["mhkd"][0] == "75.38, n=1 / 75.28(0.26)"
-    assert (one["teacher"][0], one["ce"][0]) == ("75.50, n=1 / 75.61", "– / 73.26")
+    # The teacher of the runs, not a mean of networks alone.
+    assert (one["teacher"][0], one["ce"][0]) == ("75.00 / 75.61", "– / 73.26")
     assert two["mhkd:2"][0] == "75.01, n=1 / 75.16(0.15)" and two["mhkd:1"][0][0] == "–"
     assert not any("SVHN" in heading for heading in parts)
 
@@ -903,6 +906,104 @@ def test_the_claims_of_the_study_are_decided_by_the_intervals_of_its_protocol(tm
     low, high = stats.t.interval(0.95, 9, sum(gain) / 10, stats.sem(gain))
     best = secondary[f"resnet8: best mhkd ({three}) above best kd (kd, {weights})"]
     assert best[0] == "10" and best[1].endswith(f" [{low:+.2f}, {high:+.2f}]")
+
+
+def test_the_best_row_is_one_of_those_with_the_most_seeds(tmp_path, report):
+    equal = "kd" + tables.EQUAL
+    accuracies = {equal: [33.0, 33.1, 33.2], "mhkd" + tables.BEST: [34.0, 34.2, 34.1]}
+    study(tmp_path, accuracies | {"mhkd:head_ce=0" + tables.BEST: [39.0]})
+    rows = rows_of(report()["Claims of the second study"])
+    (best,) = [name for name in rows if "best mhkd" in name]
+    assert "head_ce" not in best and rows[best][0] == "3"
+    (group,) = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
+    assert {len(row.runs) for row in mhkd_report.best_rows(group.rows).values()} == {3}
+
+
+def test_claims_name_the_teacher_if_there_are_several(tmp_path, report):
+    for teacher, accuracy in ((b"t", 35.0), (b"u", 31.0)):
+        for seed in range(10):
+            for row, value in (("kd", 33.0), ("mhkd", accuracy + 0.1 * seed)):
+                row += tables.EQUAL
+                config = tables.config_of(tables.PAIR_A, row, seed, tables.STUDY_STUDENT)
+                record(tmp_path, value, taught_by=teacher, **config.arguments())
+    rows = rows_of(report()["Claims of the second study"])
+    for teacher, verdict in ((b"t", "supported"), (b"u", "contradicted")):
+        sha256 = hashlib.sha256(teacher).hexdigest()[:8]
+        claim = f"primary: MHKD (scratch) above KD, both 1/1 (teacher {sha256})"
+        assert rows[claim][2] == verdict
+
+
+def test_claims_count_only_seeds_device_and_loss_of_the_protocol(tmp_path, report):
+    where = [
+        {"environments": [{"data": "d", **place}]}
+        for place in (
+            {"device": "cpu", "loss": "reference"},
+            {"device": "cuda"},
+            {"loss": "fused (CPU avx2)"},
+        )
+    ]
+    for row, gain in (("kd", 0.0), ("mhkd", 1.0)):
+        row += tables.EQUAL
+        for seed, more in [(s, where[0]) for s in (*range(7), *range(100, 110))] + [
+            (7, where[1]),
+            (8, where[2]),
+        ]:
+            config = tables.config_of(tables.PAIR_A, row, seed, tables.STUDY_STUDENT)
+            record(tmp_path, 33.0 + gain + seed % 2, **config.arguments(), more=more)
+    rows = rows_of(report()["Claims of the second study"])
+    assert rows["primary: MHKD (scratch) above KD, both 1/1"][::2] == ["7", "incomplete"]
+
+
+def test_what_rows_do_not_show_is_said_below_the_table(tmp_path, report):
+    places = [{"hardware": "A", "torch": "2.14.1"}, {"hardware": "B", "torch": "2.14.1"}]
+    for seed, place in enumerate(places):
+        for method in ("ce", "kd"):
+            more = {"environments": [{"data": "d", **place}], "method_code_sha256": "1" * 64}
+            more["init_sha256"] = f"{seed}{method if seed else ''}"
+            teacher = PAIR["teacher"] if method == "kd" else None
+            who = {"teacher": teacher, "student": "wrn_16_2", "method": method, "seed": seed}
+            record(tmp_path, 50.0, **who, more=more)
+    part = report()["cifar100: wrn_40_2 → wrn_16_2"]
+    assert "Not the same in all runs: hardware (A, B).\n" in part
+    assert "Not paired: with seed 1 the initial weights differ." in part
+
+
+def test_a_difference_from_another_row_than_expected_names_it(tmp_path, report):
+    record(tmp_path, 40.0, **PAIR, method="ce", view_seed=7)
+    record(tmp_path, 45.0, **PAIR, method="kd", teacher_store="float32")
+    record(tmp_path, 47.0, **PAIR, method="kd", teacher_store="float16")
+    record(tmp_path, 48.0, **PAIR, method="mhkd", teacher_store="float16",
+        options={"teacher_heads": "pretrained"})  # fmt: skip
+    rows = rows_of(report()["cifar100: wrn_40_2 → wrn_16_2"])
+    kd = "kd, view_seed 0, teacher_store float32"
+    # Rows of kd have no row of kd to compare with; float16 is compared with float16.
+    assert rows[kd][3:] == ["+5.00, n=1 (minus student alone, view_seed 7)", ""]
+    (mhkd_row,) = [cells for name, cells in rows.items() if name.startswith("mhkd")]
+    assert mhkd_row[4] == "+1.00, n=1"
+
+
+def test_settings_that_differ_little_are_rows_of_their_own(tmp_path, report):
+    for seed, tau in enumerate((4.0000001, 4.0000002)):
+        record(tmp_path, 50.0, **PAIR, method="kd", seed=seed, options={"tau": tau})
+    rows = rows_of(report()["cifar100: wrn_40_2 → wrn_16_2"])
+    assert {"kd, tau 4.0000001", "kd, tau 4.0000002"} < rows.keys()
+
+
+def test_the_papers_tables_average_no_runs_of_other_data_or_normalisation(tmp_path, report):
+    for data, accuracy, mean in (("d", 73.0, 0.4), ("e", 60.0, 0.4), ("e", 50.0, 0.5)):
+        used = {"normalisation": {"mean": [mean] * 3, "std": [0.25] * 3}}
+        record(tmp_path, accuracy, **PAIR, method="kd", data=data, more=used)
+    cell = rows_of(report()[tables.TABLES["table1"].title])["kd"][0]
+    assert [part.partition(",")[0] for part in cell.split("; ")] == ["73.00", "60.00", "50.00"]
+    assert "data dddddddd" in cell and "mean 0.5,0.5,0.5" in cell
+
+
+def test_the_networks_of_two_recipes_are_two_lines_that_say_so(tmp_path, report):
+    for epochs in (3, 60):
+        record(tmp_path, 33.0, student="vgg8", method="ce", epochs=epochs)
+    lines = [line for line in report()["Networks"].splitlines() if "vgg8" in line]
+    assert ["epochs 3," in line for line in lines] == [True, False]
+    assert ["epochs 60," in line for line in lines] == [False, True]
 
 
 def test_claims_need_runs_of_the_study_and_count_the_seeds_so_far(tmp_path, report):
