@@ -493,28 +493,25 @@ class FeatureExtractor(nn.Module):
         self.units = dict(units if isinstance(units, Mapping) else enumerate(units, 1))
         self.output, self.uses_penultimate = output, False
         modules = {name: module for name, module in model.named_modules() if name}
-        for name in (*self.units.values(), *([classifier] if classifier else [])):
+        of_unit = layout if isinstance(layout, Mapping) else dict.fromkeys(modules, layout)
+        for name in (*self.units.values(), *([classifier] if classifier else []), *of_unit):
             check_name("submodule", name, modules)
         if example_input is None:
             first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
-            example_input = torch.randn(2, first.in_channels if first else 3, 32, 32)
+            channels = first.in_channels if first else 0  # 0 in lazy layers, too
+            example_input = torch.randn(2, channels or 3, 32, 32)
         result, seen = run_once(model, example_input)
-        self._logits(result)  # raises an error if these are no logits
+        logits = self._logits(result)
+        if (logits >= 0).all() and (logits.sum(dim=1) - 1).abs().max() < 1e-3:
+            raise UsageError(
+                "the network returns probabilities, whose sum is 1, not logits: give "
+                "output=lambda p: p.log(), or remove its softmax"
+            )
         self.shapes = {}
-        of_unit = layout if isinstance(layout, Mapping) else dict.fromkeys(modules, layout)
         self.layouts = {n: of_unit.get(n) or "channels_first" for n in self.units.values()}
         for unit, name in self.units.items():
-            feature = self._feature(name, seen)
-            if feature.dim() == 4 and not of_unit.get(name):
-                height, width = getattr(example_input, "shape", (0, 0))[-2:]  # (0, 0): any shape
-                first, last = feature.shape[2:], feature.shape[1:3]
-                # A map has the ratio of the input's sides, up to the rounding of its own.
-                off = [abs(a * width - b * height) for a, b in (last, first)]
-                if off[0] < min(height, width) <= off[1]:
-                    raise UsageError(
-                        f"the submodule '{name}' returns {shape_of(feature)}, which looks like "
-                        'channels last: give layout="channels_last" or layout="channels_first"'
-                    )
+            feature = self._feature(name, seen, len(logits))
+            check_layout(feature, of_unit.get(name), name, example_input)
             self.shapes[unit] = tuple(as_map(feature, self.layouts[name], name).shape[1:])
         ran = ((name, modules[name]) for name, _, _ in seen)
         linear = [n for n, m in ran if isinstance(m, nn.Linear) and m.out_features == num_classes]
@@ -527,19 +524,22 @@ class FeatureExtractor(nn.Module):
         result, K = self.output(result) if self.output else result, self.num_classes
         if not isinstance(result, Tensor) or result.dim() != 2 or result.shape[1] != K:
             raise UsageError(
-                f"the network returns {shape_of(result)}, not logits [B, {K}]: if these are inside "
-                "of something else, give output=, a function that extracts them"
+                f"the network returns {shape_of(result)}, not logits [B, {K}]: check num_classes; "
+                "if they are inside of something else, give output=, a function that extracts them"
             )
         return result
 
-    def _feature(self, name: str, seen: list[tuple]) -> Tensor:
+    def _feature(self, name: str, seen: list[tuple], images: int) -> Tensor:
         runs = [out for other, _, out in seen if other == name]
         if len(runs) != 1:
-            times = "did not run" if not runs else f"ran {len(runs)} times"
-            raise UsageError(f"the submodule '{name}' {times} in this forward pass, not once")
+            what = f"the submodule '{name}' must run once in a forward pass"
+            raise UsageError(f"{what}, and it ran {len(runs)} times")
         if not isinstance(runs[0], Tensor) or runs[0].dim() not in (3, 4):
             got = shape_of(runs[0])
             raise UsageError(f"the submodule '{name}' returns {got}, not a feature [B, C, H, W]")
+        if len(runs[0]) != images:
+            got = shape_of(runs[0])
+            raise UsageError(f"the submodule '{name}' returns {got} for {images} images")
         return runs[0]
 
     def train(self, mode: bool = True) -> FeatureExtractor:
@@ -557,10 +557,7 @@ class FeatureExtractor(nn.Module):
             result, seen = watch(self.model, modules, *inputs, **keywords)
         logits, features = self._logits(result), {}
         for unit, name in self.units.items():
-            feature = self._feature(name, seen)
-            if len(feature) != len(logits):
-                got = shape_of(feature)
-                raise UsageError(f"the submodule '{name}' returns {got} for {len(logits)} images")
+            feature = self._feature(name, seen, len(logits))
             features[unit] = as_map(feature, self.layouts[name], name)
         of_classifier = [args for other, args, _ in seen if other == self.classifier and args]
         penultimate = of_classifier[-1][0] if of_classifier else None
@@ -579,7 +576,10 @@ class FeatureExtractor(nn.Module):
     def _check_gradients(self, outputs: Mapping[str, Tensor]) -> None:
         """Without a gradient the heads would be trained, but not the network."""
         if not any(p.requires_grad for p in self.model.parameters()):
-            raise UsageError("no parameter of the network requires a gradient: give frozen=True")
+            raise UsageError(
+                "no parameter of the network requires a gradient: give frozen=True if it is a "
+                "teacher; a student must share no modules with a frozen network"
+            )
         for name, tensor in outputs.items():
             if not tensor.requires_grad:
                 what = f"the output of the submodule '{name}'" if name else "the network's output"
@@ -608,8 +608,8 @@ class MultiHead(FeatureExtractor):
         frozen: keep the network in eval mode and without gradients. The heads still train, until
             freeze_heads() is called.
         width, stride: of the heads, see AuxHead.
-        example_input: an input for one run of a copy in the constructor. Default: random normal
-            numbers [2, C, 32, 32].
+        example_input: an input for one run of a copy in the constructor; a tuple for a network
+            with several inputs. Default: random normal numbers [2, C, 32, 32].
         classifier: name of the last linear layer, whose input is the penultimate feature.
             Default: the last linear layer with K outputs that runs.
         layout: of the features: "channels_first" [B, C, H, W], "channels_last" [B, H, W, C], or
@@ -629,7 +629,7 @@ class MultiHead(FeatureExtractor):
         parameter = next(model.parameters(), torch.empty(0))
         self.heads = AuxHeads(self, self.units, width, stride)
         self.heads.to(parameter.device, parameter.dtype)
-        self.heads_frozen = False
+        self.heads_frozen = self.heads_learned = False
 
     def freeze_heads(self) -> MultiHead:
         """Keep the heads as they are: in eval mode, without gradients."""
@@ -656,8 +656,12 @@ class MultiHead(FeatureExtractor):
             raise UsageError(f"no linear layer with {K} outputs ran: name one with classifier=")
         logits = self.heads(outputs)
         mode, learn = self.heads.training, logits[-1].requires_grad
-        trained_here = self.frozen and self.units and not self.heads_frozen
-        if trained_here and mode != learn and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        trained_here = self.frozen and self.units and not self.heads_frozen and not compiling
+        if trained_here and mode and learn:
+            self.heads_learned = True
+        # After some training a test is right to run them in eval mode without gradients.
+        elif trained_here and (mode or learn or not self.heads_learned):
             warnings.warn(
                 "the heads of a frozen network learn if they are in train mode and outside of "
                 f"torch.no_grad(), but they are in {'train' if mode else 'eval'} mode "
@@ -667,10 +671,32 @@ class MultiHead(FeatureExtractor):
         return (logits, outputs.penultimate) if penultimate else logits
 
 
+def check_layout(feature: Tensor, layout: str | None, name: str, example: Any) -> None:
+    """Raise an error or warn if a feature looks as if it had another layout than the given one."""
+    shape = tuple(getattr(example, "shape", (0, 0)))
+    height, width = shape[-2:]  # (0, 0): any shape
+    images = len(shape) == 4 and shape[1] in (1, 3)
+    if layout and layout.startswith("tokens") and images and height != width:
+        raise UsageError(f"the layout '{layout}' is for square images, not {height} x {width}")
+    if feature.dim() == 4 and layout in (None, "channels_last"):
+        # A map has the ratio of the input's sides, up to the rounding of its own.
+        maps = feature.shape[2:], feature.shape[1:3]
+        first, last = (abs(a * width - b * height) for a, b in maps)
+        what, side = f"the submodule '{name}' returns {shape_of(feature)}", min(height, width)
+        if not layout and last < side <= first:
+            raise UsageError(
+                f"{what}, which looks like channels last: "
+                'give layout="channels_last" or layout="channels_first"'
+            )
+        if layout and images and first < side <= last:
+            warnings.warn(f"{what}, which looks like channels first, not last", stacklevel=4)
+
+
 def as_map(feature: Tensor, layout: str, name: str = "") -> Tensor:
     """A feature as a map [B, C, H, W]. layout: see MultiHead. name: of the submodule."""
-    if layout.startswith("tokens") and feature.dim() == 3:
-        tokens = feature[:, int(layout.partition("+")[2] or 0) :]  # [B, H * W, C]
+    others = layout.partition("+")[2] or "0"
+    if layout.startswith("tokens") and feature.dim() == 3 and others.isdigit():
+        tokens = feature[:, int(others) :]  # [B, H * W, C]
         side = math.isqrt(tokens.shape[1])
         if side**2 == tokens.shape[1] > 0:
             return tokens.transpose(1, 2).unflatten(2, (side, side))
@@ -736,9 +762,12 @@ def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
     and state are restored.
     """
     parameter = next(model.parameters(), torch.empty(0))
-    if isinstance(x, Tensor) and not isinstance(parameter, nn.UninitializedParameter):
-        x = x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
     what = f"the network cannot run on an input of shape {shape_of(x)}"
+    inputs = x if isinstance(x, tuple) else (x,)
+    if not isinstance(parameter, nn.UninitializedParameter):
+        kinds = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
+        kinds = [parameter.dtype if kind and kind.is_floating_point else kind for kind in kinds]
+        inputs = [x.to(parameter.device, kind) if kind else x for x, kind in zip(inputs, kinds)]
     modes, state = {module: module.training for module in model.modules()}, None
     try:
         network = copy.deepcopy(model)
@@ -747,7 +776,7 @@ def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
     try:
         with torch.no_grad(), explain(what, "give example_input=, an input that it accepts"):
             modules = {name: module for name, module in network.named_modules() if name}
-            return watch(network.eval(), modules, x)
+            return watch(network.eval(), modules, *inputs)
     finally:
         if state is not None:
             model.load_state_dict(state)
@@ -1360,15 +1389,11 @@ class Distiller(nn.Module):
             if needed and needed[-1] > len(names):
                 raise UsageError(f"the {name} has no unit {needed[-1]}: it has {len(names)}")
             self.units[name] = {unit: names[unit - 1] for unit in needed}
-            try:
+            with self.naming(name):
                 extractors[name] = FeatureExtractor(
                     network, self.units[name], K, frozen=name == "teacher" or on_teacher,
                     example_input=x, layout=layouts,
                 )  # fmt: skip
-            except UsageError as error:  # without the hint for programs
-                what = str(error).partition(": give ")[0].partition(": if these")[0]
-                hint = "wrap it in a function of a FILE.py, or select other units"
-                raise UsageError(f"{name} {getattr(config, name)}: {what}: {hint}") from error
             needy = [n for n, method in methods.items() if name in method.needs_penultimate]
             extractors[name].uses_penultimate = bool(needy)
             if needy and extractors[name].width is None:
@@ -1384,6 +1409,16 @@ class Distiller(nn.Module):
             self.methods[-1].teacher_heads.load_state_dict(heads)
         self.to(data.device, memory_format=memory_format(data.device))
         self.store: Any = None  # of the teacher's outputs
+
+    @contextlib.contextmanager
+    def naming(self, role: str) -> Iterator[None]:
+        """Errors name the network, and have no hints for programs."""
+        try:
+            yield
+        except UsageError as error:
+            what = str(error).partition(": give ")[0].partition(": check num_classes")[0]
+            hint = "wrap it in a function of a FILE.py, or select other units"
+            raise UsageError(f"{role} {getattr(self.config, role)}: {what}: {hint}") from error
 
     @property
     def teacher(self) -> FeatureExtractor | None:
@@ -1434,11 +1469,14 @@ class Distiller(nn.Module):
 
     def observe(self, network: FeatureExtractor, images: Tensor) -> Outputs:
         """A network's outputs, computed in the precision of the run, for losses in float32."""
-        with autocast(self.config, images.device):
+        role = "teacher" if network is self.teacher else "student"
+        with autocast(self.config, images.device), self.naming(role):
             outputs = network(images)
         return outputs.float() if self.config.precision == "bfloat16" else outputs
 
     def backward(self, terms: dict[str, Tensor]) -> None:
+        if not any(term.requires_grad for term in terms.values()):
+            raise UsageError("no term of the loss has a gradient: give one a weight above 0")
         student = [p for p in self.student.parameters() if p.requires_grad]
         others = [p for p in self.methods.parameters() if p.requires_grad]
         special = [m for m in self.methods if type(m).backward is not Method.backward]
@@ -1465,6 +1503,16 @@ class Distiller(nn.Module):
                 f"of {c.student} in its state dict, not in buffers with persistent=False; with "
                 "--method lsh its classifier must be a plain nn.Linear"
             )
+
+    def check_trained(self, parameters: list[Tensor]) -> None:
+        """Raise an error if the optimizer does not have all parameters."""
+        known = {id(p) for p in parameters}
+        for name, p in self.named_parameters():
+            if p.requires_grad and id(p) not in known:
+                raise UsageError(
+                    f"the parameter '{name}' was created after the optimizer and is not trained: "
+                    "create it in the method's __init__"
+                )
 
     def plain_state(self, student: nn.Module | None = None) -> dict[str, Any]:
         """The state dict of the plain student, or of an average of it, on the CPU."""
@@ -1567,7 +1615,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             run.restore(state, records.environment(config, device))
             runs.check_processes(distiller, len(run.log))
             begin = f"continues after epoch {len(run.log)} of" if run.log else "starts:"
-            log(f"'{folder}' {begin} {config.epochs} epochs on {device}")
+            size = f"images of {data.size} x {data.size} pixels"
+            log(f"'{folder}' {begin} {config.epochs} epochs on {device}, {size}")
             if config.teacher_store:
                 distiller.store = teachers.open_store(config, data, distiller, record)
             if not run.log:
@@ -1582,6 +1631,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             if config.tensorboard:
                 run.show_in_tensorboard()
             N = len(data.train)
+            names: list[str] = []  # of the metrics
             bar = progress_bar(config.epochs * N, config.student, len(run.log) * N)
             for epoch in range(len(run.log) + 1, config.epochs + 1):
                 started = time.perf_counter()
@@ -1604,13 +1654,18 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     if config.ema:
                         average.update_parameters(distiller.student.model)
                     steps.append(torch.stack(list(metrics.values())))
+                    names = names or [*metrics]
+                    if names != [*metrics]:
+                        text = f"{', '.join(metrics)} after {', '.join(names)}"
+                        raise UsageError(f"the metrics differ between steps: {text}")
                     if epoch == 1 and len(steps) == 1:
                         distiller.check_saved(images[:2])
+                        distiller.check_trained(parameters)
                     # means_of() raises the error. Elsewhere reading the loss waits for the device.
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break
                     bar.update(len(labels) * world_size())
-                entry = {"epoch": epoch, "lr": lr, **means_of(steps, metrics, parameters, epoch)}
+                entry = {"epoch": epoch, "lr": lr, **means_of(steps, names, parameters, epoch)}
                 seconds = time.perf_counter() - started  # without the tests
                 entry["images_per_second"] = round(len(data.train) / seconds, 1)
                 for name in ("test", "val") if len(data.val) else ("test",):

@@ -197,6 +197,9 @@ class Config:
 
     def __post_init__(self) -> None:
         check_name("data set", self.dataset, DATASETS)
+        for name in ("student_units", "teacher_units"):
+            if isinstance(names := getattr(self, name), str):
+                setattr(self, name, words(names))
         methods = find_methods(self.method)
         self.method = "+".join(methods)
         if not self.student:
@@ -257,6 +260,8 @@ class Config:
         rules = {n: facts["option"] for n, facts in FIELDS.items()} | declared
         for name, option in rules.items():
             value = values[name]
+            if option.parse is int and isinstance(value, float):
+                raise UsageError(f"{flag_of(name)} must be a whole number, not {value}")
             if option.rule and value is not None and not option.rule[0](value):
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 raise UsageError(f"{flag_of(name)} must be {option.rule[1]}, not {shown}")
@@ -410,6 +415,9 @@ def method_options(methods: Mapping[str, type[Method]]) -> dict[str, Option]:
             if found.setdefault(key, option) is not option:
                 what = f"--method {name} has an option {key}"
                 raise UsageError(f"{what}, which another method has, too: rename it")
+    for key in found.keys() & FIELDS.keys():
+        raise UsageError(f"--method {'+'.join(methods)} has an option {key}, the name of a setting "
+                         "of all methods: rename it")  # fmt: skip
     return found
 
 

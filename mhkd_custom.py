@@ -251,7 +251,11 @@ def find_units(
             f"the {role} or a part of it is traced or compiled, so that its submodules cannot be "
             "observed: use the network as it was before torch.jit or torch.compile, or --method kd"
         )
-    _, seen = mhkd.run_once(model, images)
+    try:
+        _, seen = mhkd.run_once(model, images)
+    except UsageError as error:
+        what = f"{role} {network}: {str(error).partition(': give ')[0]}"
+        raise UsageError(f"{what}: wrap it in a function of a FILE.py") from error
     prefix = [n for n in [getattr(model, "num_prefix_tokens", None)] if isinstance(n, int)]  # timm
     runs = Counter(name for name, _, _ in seen if name not in opaque)
     for name in names or ():

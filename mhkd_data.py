@@ -157,6 +157,11 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     """
     dataset = DATASETS[config.dataset]
     images_at, labels, count, classes, *facts = dataset.load(config)
+    labels, classes = torch.as_tensor(labels), [str(name) for name in classes]
+    if labels.dim() != 1 or labels.is_floating_point() or not 0 <= count <= len(labels):
+        kind = f"{labels.dtype} labels of shape {list(labels.shape)} and {count} training images"
+        raise UsageError(f"{config.dataset} has {kind}: give integers [N], and at most N images")
+    labels = labels.long()
     end = len(labels) - int((labels == UNLABELLED).sum())  # of the labelled images
     if (labels[:end] == UNLABELLED).any():
         raise UsageError(f"the unlabelled images of {config.dataset} must be the last ones")
@@ -168,11 +173,11 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         parts.append(indices[:most].sort().values)
     chosen = torch.cat([parts[0], count + parts[1], torch.arange(end, len(labels))]).tolist()
     count, end = len(parts[0]), len(parts[0]) + len(parts[1])
-    images, labels = images_at(chosen), labels[chosen]
-    S, M = config.image_size, images.shape[1]
-    if images.dtype != torch.uint8 or images.shape[1:] != (M, M, 3):
-        kind = f"{images.dtype} {list(images.shape)}"
-        raise UsageError(f"the images of {config.dataset} are {kind}, not uint8 [n, M, M, 3]")
+    images, labels = torch.as_tensor(images_at(chosen)), labels[chosen]
+    S, N, M = config.image_size, len(chosen), (*images.shape, 0, 0)[1]
+    if images.dtype != torch.uint8 or images.shape != (N, M, M, 3):
+        kind = f"{images.dtype} {list(images.shape)} for {N} indices"
+        raise UsageError(f"the images of {config.dataset} are {kind}, not uint8 [{N}, M, M, 3]")
     if dataset.mapped and not (M == S or M > S >= mhkd.RESIZED_CROP_FROM):
         raise UsageError(f"the images of {config.dataset} have {M} pixels: use --image-size {M}")
     if len(labels) and not UNLABELLED <= labels.min() <= labels.max() < len(classes):
@@ -188,7 +193,7 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     fixed = torch.Generator().manual_seed(0)
     for label in range(len(classes)):
         of_class = (labels[:count] == label).nonzero()[:, 0]
-        number = round(config.val_fraction * len(of_class))
+        number = min(round(config.val_fraction * len(of_class)), max(0, len(of_class) - 1))
         held_out.append(of_class[torch.randperm(len(of_class), generator=fixed)[:number]])
     train, test = torch.arange(count), torch.arange(count, end)
     val = torch.cat(held_out).sort().values
@@ -205,6 +210,11 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     if len(train) < 2 or not len(test) or config.val_fraction and not len(val):
         counts = f"{len(train)} training, {len(val)} validation and {len(test)} test images"
         raise UsageError(f"{config.dataset} has {counts}: more are needed")
+    for part, indices in (("training", train), ("validation", val)):
+        number = torch.bincount(labels[indices], minlength=len(classes))
+        if len(indices) and (without := [c for c, n in zip(classes, number) if not n]):
+            some = ", ".join(without[:5] + ["..."] * (len(without) > 5))
+            log(f"note: {len(without)} classes have no {part} images: {some}")
     mean, std = normalisation(config) or measure(images, train)
     if config.teacher and config.student_init == "pretrained":
         usual = sibling("mhkd_custom").library_weights(config.student)
@@ -267,6 +277,9 @@ def measure(images: Tensor, indices: Tensor) -> tuple[tuple[float, ...], tuple[f
     for part in indices.split(100):
         for channel, pixels in enumerate(images[part].unbind(dim=3)):
             count[channel] += torch.bincount(pixels.flatten(), minlength=256)
+    if (count > 0).sum() == 3:
+        what = "all pixels of the training images are the same, if transparent, black"
+        log(f"note: {what}: check the images, and give them an opaque background")
     value = torch.arange(256, dtype=torch.float64) / 255
     fraction = count / count.sum(dim=1, keepdim=True)
     mean = fraction @ value

@@ -68,7 +68,7 @@ class Deployed(nn.Module):
         pil = import_optional("PIL.Image", "pillow", "preprocess")
         S, M = self.image_size, self.resize
         if isinstance(image, (str, os.PathLike)):
-            content = mhkd_images.decode_one(pil, Path(image), M)
+            content = mhkd_images.decode_one(pil, Path(image), M, "give an image file")
         elif isinstance(image, pil.Image):
             with explain("the image cannot be used", "convert it to RGB"):
                 content = mhkd_images.prepare(image, M).tobytes()

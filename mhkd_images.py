@@ -108,14 +108,20 @@ def find_parts(root: Path, left_out: dict[str, list[Path]]) -> Split:
     """The images of train/<class>/ and test/<class>/. Raises OSError."""
     others = [root / name for name in ("test", "val", "valid") if (root / name).is_dir()]
     parts, names = [root / "train", (others or [root / "test"])[0]], []
-    left_out["folders that are not used"] = others[1:]
     for part in parts:
         if not part.is_dir():
+            check_part_names(root)
             raise UsageError(
                 f"there is no folder '{part}': --data must contain train/ and test/, or folders of "
                 "classes, which --test-fraction 0.2 divides"
             )
         names.append(class_names(part, left_out))
+    used = {*parts, root / "unlabelled"}
+    left_out["folders that are not used"] = [
+        entry for entry in root.iterdir()
+        if entry.is_dir() and entry not in used and entry.name not in SYSTEM_FOLDERS
+        and not entry.name.startswith(".")
+    ]  # fmt: skip
     classes = names[0]
     if "unlabelled" in classes:
         raise UsageError(
@@ -140,7 +146,9 @@ def divide(root: Path, fraction: float, left_out: dict[str, list[Path]]) -> Spli
         if (root / name).is_dir():
             what = f"--test-fraction is for folders of classes, and '{root / name}' exists"
             raise UsageError(f"{what}: leave it out")
-    if not root.is_dir():
+    if root.is_dir():
+        check_part_names(root)
+    else:
         raise UsageError(f"there is no folder '{root}', which --data names")
     classes = [name for name in class_names(root, left_out) if name != "unlabelled"]
     folders, train, test = [root / name for name in classes] * 2, [], []
@@ -155,6 +163,19 @@ def divide(root: Path, fraction: float, left_out: dict[str, list[Path]]) -> Spli
         test += [(file, len(classes) + i) for file in sorted(files[:number])]
         train += [(file, i) for file in sorted(files[number:])]
     return classes, folders, train + test
+
+
+PART_NAMES = {"train": "train", "training": "train"}
+PART_NAMES |= dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test")
+
+
+def check_part_names(root: Path) -> None:
+    """Raise an error if folders are named like train/ and test/, but not exactly so."""
+    folders = {path: path.name.lower() for path in sorted(root.glob("*")) if path.is_dir()}
+    like = {path: PART_NAMES[name] for path, name in folders.items() if name in PART_NAMES}
+    if {*like.values()} == {"train", "test"}:
+        renamed = " and ".join(f"'{path}' to '{name}'" for path, name in like.items())
+        raise UsageError(f"'{root}' seems to be divided into parts already: rename {renamed}")
 
 
 def class_names(folder: Path, left_out: dict[str, list[Path]]) -> list[str]:
@@ -276,9 +297,9 @@ def decode(
     return mapped.view(count, side, side, 3), {*unreadable}
 
 
-def decode_one(pil: Any, path: Path, side: int) -> bytes:
+def decode_one(pil: Any, path: Path, side: int, hint: str = "remove it") -> bytes:
     """The pixels of one image file, uint8 [side, side, 3]: see prepare."""
-    with explain(f"the image '{path}' cannot be read", "remove it"):
+    with explain(f"the image '{path}' cannot be read", hint):
         if not path.is_file():
             raise ValueError("it is not a file or is a broken link")
         with pil.open(path) as image:

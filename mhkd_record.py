@@ -127,7 +127,9 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
 
     It follows functions, classes and constants of their own modules and of this project.
     Comments, docstrings, annotations and errors do not count, nor in this project's code strings
-    with spaces and f-strings, which are messages. In a user's code they may be patterns or names.
+    with spaces and f-strings, which are messages. In a user's code they may be patterns or names;
+    there numbers and strings in closures count, too, the statements that assign other objects to
+    the names of a module, and the bytecode of what has no source.
     """
     todo, found = list(roots), {}
     modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
@@ -149,12 +151,20 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
         if is_file:
             trees = [ast.parse(thing.read_text())]
         else:
-            trees = definitions_in(thing.__module__).get(thing.__name__, [])
+            trees = definitions_in(thing.__module__).get(thing.__qualname__, [])
         known = {} if is_file else vars(sys.modules[thing.__module__])
         used = set() if is_file else {*globals_in(thing.__module__).get(thing.__name__, ())}
         for part in around(trees) if known else ():
             used |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
         digest = hashlib.sha256()
+        for function in () if is_file or is_ours(thing.__module__) else functions_of(thing):
+            cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+            with contextlib.suppress(ValueError):  # an empty cell
+                values = [(name, cell.cell_contents) for name, cell in cells]
+                values = [v for v in values if is_plain(v) and not isinstance(v[1], (list, dict))]
+                digest.update(repr(values).encode())
+            if not trees:
+                digest.update(repr(bytecode_of(function.__code__)).encode())
         for place, node in computation_of(trees, is_file or not is_ours(thing.__module__)):
             part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
             digest.update(f"{place} {part}\n".encode())
@@ -171,6 +181,9 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                 todo.append(value)
             elif isinstance(node, ast.Name) and value is not None and is_plain(value):
                 found[node.id] = repr(value)
+            elif isinstance(node, ast.Name) and value is not None and not is_ours(module):
+                assigned = definitions_in(module).get(f"{node.id} =", [])
+                found |= {f"{module}.{node.id}": str([ast.dump(part) for part in assigned])}
         found[name] = digest.hexdigest()
     return found
 
@@ -218,14 +231,41 @@ def around(definitions: Iterable[ast.AST]) -> Iterator[ast.AST]:
             yield from filter(None, [*node.args.defaults, *node.args.kw_defaults])
 
 
+def functions_of(thing: Any) -> list[types.FunctionType]:
+    """A function, or the functions of a class."""
+    parts = vars(thing).values() if isinstance(thing, type) else [thing]
+    functions = [getattr(part, "__func__", part) for part in parts]
+    return [function for function in functions if isinstance(function, types.FunctionType)]
+
+
+def bytecode_of(code: types.CodeType) -> list[Any]:
+    constants = [bytecode_of(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    return [code.co_code.hex(), code.co_names, constants]
+
+
 @functools.cache
 def definitions_in(module: str) -> dict[str, list[ast.AST]]:
-    """The syntax trees of a module's classes and functions, also of local ones, by name."""
+    """The syntax trees of a module's classes and functions by qualified name.
+
+    The assignments to a name of the module have the key "name =".
+    """
     found: dict[str, list[ast.AST]] = {}
+
+    def visit(node: ast.AST, inside: str = "") -> None:
+        for part in ast.iter_child_nodes(node):
+            prefix = inside
+            if isinstance(part, (ast.ClassDef, ast.FunctionDef)):
+                found.setdefault(inside + part.name, []).append(part)
+                local = ".<locals>." if isinstance(part, ast.FunctionDef) else "."
+                prefix = inside + part.name + local
+            elif isinstance(part, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and not inside:
+                names = [n.id for n in ast.walk(part) if isinstance(n, ast.Name)]
+                for name in names if isinstance(part, ast.Assign) else names[:1]:
+                    found.setdefault(f"{name} =", []).append(part)
+            visit(part, prefix)
+
     with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
-        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                found.setdefault(node.name, []).append(node)
+        visit(ast.parse(inspect.getsource(sys.modules[module])))
     return found
 
 

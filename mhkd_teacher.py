@@ -59,8 +59,15 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
         accuracy = mhkd_runs.read_json(Path(path).with_name("result.json"), "accuracy")["accuracy"]
     mhkd.log(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
     chance = 100 / len(data.classes)
-    if accuracy < min(2 * chance, chance + 10):
-        mhkd.log("note: this is near chance: check the order of the classes, --mean and --std")
+    largest = 100 * data.labels[data.test].bincount().max().item() / len(data.test)
+    if accuracy < min(2 * chance, chance + 10) or accuracy <= largest:
+        what = f"near chance, or not above the {largest:.2f} % of the largest class"
+        mhkd.log(f"note: this is {what}: check the order of the classes, --mean and --std")
+    beside = mhkd_runs.read_json(Path(path).with_name("result.json"), "config") or {"config": {}}
+    held_out = beside["config"].get("val_fraction", config.val_fraction)
+    if held_out != config.val_fraction:
+        what = f"the teacher was trained with --val-fraction {held_out:g}"
+        mhkd.log(f"note: {what}, so it may have seen validation images of its student")
     without = dict.fromkeys(("teacher", "teacher_weights", "unlabelled"))
     alone = config.replace(method="ce", options={}, **without)
     result = (

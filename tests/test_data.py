@@ -439,17 +439,34 @@ def test_transparent_pixels_are_black_whatever_colour_they_hide(folder):
     assert (image[:, :16] == 0).all() and (image[:, 16:] == 200).all()
 
 
+@pytest.mark.parametrize("names", [("Train", "Val"), ("training", "validation")])
+def test_parts_with_other_names_are_not_taken_for_classes(names, folder):
+    for old, new in zip(("train", "val"), names):
+        (folder / old).rename(folder / f"{new}_")  # macOS ignores the case
+        (folder / f"{new}_").rename(folder / new)
+    for options in ({}, {"test_fraction": 0.2}):
+        with pytest.raises(mhkd.UsageError, match=f"rename '.*{names[0]}' to 'train' and"):
+            of_folder(folder, **options)
+
+
+def test_folders_beside_the_parts_that_are_not_used_are_named(folder, capsys):
+    save_image(folder / "unlabeled" / "a.png", pixels(32, 32, 3))
+    of_folder(folder)
+    assert "1 folders that are not used (unlabeled)" in capsys.readouterr().out
+
+
 def test_a_test_folder_is_taken_rather_than_a_val_folder(folder):
     for name, colour in (("cat", 10), ("dog", 20)):
         save_image(folder / "test" / name / "x.png", np.full((40, 40, 3), colour, np.uint8))
     assert np.unique(images_of(of_folder(folder), "test")).tolist() == [10, 20]
 
 
-def test_images_of_one_colour_can_be_normalised(folder):
+def test_images_of_one_colour_can_be_normalised_and_are_noted(folder, capsys):
     for path in folder.rglob("*.*"):
         save_image(path, np.full((32, 32, 3), 90, np.uint8))
     data = of_folder(folder)
     assert data.center_crop(data.train).isfinite().all()
+    assert "all pixels of the training images are the same" in capsys.readouterr().out
 
 
 def test_an_epoch_from_a_mapping_has_every_image_once_with_its_label(folder):
@@ -633,18 +650,54 @@ BYTES = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("images, settings, message", [
-    (torch.rand(8, 28, 28, 3), {}, r"torch.float32 \[8, 28, 28, 3\], not uint8 \[n, M, M, 3\]"),
+    (torch.rand(8, 28, 28, 3), {}, r"32 \[8, 28, 28, 3\] for 8 indices, not uint8 \[8, M, M, 3\]"),
     (BYTES[:, :, :24], {}, r"uint8 \[8, 32, 24, 3\]"), (BYTES[..., 0], {}, r"\[8, 32, 32\]"),
     (BYTES[:, :24, :24], {"mapped": True}, "24 pixels: use --image-size 24"),
     (BYTES[:0], {}, "mine has 0 training, 0 validation and 0 test images: more"),
     (BYTES, {"labels": [0, 1, 2, 2, 0, 1, 2, 3]}, "labels from 0 to 3 for 3 classes"),
     (BYTES, {"labels": [0, 1, 2, 2, 0, 1, 2, -2]}, "labels from -2 to 2"),
+    (BYTES, {"labels": [0.0, 1, 2, 2, 0, 1, 2, 2]}, "float32 labels of shape .8.*give integers"),
+    (BYTES, {"labels": [[0]] * 8}, r"labels of shape \[8, 1\]"),
     (BYTES, {"statistics": ((125.3, 123.0, 114.0), (63.0, 62.0, 66.0))}, "wrong mean .*0 to 1"),
 ])  # fmt: skip
 def test_what_a_data_set_gives_is_checked(images, settings, message, tmp_path, monkeypatch):
     own(monkeypatch, images, **settings)
     with pytest.raises(mhkd.UsageError, match=message):
         load(tmp_path, "mine", batch_size=2)
+
+
+def test_a_data_set_that_ignores_the_indices_is_refused(tmp_path, monkeypatch):
+    source = lambda config: (lambda indices: BYTES, torch.arange(8) % 3, 6, list("abc"))  # noqa: E731
+    monkeypatch.setitem(mhkd.DATASETS, "mine", mhkd.DataSet(source))
+    assert len(load(tmp_path, "mine", batch_size=2).train) == 6
+    with pytest.raises(mhkd.UsageError, match="for 5 indices, not uint8 .5, M, M, 3"):
+        load(tmp_path, "mine", batch_size=2, subset=3)
+
+
+def test_arrays_of_numpy_and_names_of_any_kind_are_a_data_set(tmp_path, monkeypatch):
+    source = lambda config: (  # noqa: E731
+        lambda indices: BYTES.numpy()[indices],
+        np.arange(8, dtype=np.int32) % 3,
+        6,
+        np.arange(3),
+    )
+    monkeypatch.setitem(mhkd.DATASETS, "mine", mhkd.DataSet(source))
+    data = load(tmp_path, "mine", batch_size=2)
+    assert data.classes == ["0", "1", "2"] and data.labels.dtype == torch.int64
+
+
+def test_classes_without_training_or_validation_images_are_named(tmp_path, monkeypatch, capsys):
+    labels = torch.tensor([0] * 20 + [1] * 20 + [2] + [0, 1, 2])
+    images = torch.zeros(len(labels), 32, 32, 3, dtype=torch.uint8)
+    source = lambda config: (lambda i: images[i], labels, 41, ["cat", "dog", "eel"])  # noqa: E731
+    monkeypatch.setitem(mhkd.DATASETS, "mine", mhkd.DataSet(source))
+    data = load(tmp_path, "mine", val_fraction=0.6, batch_size=2)
+    # The only image of a class is used for training.
+    assert data.train_labels.bincount().tolist() == [8, 8, 1]
+    assert "note: 1 classes have no validation images: eel" in capsys.readouterr().out
+    labels[40] = 0
+    load(tmp_path, "mine", batch_size=2)
+    assert "note: 1 classes have no training images: eel" in capsys.readouterr().out
 
 
 def test_data_that_were_loaded_with_other_settings_are_refused(tmp_path, capsys):

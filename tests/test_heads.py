@@ -77,6 +77,12 @@ def test_heads_of_a_frozen_network_that_do_not_learn_are_warned_of(how):
             network(X)
 
 
+def test_heads_that_have_never_learned_are_warned_of_in_eval_mode_without_gradients():
+    network = small(frozen=True).eval()
+    with torch.no_grad(), pytest.warns(UserWarning, match="call freeze_heads"):
+        network(X)  # as is usual for a teacher of plain distillation
+
+
 def equal(found, wanted):
     return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted))
 
@@ -341,8 +347,8 @@ def test_a_text_network_works_with_no_units_and_its_integers_stay_integers(dtype
     ((["layer4"], 5), "no submodule 'layer4'.*unit.*relu.*twice"),
     ((["relu6"], 5), "did you mean relu"),
     (([""], 5), "no submodule ''"),
-    ((["twice"], 5), "'twice' ran 2 times"),
-    ((["spare"], 5), "'spare' did not run"),
+    ((["twice"], 5), "'twice' must run once in a forward pass, and it ran 2 times"),
+    ((["spare"], 5), "'spare' must run once in a forward pass, and it ran 0 times"),
     ((["flat"], 5), r"'flat' returns \(2, 6\), not a feature"),
     ((["unit"], 7), r"\(2, 5\), not logits \[B, 7\]"),
     (("unit", 5), r"\['unit'\]"),
@@ -353,6 +359,60 @@ def test_units_that_cannot_carry_a_head_are_refused_and_leave_no_trace(arguments
     with pytest.raises(mhkd.UsageError, match=message):
         mhkd.MultiHead(plain, *arguments)
     assert not hooked(plain) and plain.training
+
+
+def test_probabilities_are_refused_and_an_output_function_helps():
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.LazyLinear(5), nn.Softmax(dim=1))
+    network(X)
+    with pytest.raises(mhkd.UsageError, match="probabilities.*output=lambda"):
+        mhkd.MultiHead(network, ["0"], 5, example_input=X)
+    multihead = mhkd.MultiHead(network, ["0"], 5, example_input=X, output=torch.log)
+    assert torch.equal(multihead(X)[0], network(X).log())
+
+
+def test_a_layout_that_contradicts_the_map_or_names_no_submodule_is_not_silent():
+    network = Small().to(memory_format=torch.channels_last)
+    with pytest.warns(UserWarning, match="looks like channels first, not last"):
+        mhkd.MultiHead(network, ["unit"], 5, layout="channels_last")
+    with pytest.raises(mhkd.UsageError, match="no submodule 'uni'"):
+        mhkd.MultiHead(network, ["unit"], 5, layout={"uni": "channels_last"})
+    tokens = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.Flatten(2), nn.AdaptiveAvgPool1d(16))
+    tokens = nn.Sequential(tokens, nn.Flatten(), nn.Linear(96, 5))
+    with pytest.raises(mhkd.UsageError, match="for square images, not 16 x 64"):
+        mhkd.MultiHead(tokens, ["0"], 5, layout="tokens+0", example_input=images(2, 3, 16, 64))
+    with pytest.raises(mhkd.UsageError, match="does not fit the layout 'tokens.x'"):
+        mhkd.MultiHead(tokens, ["0"], 5, layout="tokens+x", example_input=images(2, 3, 32, 32))
+
+
+def test_a_feature_must_have_a_row_for_each_image_also_in_the_constructor():
+    class Sequence(nn.Module):  # [length, batch, channels]
+        def __init__(self):
+            super().__init__()
+            self.layer, self.fc = nn.Linear(3, 6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.fc(self.layer(x.flatten(2).permute(2, 0, 1)).mean(dim=0))
+
+    with pytest.raises(mhkd.UsageError, match="'layer' returns .16, 2, 6. for 2 images"):
+        mhkd.MultiHead(
+            Sequence(), ["layer"], 5, layout="tokens+0", example_input=images(2, 3, 4, 4)
+        )
+
+
+def test_a_network_of_two_inputs_takes_a_tuple_as_example():
+    class Two(Small):
+        def forward(self, x, scale):
+            return super().forward(x * scale)
+
+    plain = Two().eval()
+    network = mhkd.MultiHead(plain, ["unit"], 5, example_input=(X, torch.ones(()))).eval()
+    assert torch.equal(network(X, 2)[0], plain(X, 2)) and network.shapes == {1: (6, 8, 8)}
+
+
+def test_a_lazy_network_needs_no_example():
+    network = nn.Sequential(nn.LazyConv2d(6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network.append(nn.LazyLinear(5))
+    assert mhkd.MultiHead(network, ["0"], 5).shapes == {1: (6, 30, 30)}
 
 
 class InTraining(nn.Module):

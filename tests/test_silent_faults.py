@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import shutil
 import warnings
 
@@ -16,6 +17,7 @@ import mhkd_baselines
 import mhkd_custom
 import mhkd_record
 import mhkd_runs
+import mhkd_teacher
 
 pytest.importorskip("sklearn")
 
@@ -231,6 +233,51 @@ def test_the_hash_of_a_users_method_covers_its_base_class_and_what_it_imports(
     assert mhkd_record.code_hashes(config)["method_code_sha256"] != before
 
 
+USERS = """
+from torch import nn
+import mhkd
+criterion = nn.MSELoss()
+
+def made(weight):
+    class Made(mhkd.Method):
+        def own_terms(self, batch):
+            return {"made": weight * criterion(batch.student.logits, batch.teacher.logits)}
+    return Made
+
+def other():
+    class Made(mhkd.Method):
+        def own_terms(self, batch):
+            return {"made": 0 * batch.student.logits.sum()}
+    return Made
+"""
+
+
+def test_the_hash_of_a_users_method_covers_closures_and_objects_of_its_module(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def hashes(name, text=USERS):
+        (tmp_path / f"{name}.py").write_text(text)
+        module = importlib.import_module(name)
+        kinds = module.made(0.5), module.made(1.0), module.other()
+        parts = [mhkd_record.parts_of_code([kind]).values() for kind in kinds]
+        return [json.dumps(sorted(values)) for values in parts]
+
+    first, *others = hashes("users_a")
+    assert len({first, *others}) == 3 and hashes("users_b", f"# a comment\n{USERS}")[0] == first
+    assert hashes("users_c", USERS.replace("MSELoss()", "L1Loss()"))[0] != first
+
+
+def test_the_hash_of_a_method_without_source_covers_its_bytecode():
+    lines = ["import mhkd, mhkd_record", "for text in ('0.5', '1.0', '1.0'):"]
+    lines += ["  exec('class Mine(mhkd.Method):\\n  def own_terms(self, batch): return ' + text)"]
+    lines += ["  print(mhkd_record.code_sha256([Mine]))"]
+    done = python("-", input="\n".join(lines), cwd=ROOT)
+    first, second, third = done.stdout.split()
+    assert first != second == third
+
+
 def test_a_finished_run_is_not_that_of_other_weights_or_units(tmp_path, failing, monkeypatch):
     file, out = network_file(tmp_path), tmp_path / "out"
     path, weights = tmp_path / "net.py", tmp_path / "w.pt"
@@ -299,6 +346,30 @@ def test_weights_of_another_network_with_the_same_entries_give_a_note(teacher, t
     data = mhkd.load_data(mhkd.Config(student="resnet8", method="ce", dataset="digits"))
     check("net.py:relu", "t.pt", content, data)  # the file has moved
     assert not capsys.readouterr().out
+
+
+def test_a_teacher_that_knows_only_the_largest_class_gives_a_note(teacher, tmp_path, capsys):
+    content = torch.load(teacher, weights_only=True)
+    for tensor in content["model"].values():
+        tensor.zero_()
+    torch.save(content, tmp_path / "zero.pt")
+    config = mhkd.Config(
+        "resnet14", "resnet8", method="kd", dataset="digits", device="cpu",
+        teacher_weights=str(tmp_path / "zero.pt"), out=str(tmp_path),
+    )  # fmt: skip
+    data = mhkd.load_data(config)
+    zeros, others = ((data.labels[data.test] == 0) == of for of in (True, False))
+    data.test = torch.cat([data.test[zeros], data.test[others][:20]])  # most are of class 0
+    mhkd_teacher.find_teacher(config, data)
+    assert "not above the 65.52 % of the largest class" in capsys.readouterr().out
+
+
+def test_a_teacher_that_may_have_seen_the_validation_images_gives_a_note(teacher, tmp_path, capsys):
+    options = [*PAIR, "--method", "kd", "--teacher-weights", teacher]
+    assert run(tmp_path, *options) == 0
+    assert "validation" not in capsys.readouterr().out
+    assert run(tmp_path, *options, "--val-fraction", "0.3") == 0
+    assert "was trained with --val-fraction 0, so it may have seen" in capsys.readouterr().out
 
 
 def test_a_teacher_near_chance_or_below_the_student_alone_gives_a_note(teacher, tmp_path, capsys):
@@ -650,3 +721,49 @@ def test_a_teacher_outside_no_grad_is_warned_of_if_its_final_logits_require_a_gr
         warnings.simplefilter("error")
         mhkd.mhkd_loss(z, [z[0].detach(), z[1]], y)  # heads learn from their cross-entropy
         mhkd.mhkd_loss(z, z, y, teacher_ce=[False, True])
+
+
+def test_metrics_that_differ_between_steps_are_refused(tmp_path, failing, monkeypatch):
+    class Odd(mhkd.Distillation):
+        def own_terms(self, batch):
+            self.step = getattr(self, "step", 0) + 1
+            batch.metrics["even" if self.step % 2 else "odd"] = batch.student.logits.sum()
+            return {}
+
+    monkeypatch.setitem(mhkd.METHODS, "odd", Odd)
+    assert "the metrics differ between steps" in failing(tmp_path, *PAIR, "--method", "odd")
+
+
+def test_parameters_that_are_created_too_late_are_refused(tmp_path, failing, monkeypatch):
+    class Late(mhkd.Distillation):
+        def prepare(self, of_teacher):
+            self.layer = nn.Linear(10, 10)
+
+        def own_terms(self, batch):
+            return {"late": self.layer(batch.student.logits).square().mean()}
+
+    monkeypatch.setitem(mhkd.METHODS, "late", Late)
+    error = failing(tmp_path, *PAIR, "--method", "late")
+    assert "'methods.0.layer.weight' was created after the optimizer" in error
+
+
+def test_a_loss_of_weight_zero_is_a_sentence(tmp_path, failing):
+    options = ["--method", "kd", "--gamma", "0", "--kd-weight", "0"]
+    assert "no term of the loss has a gradient" in failing(tmp_path, *PAIR, *options)
+
+
+def test_an_option_with_the_name_of_a_setting_is_refused(monkeypatch):
+    class Own(mhkd.Distillation):
+        options = {"lr": mhkd.Option(1.0, "weight")}
+
+    monkeypatch.setitem(mhkd.METHODS, "own", Own)
+    with pytest.raises(mhkd.UsageError, match="an option lr, the name of a setting"):
+        mhkd.Config("resnet14", "resnet8", method="own")
+
+
+def test_numbers_that_must_be_whole_and_units_in_a_string():
+    for settings in ({"epochs": 1.5}, {"batch_size": 8.0}, {"options": {"head_width": 8.5}}):
+        with pytest.raises(mhkd.UsageError, match="must be a whole number"):
+            mhkd.Config("resnet14", "resnet8", **settings)
+    config = mhkd.Config("resnet14", "resnet8", student_units="layer1, layer2,layer3")
+    assert config.student_units == ("layer1", "layer2", "layer3")
