@@ -1523,9 +1523,7 @@ class Distiller(nn.Module):
             state = method.plain(student, state)
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        state = OrderedDict({**state, **tensors})
-        state._metadata = versions
-        return state
+        return sibling("mhkd_runs").with_versions({**state, **tensors}, versions)
 
 
 LOG_ENTRIES = ("loss", "labelled", "train_accuracy", "val_accuracy", "test_accuracy", "epoch", "lr")
@@ -1571,6 +1569,12 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     f"the data were loaded with {name} {value!r}, and the configuration has "
                     f"{getattr(config, name)!r}: load them with this configuration"
                 )
+        if data.settings:
+            used = sibling("mhkd_data").normalisation(config, quiet=True)
+            missing = config.unlabelled and not data.unlabelled_sha256
+            if missing or used not in (None, (data.mean, data.std)):
+                what = "without unlabelled images" if missing else "with another normalisation"
+                raise UsageError(f"the data were loaded {what}: load them with this configuration")
         if data.labelled_fraction < 1 and not takes_unlabelled(config.method):
             data = data.labelled()
         if (B := config.batch_size) > len(data.train):  # also of a teacher that is trained first
@@ -1639,7 +1643,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 distiller.train()
                 if distiller.store:  # a view: one augmentation of every image
                     distiller.store.open((epoch - 1) % config.views)
-                steps = []  # metrics stay on the device: the host waits once per epoch
+                steps, sizes = [], []  # metrics stay on the device: the host waits once per epoch
                 for images, labels, indices in epoch_batches(data, config, epoch):
                     lr = learning_rate(config, epoch - 1 + len(steps) * config.batch_size / N, N)
                     for group in optimizer.param_groups:
@@ -1654,6 +1658,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     if config.ema:
                         average.update_parameters(distiller.student.model)
                     steps.append(torch.stack(list(metrics.values())))
+                    sizes.append(len(labels))
                     names = names or [*metrics]
                     if names != [*metrics]:
                         text = f"{', '.join(metrics)} after {', '.join(names)}"
@@ -1665,7 +1670,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break
                     bar.update(len(labels) * world_size())
-                entry = {"epoch": epoch, "lr": lr, **means_of(steps, names, parameters, epoch)}
+                entry = {"epoch": epoch, "lr": lr}
+                entry |= means_of(steps, sizes, names, parameters, epoch)
                 seconds = time.perf_counter() - started  # without the tests
                 entry["images_per_second"] = round(len(data.train) / seconds, 1)
                 for name in ("test", "val") if len(data.val) else ("test",):
@@ -1752,13 +1758,13 @@ def set_seed(seed: int) -> None:
 
 
 def means_of(
-    steps: list[Tensor], names: Iterable[str], parameters: list[Tensor], epoch: int
+    steps: list[Tensor], sizes: list[int], names: list[str], parameters: list[Tensor], epoch: int
 ) -> dict[str, float]:
-    """Means over an epoch's steps and all processes. They and the weights must be finite.
+    """Means over the images of an epoch. They and the weights must be finite.
 
-    The training accuracy becomes that of the labelled images.
+    steps: the metrics of each step. sizes: numbers of images. Cross-entropies, whose names begin
+    with "ce", are weighted by the labelled images; the training accuracy becomes that of these.
     """
-    names = list(names)
     metrics = average_over_processes(torch.stack(steps)).cpu().double()  # [steps, metrics]
     bad = (~metrics.isfinite()).nonzero()
     if len(bad):
@@ -1772,10 +1778,17 @@ def means_of(
         raise UsageError(
             f"the weights are not finite in epoch {epoch}, after its last step: try a lower --lr"
         )
-    means = dict(zip(names, metrics.mean(dim=0).tolist()))
-    labelled = means.pop("labelled") or 1
-    counts = {name for name in means if name.startswith("train_accuracy")}
-    return {name: mean / labelled if name in counts else mean for name, mean in means.items()}
+    images = torch.tensor(sizes, dtype=torch.float64)
+    labelled = metrics[:, names.index("labelled")]
+    means = {}
+    for name, values in zip(names, metrics.T):
+        if name.startswith("train_accuracy"):
+            values, of = values / labelled.clamp(min=1), labelled
+        else:
+            of = labelled if name.split("_")[0] == "ce" else images
+        if name != "labelled":
+            means[name] = ((values * of).sum() / of.sum().clamp(min=1)).item()
+    return means
 
 
 @torch.no_grad()

@@ -243,7 +243,8 @@ class Config:
                 options = [{**m.options, **m.final_options} for m in METHODS.values()]
                 known = sorted({*FIELDS}.union(*options))
                 check_name(f"setting for the recipe of {self.dataset} named", name, known)
-            if name in FIELDS and FIELDS[name]["option"].default is not None:
+            one_default = name in FIELDS and FIELDS[name]["option"].default is not None
+            if one_default or name.startswith("teacher") or name in ("view_seed", "units"):
                 raise UsageError(
                     f"the recipe of the data set {self.dataset} cannot contain {name}, which has "
                     f"one default for all data sets: give {flag_of(name)} for each run"
@@ -386,7 +387,8 @@ def scaled(steps: Sequence[int], factor: float) -> tuple[int, ...]:
     """Milestones for another number of epochs. Those that would coincide are an epoch apart."""
     found: list[int] = []
     for step in steps:
-        found.append(max(round(step * factor), found[-1] + 1 if found else 0))
+        lowest = found[-1] + 1 if found else min(step, 1)  # not before the first epoch
+        found.append(max(round(step * factor), lowest))
     return tuple(found)
 
 

@@ -241,22 +241,28 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     ).to(torch.device(device))  # fmt: skip
 
 
-def normalisation(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def normalisation(
+    config: Config, quiet: bool = False
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and std: given, else of the teacher's file or pretrained weights, else of the data set.
 
-    None if the data set has none, too: then they are measured.
+    None if the data set has none, too: then they are measured. quiet: without a note.
     """
     known = DATASETS[config.dataset].statistics
     if config.mean:
         return tuple(config.mean), tuple(config.std)
-    if path := config.teacher_weights:
+    first = "teacher" if config.teacher else "student"
+    init = getattr(config, f"{first}_init")
+    path = config.teacher_weights or init.removeprefix("file:")
+    if config.teacher_weights or init.startswith("file:"):
         content = mhkd_runs.load_file(Path(path))
         if isinstance(content, dict) and content.keys() >= {"model", "mean", "std"}:
             return checked_statistics(content["mean"], content["std"], f"'{path}'")
         shown = "mean {} and std {}".format(*known) if known else "that of the training images"
-        log(f"note: '{path}' has no normalisation, {shown} is assumed; else give --mean and --std")
-    first = "teacher" if config.teacher else "student"
-    if getattr(config, f"{first}_init") == "pretrained":
+        if not quiet:
+            text = f"'{path}' has no normalisation, {shown} is assumed"
+            log(f"note: {text}; else give --mean and --std")
+    if init == "pretrained":
         if of_library := sibling("mhkd_custom").library_weights(getattr(config, first)):
             return of_library[:2]
     return checked_statistics(*known, f"the data set {config.dataset}") if known else None

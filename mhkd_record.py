@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import datetime
 import functools
 import hashlib
@@ -348,8 +349,10 @@ class Best:
 
     def update(self, entry: Mapping[str, Any], student: dict[str, Any]) -> None:
         if entry["val_accuracy"] > self.accuracy:
-            student = {n: t.clone() if isinstance(t, Tensor) else t for n, t in student.items()}
-            self.accuracy, self.epoch, self.student = entry["val_accuracy"], entry["epoch"], student
+            self.accuracy, self.epoch = entry["val_accuracy"], entry["epoch"]
+            self.student = copy.copy(student)  # with _metadata, the versions of the modules
+            for name, t in student.items():
+                self.student[name] = t.clone() if isinstance(t, Tensor) else t
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -273,10 +274,21 @@ def read_state(path: str | Path, names: Iterable[str]) -> dict[str, Tensor]:
     ):
         raise RunError(f"'{path}' holds no state dict: save {{'model': network.state_dict()}}")
     if {*content}.isdisjoint(names):
+        versions = getattr(content, "_metadata", None) or {}
         content = {name: tensor for name, tensor in content.items() if name != "n_averaged"}
         for prefix in ("module.", "_orig_mod.", "model.", "net."):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+            # Names of modules end before the dot; "" is the network.
+            versions = {f"{n}.".removeprefix(prefix)[:-1]: v for n, v in versions.items()}
+        content = with_versions(content, versions)
     return content
+
+
+def with_versions(state: Mapping[str, Any], versions: Any) -> dict[str, Any]:
+    """A state dict with the versions of the modules, which some layers need to be loaded."""
+    state = OrderedDict(state)
+    state._metadata = versions
+    return state
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -313,7 +325,8 @@ def load_state(
         if a != b and not (new_classes and new_classifier):
             raise RunError(f"{what}: '{key}' is {a} in the file, {b} in the network")
     fitting = {key: tensor for key, tensor in state.items() if theirs.get(key) == ours.get(key)}
-    model.load_state_dict(fitting, strict=False)
+    versions = getattr(state, "_metadata", None)
+    model.load_state_dict(with_versions(fitting, versions), strict=False)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -426,10 +426,13 @@ def test_unlabelled_images_of_a_data_set_must_be_the_last_ones(tmp_path, monkeyp
 
 
 def test_a_recipe_with_a_setting_that_has_one_default_for_all_data_is_refused(monkeypatch):
-    kind = mhkd_data.DataSet(mhkd_data.from_digits, {"epochs": 7, "augment": "trivial"})
-    monkeypatch.setitem(mhkd_data.DATASETS, "mine", kind)
-    with pytest.raises(mhkd.UsageError, match="recipe of the data set mine cannot contain augment"):
-        mhkd.Config(student="resnet8", method="ce", dataset="mine")
+    others = {"augment": "trivial", "teacher_store": "float32", "view_seed": 3}
+    for name, value in (others | {"units": (1, 2), "teacher_heads": "pretrained"}).items():
+        kind = mhkd_data.DataSet(mhkd_data.from_digits, {"epochs": 7, name: value})
+        monkeypatch.setitem(mhkd_data.DATASETS, "mine", kind)
+        message = f"recipe of the data set mine cannot contain {name}"
+        with pytest.raises(mhkd.UsageError, match=message):
+            mhkd.Config("resnet14", "resnet8", method="mhkd", dataset="mine")
 
 
 def test_transparent_pixels_are_black_whatever_colour_they_hide(folder):

@@ -556,6 +556,38 @@ def test_versions_of_modules_are_saved_with_a_student(tmp_path):
     mhkd_runs.load_weights(mhkd.build_model(name, 10), tmp_path / "student.pt")
 
 
+VERSIONED = """
+from torch import nn
+
+class Layer(nn.Linear):
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, versions, *rest):
+        if versions.get("version", 1) < 2:  # of before, when weights had the other sign
+            state[prefix + "weight"] = -state[prefix + "weight"]
+        super()._load_from_state_dict(state, prefix, versions, *rest)
+
+def build(num_classes):
+    return nn.Sequential(nn.Flatten(), Layer(3 * 16 * 16, 8), nn.Linear(8, num_classes))
+"""
+
+
+def test_versions_of_modules_are_kept_in_every_way_of_saving_and_loading(tmp_path):
+    (tmp_path / "net.py").write_text(VERSIONED)
+    name, weights = f"{tmp_path / 'net.py'}:build", tmp_path / "w.pt"
+    options = ["--student", name, "--val-fraction", "0.2", "--keep", "best"]
+    assert run(tmp_path / "out", *ALONE, *options) == 0
+    (result,) = (tmp_path / "out").glob("*/result.json")
+    result = read(result)
+    assert result["accuracy"] == result["test_accuracy_at_best_val_epoch"]
+    network = mhkd.build_model(name, 10)
+    wrapped = nn.DataParallel(network).state_dict()
+    for classes, state in ((10, network.state_dict()), (10, wrapped), (7, network.state_dict())):
+        torch.save(state, weights)
+        loaded = mhkd.build_model(name, classes, f"file:{weights}")
+        assert torch.equal(loaded[1].weight, network[1].weight)
+
+
 class OfTokens(nn.Module):
     """A classifier of each token, whose mean over the tokens are the logits."""
 
@@ -767,3 +799,36 @@ def test_numbers_that_must_be_whole_and_units_in_a_string():
             mhkd.Config("resnet14", "resnet8", **settings)
     config = mhkd.Config("resnet14", "resnet8", student_units="layer1, layer2,layer3")
     assert config.student_units == ("layer1", "layer2", "layer3")
+
+
+def test_milestones_of_a_shorter_run_are_not_before_its_first_epoch():
+    config = mhkd.Config(
+        "resnet14", "resnet8", dataset="digits", epochs=30, lr_steps=(1, 20), teacher_epochs=10,
+        options={"teacher_heads": "pretrained"},
+    )  # fmt: skip
+    assert config.of_teacher().lr_steps == config.of_heads("t.pt").lr_steps == (1, 7)
+
+
+def test_data_of_another_normalisation_or_without_the_unlabelled_images_are_refused(
+    teacher, tmp_path
+):
+    content, out = torch.load(teacher, weights_only=True), {"out": str(tmp_path)}
+    torch.save(content | {"mean": [0.9] * 3, "std": [0.05] * 3}, tmp_path / "other.pt")
+    settings = {"dataset": "digits", "method": "kd", "device": "cpu", "subset": 100, "epochs": 1}
+    of_a, of_b = (
+        mhkd.Config("resnet14", "resnet8", **settings, **out, teacher_weights=str(path))
+        for path in (teacher, tmp_path / "other.pt")
+    )
+    with pytest.raises(mhkd.UsageError, match="loaded with another normalisation"):
+        mhkd.train(of_b, mhkd.load_data(of_a))
+    assert mhkd.train(of_b, mhkd.load_data(of_b))["epochs"] == 1
+
+
+def test_initial_weights_from_a_student_file_bring_their_normalisation(teacher, tmp_path):
+    content = torch.load(teacher, weights_only=True)
+    torch.save(content | {"mean": [0.9] * 3, "std": [0.05] * 3}, tmp_path / "s.pt")
+    init = f"file:{tmp_path / 's.pt'}"
+    settings = {"student": "resnet14", "method": "ce", "dataset": "digits", "student_init": init}
+    assert mhkd.load_data(mhkd.Config(**settings)).mean == (0.9,) * 3
+    given = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert mhkd.load_data(mhkd.Config(**settings, **given)).mean == (0.5,) * 3

@@ -198,16 +198,19 @@ def test_methods_train_with_batches_that_have_few_labels_or_none(method, parted)
     data = load(parted, method=method)
     options = config(parted, method=method)
     distiller = mhkd.Distiller(options, data, mhkd.build_model("resnet14", 2)).train()
-    steps, right, labelled = [], 0, 0
+    steps, sizes, right, labelled, ce = [], [], 0, 0, 0
     for images, labels, indices in mhkd.epoch_batches(data, options, 1):
         labels[:3] = mhkd.UNLABELLED
         terms, metrics = distiller(images, labels, indices)
         assert all(term.isfinite() for term in terms.values())
         distiller.backward(terms)
         steps.append(torch.stack(list(metrics.values())))
+        sizes.append(len(labels))
         right += metrics["train_accuracy"] / 100
         labelled += (labels >= 0).sum()
-    means = mhkd.means_of(steps, metrics, [], 1)
+        ce += metrics.get("ce_0", torch.zeros(())) * (labels >= 0).sum()
+    means = mhkd.means_of(steps, sizes, [*metrics], [], 1)
+    assert means.get("ce_0", 0) == pytest.approx(ce.item() / labelled.item())
     assert means["train_accuracy"] == pytest.approx(100 * right.item() / labelled.item())
     assert all(p.grad.isfinite().all() for p in distiller.student.parameters())
 
