@@ -280,7 +280,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 (Sandler et al. 2018) at half width, with the benchmark's strides and ReLU."""
 
-    # channels, blocks, stride of the first block; the first group, of 8 channels, expands none
+    # channels, blocks, stride of the first block; the first group (8 channels) has expansion 1
     GROUPS = ((12, 2, 1), (16, 3, 2), (32, 4, 2), (48, 3, 1), (80, 3, 2), (160, 1, 1))
 
     def __init__(self, num_classes: int):
@@ -757,9 +757,9 @@ def watch(
 def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
     """watch() all submodules of a copy in eval mode, without gradients.
 
-    A copy, because a run changes some networks: layers that initialise themselves from the first
-    batch, observers of quantisation. A network that cannot be copied is run itself, and its modes
-    and state are restored.
+    A copy is used because a forward pass changes some networks: layers that initialise themselves
+    from the first batch, observers of quantisation. A network that cannot be copied is run itself,
+    and its modes and state are restored.
     """
     parameter = next(model.parameters(), torch.empty(0))
     what = f"the network cannot run on an input of shape {shape_of(x)}"
@@ -815,10 +815,10 @@ def mhkd_loss(
         sum_h w_h (alpha tau^2 KL(p_T || p_S) + (1 - alpha) CE(y, z_S))
             + sum of CE(y, z_T) over the heads with teacher_ce
 
-    p_T and p_S are the softmax of the logits divided by tau. Each term is the mean over the rows
-    that count for it: for KL those whose label is not `ignore_index`, for a cross-entropy those of
-    them whose label is not UNLABELLED. If all rows are ignored, the terms are NaN; if all others
-    are unlabelled, the cross-entropies are 0 and have no gradient. Classes with p_T = 0 contribute
+    p_T and p_S are the softmax of the logits divided by tau. Each term is a mean over rows. KL is
+    averaged over the rows whose label is not `ignore_index`; a cross-entropy also excludes those
+    whose label is UNLABELLED. If all rows are ignored, the terms are NaN; if all others are
+    unlabelled, the cross-entropies are 0 and have no gradient. Classes with p_T = 0 contribute
     0 to the divergence, also if p_S = 0 (masked classes, with logits -inf). A term with coefficient
     0 is left out with its gradients, even if it is infinite or NaN.
 
@@ -1050,8 +1050,8 @@ def _check_tensors(student, teacher, labels) -> None:
 class Option:
     """A setting. rule: a test and a text that says what it requires.
 
-    A default of None is replaced by the value of the recipe if that has one. The recipe: what the
-    data set, the network and the optimizer imply; see the help text.
+    If the default is None, the recipe's value is used. The recipe contains the defaults for the
+    data set, the network and the optimizer; see the help text.
     """
 
     default: Any
@@ -1094,9 +1094,9 @@ class Batch:
 class Method(nn.Module):
     """A way to train the student. A subclass in METHODS is available as Config(method=...).
 
-    The loss is a sum of named terms: the final terms, which joined methods (`a+b`) take from the
-    one with the highest priority (those of mhkd include its heads), and each method's own terms.
-    Most methods define `units` and `own_terms`.
+    The loss is a sum of named terms: the final terms and each method's own terms. If methods are
+    joined (`a+b`), the one with the highest priority computes the final terms; those of mhkd
+    include its heads. Most methods define `units` and `own_terms`.
     The values of the options that a class declares are in `self.options`. See docs/methods.md.
     """
 
@@ -1940,7 +1940,7 @@ def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, ...]:
     """All random numbers for an epoch's images: order [N], crops [N, 2 or 4], flips [N], seeds [N].
 
     The seeds are for --augment. All are drawn on the CPU: they are the same on every device. With a
-    view seed, images keep theirs if others, e.g. unlabelled ones, are added after them.
+    view seed, adding images at the end does not change the numbers of the existing images.
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     order = torch.randperm(size, generator=generator)

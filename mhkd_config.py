@@ -129,8 +129,8 @@ class Config:
         "on colour or shape (trivial: TrivialAugment) or two (rand: RandAugment)", str,
         one_of("crop", "trivial", "rand"))
     mean: Sequence[float] | None = field("data", None, "mean of the channels on the scale 0 to 1, "
-        "for both networks (default: of the teacher's file, of its pretrained weights, without a "
-        "teacher those of the student, else of the data)",
+        "for both networks (default: the first that exists of: that in the teacher's file; of the "
+        "pretrained weights of the teacher, with --method ce of the student; of the data set)",
         numbers, CHANNELS)
     std: Sequence[float] | None = field(
         "data", None, "standard deviation of the channels, with --mean", numbers, STDS)
