@@ -101,7 +101,7 @@ def test_the_plan_of_the_study_is_its_protocol(capsys):
         assert c.options.get("head_width", 64) == 64
         names = ("gamma", "kd_weight", "teacher_heads", "head_ce", "head_stride", "units")
         found.append((c.student, c.method, c.seed, *(c.options.get(name) for name in names)))
-    assert len(found) == len({*found}) == 90 + 25 + 60
+    assert len(found) == len({*found}) == 90 + 25 + 60 + 5
     weights, heads = ((None, None), (1, 1)), ("scratch", "pretrained", "logits")
     factorial = [("kd", *w, None, None, None, None) for w in weights]
     factorial += [("mhkd", *w, h, None, 2, (1, 2, 3)) for w in weights for h in heads]
@@ -111,7 +111,7 @@ def test_the_plan_of_the_study_is_its_protocol(capsys):
     best = ("mhkd", 1, 1, "pretrained")
     others = [(*best, None, 2, (unit,)) for unit in (1, 2, 3)]
     others += [(*best, 0, 2, (1, 2, 3)), (*best, None, 1, (1, 2, 3))]
-    others += [("crd+mhkd", *best[1:], None, 2, (1, 2, 3))]
+    others += [(f"{name}+mhkd", *best[1:], None, 2, (1, 2, 3)) for name in ("crd", "fitnet")]
     for seed, (method, *rest) in itertools.product(range(5), others):
         assert ("resnet8", method, seed, *rest) in found
     assert {row[:3] for row in found[90:115]} == set(
