@@ -494,7 +494,8 @@ class FeatureExtractor(nn.Module):
         self.output, self.uses_penultimate = output, False
         modules = {name: module for name, module in model.named_modules() if name}
         of_unit = layout if isinstance(layout, Mapping) else dict.fromkeys(modules, layout)
-        for name in (*self.units.values(), *([classifier] if classifier else []), *of_unit):
+        of_layout = layout if isinstance(layout, Mapping) else ()
+        for name in (*self.units.values(), *([classifier] if classifier else []), *of_layout):
             check_name("submodule", name, modules)
         if example_input is None:
             first = next((m for m in modules.values() if isinstance(m, nn.Conv2d)), None)
@@ -502,11 +503,13 @@ class FeatureExtractor(nn.Module):
             example_input = torch.randn(2, channels or 3, 32, 32)
         result, seen = run_once(model, example_input)
         logits = self._logits(result)
-        if (logits >= 0).all() and (logits.sum(dim=1) - 1).abs().max() < 1e-3:
-            raise UsageError(
-                "the network returns probabilities, whose sum is 1, not logits: give "
-                "output=lambda p: p.log(), or remove its softmax"
-            )
+        if logits.is_floating_point() and logits.numel() and not logits.is_meta:
+            if (logits >= 0).all() and (logits.float().sum(dim=1) - 1).abs().max() < 0.01:
+                warnings.warn(
+                    "in eval mode the network returns probabilities, whose sum is 1, not logits: "
+                    "remove its softmax, or give output=lambda p: p.clamp(min=1e-12).log()",
+                    stacklevel=3,
+                )
         self.shapes = {}
         self.layouts = {n: of_unit.get(n) or "channels_first" for n in self.units.values()}
         for unit, name in self.units.items():
@@ -577,8 +580,8 @@ class FeatureExtractor(nn.Module):
         """Without a gradient the heads would be trained, but not the network."""
         if not any(p.requires_grad for p in self.model.parameters()):
             raise UsageError(
-                "no parameter of the network requires a gradient: give frozen=True if it is a "
-                "teacher; a student must share no modules with a frozen network"
+                "no parameter of the network requires a gradient: a teacher needs frozen=True, and "
+                "a student must share no modules with a frozen network"
             )
         for name, tensor in outputs.items():
             if not tensor.requires_grad:
@@ -629,7 +632,8 @@ class MultiHead(FeatureExtractor):
         parameter = next(model.parameters(), torch.empty(0))
         self.heads = AuxHeads(self, self.units, width, stride)
         self.heads.to(parameter.device, parameter.dtype)
-        self.heads_frozen = self.heads_learned = False
+        self.heads_frozen = False
+        self.heads_learned = [False]  # a list: replicas share it
 
     def freeze_heads(self) -> MultiHead:
         """Keep the heads as they are: in eval mode, without gradients."""
@@ -656,12 +660,15 @@ class MultiHead(FeatureExtractor):
             raise UsageError(f"no linear layer with {K} outputs ran: name one with classifier=")
         logits = self.heads(outputs)
         mode, learn = self.heads.training, logits[-1].requires_grad
-        compiling = torch.compiler.is_compiling()
-        trained_here = self.frozen and self.units and not self.heads_frozen and not compiling
-        if trained_here and mode and learn:
-            self.heads_learned = True
-        # After some training a test is right to run them in eval mode without gradients.
-        elif trained_here and (mode or learn or not self.heads_learned):
+        trained_here = self.frozen and self.units and not self.heads_frozen
+        if not trained_here or torch.compiler.is_compiling():
+            pass
+        elif mode == learn:
+            self.heads_learned[0] |= mode
+            if not self.heads_learned[0]:
+                for z in logits[1:]:  # mhkd_loss() warns of a student that learns from them
+                    z.never_learned = True
+        else:
             warnings.warn(
                 "the heads of a frozen network learn if they are in train mode and outside of "
                 f"torch.no_grad(), but they are in {'train' if mode else 'eval'} mode "
@@ -673,11 +680,13 @@ class MultiHead(FeatureExtractor):
 
 def check_layout(feature: Tensor, layout: str | None, name: str, example: Any) -> None:
     """Raise an error or warn if a feature looks as if it had another layout than the given one."""
-    shape = tuple(getattr(example, "shape", (0, 0)))
-    height, width = shape[-2:]  # (0, 0): any shape
+    inputs = [x for x in (example if type(example) is tuple else [example]) if hasattr(x, "shape")]
+    shape = next((tuple(x.shape) for x in inputs if len(x.shape) == 4), ())
+    height, width = shape[-2:] or (0, 0)  # (0, 0): any shape
     images = len(shape) == 4 and shape[1] in (1, 3)
     if layout and layout.startswith("tokens") and images and height != width:
-        raise UsageError(f"the layout '{layout}' is for square images, not {height} x {width}")
+        what = f"the layout '{layout}' of '{name}' is for square maps, and the images are"
+        warnings.warn(f"{what} {height} x {width}", stacklevel=4)
     if feature.dim() == 4 and layout in (None, "channels_last"):
         # A map has the ratio of the input's sides, up to the rounding of its own.
         maps = feature.shape[2:], feature.shape[1:3]
@@ -763,7 +772,7 @@ def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
     """
     parameter = next(model.parameters(), torch.empty(0))
     what = f"the network cannot run on an input of shape {shape_of(x)}"
-    inputs = x if isinstance(x, tuple) else (x,)
+    inputs = x if type(x) is tuple else (x,)
     if not isinstance(parameter, nn.UninitializedParameter):
         kinds = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
         kinds = [parameter.dtype if kind and kind.is_floating_point else kind for kind in kinds]
@@ -776,7 +785,12 @@ def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
     try:
         with torch.no_grad(), explain(what, "give example_input=, an input that it accepts"):
             modules = {name: module for name, module in network.named_modules() if name}
-            return watch(network.eval(), modules, *inputs)
+            try:
+                return watch(network.eval(), modules, *inputs)
+            except TypeError:
+                if type(x) is not tuple:
+                    raise
+                return watch(network, modules, x)  # a network whose input is a tuple
     finally:
         if state is not None:
             model.load_state_dict(state)
@@ -857,10 +871,18 @@ def mhkd_loss(
         mhkd_fused.KernelCrash: the fused loss failed on CUDA when it was first tried.
     """
     H = len(student_logits)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and any(getattr(z, "never_learned", False) for z in teacher_logits):
+        if any(z.requires_grad for z in student_logits):
+            warnings.warn(
+                "mhkd_loss: the student learns from heads of the teacher that have never been "
+                "trained: call the teacher in train mode and outside of torch.no_grad(), or "
+                "freeze_heads() if they are trained already", stacklevel=2,
+            )  # fmt: skip
     head_weights = [1.0] + [beta] * (H - 1) if head_weights is None else head_weights
     if teacher_ce is None:
         teacher_ce = [z.requires_grad for z in teacher_logits]
-        if H and teacher_ce[0] and not torch.compiler.is_compiling():
+        if H and teacher_ce[0] and not compiling:
             warnings.warn(
                 "mhkd_loss: the teacher's final logits require a gradient, so that its own "
                 "cross-entropy is a part of the loss: run the teacher under torch.no_grad(), or "
@@ -875,14 +897,14 @@ def mhkd_loss(
         labels = torch.full(z.shape[:-1], UNLABELLED, device=z.device)  # [...]
     fused = _use_fused(backend, labels.device, H)
     # The operator checks shapes faster. If it raises, the check here gives the better message.
-    if not fused or labels.dim() != 1 or torch.compiler.is_compiling():
+    if not fused or labels.dim() != 1 or compiling:
         _check_tensors(student_logits, teacher_logits, labels)
     if labels.dim() != 1:
         labels = labels.reshape(-1)  # [B]
         student_logits = [z.reshape(-1, z.shape[-1]) for z in student_logits]  # [B, K] each
         teacher_logits = [z.reshape(-1, z.shape[-1]) for z in teacher_logits]
     numbers, tensors = [tau, *kl_weights, *ce_weights], []
-    if fused and torch.compiler.is_compiling():  # as numbers, each new value is compiled again
+    if fused and compiling:  # as numbers, each new value is compiled again
         one = torch.ones((), dtype=torch.float64)
         numbers, tensors = [0.0] * len(numbers), [one * number for number in numbers]
     settings = numbers, tensors, list(teacher_ce), ignore_index
@@ -1417,8 +1439,9 @@ class Distiller(nn.Module):
             yield
         except UsageError as error:
             what = str(error).partition(": give ")[0].partition(": check num_classes")[0]
-            hint = "wrap it in a function of a FILE.py, or select other units"
-            raise UsageError(f"{role} {getattr(self.config, role)}: {what}: {hint}") from error
+            hint = ": wrap it in a function of a FILE.py, or select other units"
+            what += hint if what != str(error) else ""
+            raise UsageError(f"{role} {getattr(self.config, role)}: {what}") from error
 
     @property
     def teacher(self) -> FeatureExtractor | None:
@@ -1505,14 +1528,12 @@ class Distiller(nn.Module):
             )
 
     def check_trained(self, parameters: list[Tensor]) -> None:
-        """Raise an error if the optimizer does not have all parameters."""
+        """Log a note if the optimizer does not have all parameters."""
         known = {id(p) for p in parameters}
-        for name, p in self.named_parameters():
-            if p.requires_grad and id(p) not in known:
-                raise UsageError(
-                    f"the parameter '{name}' was created after the optimizer and is not trained: "
-                    "create it in the method's __init__"
-                )
+        named = self.named_parameters()
+        if late := [name for name, p in named if p.requires_grad and id(p) not in known]:
+            what = f"note: not in the optimizer, and so not trained by it, are {', '.join(late)}"
+            log(f"{what}: create or unfreeze them in the method's __init__")
 
     def plain_state(self, student: nn.Module | None = None) -> dict[str, Any]:
         """The state dict of the plain student, or of an average of it, on the CPU."""
@@ -1571,7 +1592,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 )
         if data.settings:
             used = sibling("mhkd_data").normalisation(config, quiet=True)
-            missing = config.unlabelled and not data.unlabelled_sha256
+            folder = config.dataset == "folder" and takes_unlabelled(config.method)
+            folder = folder and Path(config.unlabelled or Path(config.data) / "unlabelled").is_dir()
+            missing = folder and not data.unlabelled_sha256
             if missing or used not in (None, (data.mean, data.std)):
                 what = "without unlabelled images" if missing else "with another normalisation"
                 raise UsageError(f"the data were loaded {what}: load them with this configuration")
@@ -1635,7 +1658,6 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             if config.tensorboard:
                 run.show_in_tensorboard()
             N = len(data.train)
-            names: list[str] = []  # of the metrics
             bar = progress_bar(config.epochs * N, config.student, len(run.log) * N)
             for epoch in range(len(run.log) + 1, config.epochs + 1):
                 started = time.perf_counter()
@@ -1643,7 +1665,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 distiller.train()
                 if distiller.store:  # a view: one augmentation of every image
                     distiller.store.open((epoch - 1) % config.views)
-                steps, sizes = [], []  # metrics stay on the device: the host waits once per epoch
+                # Metrics stay on the device: the host waits once per epoch.
+                steps, sizes, names = [], [], []
                 for images, labels, indices in epoch_batches(data, config, epoch):
                     lr = learning_rate(config, epoch - 1 + len(steps) * config.batch_size / N, N)
                     for group in optimizer.param_groups:
@@ -1657,12 +1680,12 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     optimizer.step()
                     if config.ema:
                         average.update_parameters(distiller.student.model)
-                    steps.append(torch.stack(list(metrics.values())))
-                    sizes.append(len(labels))
                     names = names or [*metrics]
-                    if names != [*metrics]:
+                    if {*names} != metrics.keys():
                         text = f"{', '.join(metrics)} after {', '.join(names)}"
                         raise UsageError(f"the metrics differ between steps: {text}")
+                    steps.append(torch.stack([metrics[name] for name in names]))
+                    sizes.append(len(labels))
                     if epoch == 1 and len(steps) == 1:
                         distiller.check_saved(images[:2])
                         distiller.check_trained(parameters)
@@ -1782,12 +1805,12 @@ def means_of(
     labelled = metrics[:, names.index("labelled")]
     means = {}
     for name, values in zip(names, metrics.T):
+        of = labelled if name.split("_")[0] == "ce" else images
+        total = (values * of).sum() / of.sum().clamp(min=1)
         if name.startswith("train_accuracy"):
-            values, of = values / labelled.clamp(min=1), labelled
-        else:
-            of = labelled if name.split("_")[0] == "ce" else images
+            total = values.sum() / labelled.sum().clamp(min=1)
         if name != "labelled":
-            means[name] = ((values * of).sum() / of.sum().clamp(min=1)).item()
+            means[name] = total.item()
     return means
 
 

@@ -255,7 +255,8 @@ def find_units(
         _, seen = mhkd.run_once(model, images)
     except UsageError as error:
         what = f"{role} {network}: {str(error).partition(': give ')[0]}"
-        raise UsageError(f"{what}: wrap it in a function of a FILE.py") from error
+        hint = "give another --image-size, or wrap it in a function of a FILE.py"
+        raise UsageError(f"{what}: {hint}") from error
     prefix = [n for n in [getattr(model, "num_prefix_tokens", None)] if isinstance(n, int)]  # timm
     runs = Counter(name for name, _, _ in seen if name not in opaque)
     for name in names or ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
@@ -157,7 +158,7 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     """
     dataset = DATASETS[config.dataset]
     images_at, labels, count, classes, *facts = dataset.load(config)
-    labels, classes = torch.as_tensor(labels), [str(name) for name in classes]
+    labels, given, classes = torch.as_tensor(labels), classes, [str(name) for name in classes]
     if labels.dim() != 1 or labels.is_floating_point() or not 0 <= count <= len(labels):
         kind = f"{labels.dtype} labels of shape {list(labels.shape)} and {count} training images"
         raise UsageError(f"{config.dataset} has {kind}: give integers [N], and at most N images")
@@ -201,7 +202,7 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     digests, each = [], []
     for begin, stop in ((0, end), (end, len(labels))):
         pixels = images[begin:stop]
-        digests.append(hashlib.sha256(repr((pixels.shape, classes, count)).encode()))
+        digests.append(hashlib.sha256(repr((pixels.shape, given, count)).encode()))
         digests[-1].update(labels[begin:stop].numpy())
         for part in pixels.split(1000):
             digests[-1].update(part.numpy())
@@ -257,7 +258,8 @@ def normalisation(
     if config.teacher_weights or init.startswith("file:"):
         content = mhkd_runs.load_file(Path(path))
         if isinstance(content, dict) and content.keys() >= {"model", "mean", "std"}:
-            return checked_statistics(content["mean"], content["std"], f"'{path}'")
+            with contextlib.suppress(*[] if config.teacher_weights else [UsageError]):
+                return checked_statistics(content["mean"], content["std"], f"'{path}'")
         shown = "mean {} and std {}".format(*known) if known else "that of the training images"
         if not quiet:
             text = f"'{path}' has no normalisation, {shown} is assumed"

@@ -54,7 +54,8 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
     root, left_out = Path(config.data), defaultdict(list)
     unlabelled = Path(config.unlabelled or root / "unlabelled")
     if config.test_fraction is None:
-        top, (classes, folders, files) = root / "train", find_parts(root, left_out)
+        known = [unlabelled, Path(config.out)]
+        top, (classes, folders, files) = root / "train", find_parts(root, left_out, known)
     else:
         top, (classes, folders, files) = root, divide(root, config.test_fraction, left_out)
     if len(classes) < 2:
@@ -104,24 +105,23 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
 Split = tuple[list[str], list[Path], list[tuple[Path, int]]]
 
 
-def find_parts(root: Path, left_out: dict[str, list[Path]]) -> Split:
-    """The images of train/<class>/ and test/<class>/. Raises OSError."""
+def find_parts(root: Path, left_out: dict[str, list[Path]], known: list[Path]) -> Split:
+    """The images of train/<class>/ and test/<class>/. known: other folders. Raises OSError."""
     others = [root / name for name in ("test", "val", "valid") if (root / name).is_dir()]
     parts, names = [root / "train", (others or [root / "test"])[0]], []
     for part in parts:
         if not part.is_dir():
-            check_part_names(root)
+            check_part_names(root, {"train", "test"})
             raise UsageError(
                 f"there is no folder '{part}': --data must contain train/ and test/, or folders of "
                 "classes, which --test-fraction 0.2 divides"
             )
         names.append(class_names(part, left_out))
-    used = {*parts, root / "unlabelled"}
-    left_out["folders that are not used"] = [
-        entry for entry in root.iterdir()
-        if entry.is_dir() and entry not in used and entry.name not in SYSTEM_FOLDERS
-        and not entry.name.startswith(".")
-    ]  # fmt: skip
+    used = [path for path in (*parts, root / "unlabelled", *known) if path.exists()]
+    entries = (e for e in root.iterdir() if e.is_dir() and e.name not in SYSTEM_FOLDERS)
+    entries = (e for e in entries if not e.name.startswith("."))
+    unused = [e for e in entries if not any(e.samefile(path) for path in used)]
+    left_out["folders that are not used"] = unused
     classes = names[0]
     if "unlabelled" in classes:
         raise UsageError(
@@ -147,7 +147,7 @@ def divide(root: Path, fraction: float, left_out: dict[str, list[Path]]) -> Spli
             what = f"--test-fraction is for folders of classes, and '{root / name}' exists"
             raise UsageError(f"{what}: leave it out")
     if root.is_dir():
-        check_part_names(root)
+        check_part_names(root, {path.name.lower() for path in root.iterdir() if path.is_dir()})
     else:
         raise UsageError(f"there is no folder '{root}', which --data names")
     classes = [name for name in class_names(root, left_out) if name != "unlabelled"]
@@ -169,13 +169,16 @@ PART_NAMES = {"train": "train", "training": "train"}
 PART_NAMES |= dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test")
 
 
-def check_part_names(root: Path) -> None:
-    """Raise an error if folders are named like train/ and test/, but not exactly so."""
-    folders = {path: path.name.lower() for path in sorted(root.glob("*")) if path.is_dir()}
-    like = {path: PART_NAMES[name] for path, name in folders.items() if name in PART_NAMES}
-    if {*like.values()} == {"train", "test"}:
-        renamed = " and ".join(f"'{path}' to '{name}'" for path, name in like.items())
-        raise UsageError(f"'{root}' seems to be divided into parts already: rename {renamed}")
+def check_part_names(root: Path, folders: set[str]) -> None:
+    """Raise an error if all these folders are parts, and some have other names than train, test."""
+    like: dict[str, Path] = {}
+    for path in sorted(root.glob("*")):
+        if path.is_dir() and (name := PART_NAMES.get(path.name.lower())):
+            like.setdefault(name, path)
+    if like.keys() == {"train", "test"} and folders <= PART_NAMES.keys():
+        others = [f"'{path}' to '{name}'" for name, path in like.items() if path.name != name]
+        what = f"'{root}' seems to be divided into parts already"
+        raise UsageError(f"{what}: rename {' and '.join(others)}")
 
 
 def class_names(folder: Path, left_out: dict[str, list[Path]]) -> list[str]:

@@ -133,6 +133,7 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
     the names of a module, and the bytecode of what has no source.
     """
     todo, found = list(roots), {}
+    visited: dict[int, Any] = {}
     modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
     modules |= {mhkd.__name__, "mhkd_images"}  # __main__ in `python mhkd.py`
 
@@ -143,12 +144,18 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
         thing = todo.pop()
         is_file = isinstance(thing, Path)
         # `python mhkd.py` has the classes of mhkd in __main__.
-        module = "" if is_file else thing.__module__.replace("__main__", "mhkd")
+        # But a user's program may be __main__, too.
+        main = "mhkd" if sys.modules.get("mhkd") is sys.modules["__main__"] else "__main__"
+        module = "" if is_file else thing.__module__.replace("__main__", main)
         name = thing.name if is_file else f"{module}.{thing.__qualname__}"
         while is_file and name in found:  # the same name in another folder, which may be moved
             name += "'"
+        # Other functions of a user's module may have the same name: lambdas, those of a factory.
+        while not is_file and name in found and not is_ours(module) and id(thing) not in visited:
+            name += "'"
         if name in found:
             continue
+        visited[id(thing)] = thing
         if is_file:
             trees = [ast.parse(thing.read_text())]
         else:
@@ -178,13 +185,18 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                 owner = known.get(node.value.id)
                 if isinstance(owner, types.ModuleType) and followed(owner.__name__):
                     value = getattr(owner, node.attr, None)
+            value = None if isinstance(value, types.ModuleType) else inspect.unwrap(value)
             if isinstance(value, (type, types.FunctionType)) and followed(value.__module__):
                 todo.append(value)
             elif isinstance(node, ast.Name) and value is not None and is_plain(value):
                 found[node.id] = repr(value)
             elif isinstance(node, ast.Name) and value is not None and not is_ours(module):
-                assigned = definitions_in(module).get(f"{node.id} =", [])
+                assigned = definitions_in(thing.__module__).get(f"{node.id} =", [])
                 found |= {f"{module}.{node.id}": str([ast.dump(part) for part in assigned])}
+                for part in (part for tree in assigned for part in ast.walk(tree)):
+                    used_there = known.get(part.id) if isinstance(part, ast.Name) else None
+                    if isinstance(used_there, (type, types.FunctionType)):
+                        todo += [used_there] * followed(used_there.__module__)
         found[name] = digest.hexdigest()
     return found
 
@@ -240,7 +252,10 @@ def functions_of(thing: Any) -> list[types.FunctionType]:
 
 
 def bytecode_of(code: types.CodeType) -> list[Any]:
-    constants = [bytecode_of(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    constants: list[Any] = []
+    for c in code.co_consts:  # sets have another order in each process
+        c = sorted(map(repr, c)) if isinstance(c, frozenset) else c
+        constants.append(bytecode_of(c) if isinstance(c, types.CodeType) else c)
     return [code.co_code.hex(), code.co_names, constants]
 
 
@@ -260,9 +275,10 @@ def definitions_in(module: str) -> dict[str, list[ast.AST]]:
                 local = ".<locals>." if isinstance(part, ast.FunctionDef) else "."
                 prefix = inside + part.name + local
             elif isinstance(part, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and not inside:
-                names = [n.id for n in ast.walk(part) if isinstance(n, ast.Name)]
-                for name in names if isinstance(part, ast.Assign) else names[:1]:
-                    found.setdefault(f"{name} =", []).append(part)
+                targets = part.targets if isinstance(part, ast.Assign) else [part.target]
+                for n in (n for target in targets for n in ast.walk(target)):
+                    if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
+                        found.setdefault(f"{n.id} =", []).append(part)
             visit(part, prefix)
 
     with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source

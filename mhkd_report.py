@@ -334,7 +334,8 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
             groups[group] = pair
     for group, pair in groups.items():
         several = [*groups.values()].count(pair) > 1
-        of_teacher = f" (teacher {group.one['teacher_sha256'][:8]})" if several else ""
+        hashes = {n: group.one[f"{n}_sha256"][:8] for n in ("teacher", "data")}
+        of_teacher = f" ({', '.join(shown(hashes))})" if several else ""
         find = functools.partial(find_row, group, pair)
         primary = [(t, find(row), find(base)) for t, row, base in PRIMARY if pair == PAIR_A]
         for claim, row, base in primary:
@@ -443,8 +444,8 @@ def group_table(group: Group) -> str:
         for row in rows:
             base, values = base_of(row), found.get(row.name)
             if values:
-                seeds = [r.views.get("view_seed") for r in (row, base)]
-                other = f" (minus {base.name})" * (seeds[0] != seeds[1])
+                views = [(r.views.get("view_seed"), base.store and r.store) for r in (row, base)]
+                other = f" (minus {base.name})" * (views[0] != views[1])
                 texts[row.name] = f"{estimate(values)}, n={len(values)}{other}"
         columns[title] = [texts.get(row.name, "") for row in rows]
     columns = {title: column for title, column in columns.items() if any(column)}
@@ -462,9 +463,13 @@ def what_varies(group: Group) -> list[str]:
     values: dict[str, set[str]] = {}
     initial: dict[int, set[str]] = {}
     for run in group.runs:
-        place, method = run["environments"][-1], run["config"]["method"]
-        found = {name: place.get(name) for name in ("device", "hardware", "torch", "loss")}
-        found |= {"version": place.get("mhkd"), "commit": (place.get("commit") or "")[:7]}
+        method, found = run["config"]["method"], {}
+        for place in run["environments"]:
+            for name in ("device", "hardware", "torch", "loss", "mhkd"):
+                values.setdefault(name, set()).update(filter(None, [place.get(name)]))
+            values.setdefault("commit", set()).update(
+                filter(None, [(place.get("commit") or "")[:7]])
+            )
         found[f"code of {method}"] = (run.get("method_code_sha256") or "")[:8]
         found["code of the student"] = (run.get("student_code_sha256") or "")[:8]
         for name, value in found.items():

@@ -5,6 +5,7 @@ It also registers the method `heads`, which trains the heads.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -60,14 +61,18 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
     mhkd.log(f"teacher {config.teacher}: {accuracy:.2f} % on the test images")
     chance = 100 / len(data.classes)
     largest = 100 * data.labels[data.test].bincount().max().item() / len(data.test)
-    if accuracy < min(2 * chance, chance + 10) or accuracy <= largest:
+    if accuracy < min(2 * chance, chance + 10) or accuracy <= largest < 100:
         what = f"near chance, or not above the {largest:.2f} % of the largest class"
         mhkd.log(f"note: this is {what}: check the order of the classes, --mean and --std")
-    beside = mhkd_runs.read_json(Path(path).with_name("result.json"), "config") or {"config": {}}
-    held_out = beside["config"].get("val_fraction", config.val_fraction)
-    if held_out != config.val_fraction:
-        what = f"the teacher was trained with --val-fraction {held_out:g}"
-        mhkd.log(f"note: {what}, so it may have seen validation images of its student")
+    beside: dict[str, Any] = {}
+    with contextlib.suppress(mhkd_runs.RunError, OSError):
+        beside = mhkd_runs.read_json(Path(path).with_name("result.json"), "config", "data_sha256")
+    sha256 = mhkd_runs.sha256_of(path)
+    if beside and (beside.get("student_sha256"), beside["data_sha256"]) == (sha256, data.sha256):
+        held_out = beside["config"].get("val_fraction") or 0
+        if held_out < config.val_fraction:
+            what = f"the teacher was trained with --val-fraction {held_out:g}"
+            mhkd.log(f"note: {what}, so it may have seen validation images of its student")
     without = dict.fromkeys(("teacher", "teacher_weights", "unlabelled"))
     alone = config.replace(method="ce", options={}, **without)
     result = (
@@ -78,7 +83,7 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
         mhkd.log(
             f"note: the student alone reached {result['accuracy']:.2f} %, more than the teacher"
         )
-    return model, path, {"teacher_sha256": mhkd_runs.sha256_of(path), "teacher_accuracy": accuracy}
+    return model, path, {"teacher_sha256": sha256, "teacher_accuracy": accuracy}
 
 
 def check_teacher(teacher: str, path: str | Path, content: Any, data: Data) -> None:
@@ -88,7 +93,7 @@ def check_teacher(teacher: str, path: str | Path, content: Any, data: Data) -> N
     name = str(content.get("name", teacher))
     if name.rpartition("/")[2] != teacher.rpartition("/")[2]:  # files may have moved
         mhkd.log(f"note: '{path}' is of {name}, and its weights are loaded into {teacher}")
-    theirs, size = [*content["classes"]], content.get("image_size", data.size)
+    theirs, size = [str(name) for name in content["classes"]], content.get("image_size", data.size)
     if theirs != data.classes:
         differ = sorted({*theirs} ^ {*data.classes})[:6]
         what = f"has other classes ({', '.join(differ)})" if differ else "has another class order"

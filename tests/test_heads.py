@@ -77,10 +77,23 @@ def test_heads_of_a_frozen_network_that_do_not_learn_are_warned_of(how):
             network(X)
 
 
-def test_heads_that_have_never_learned_are_warned_of_in_eval_mode_without_gradients():
-    network = small(frozen=True).eval()
-    with torch.no_grad(), pytest.warns(UserWarning, match="call freeze_heads"):
-        network(X)  # as is usual for a teacher of plain distillation
+def test_a_student_that_learns_from_heads_that_have_never_learned_is_warned_of():
+    teacher, student, y = small(frozen=True), small(), torch.tensor([1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            targets = teacher.eval()(X)  # a test before the training
+            mhkd.mhkd_loss(student(X), targets, y)
+            frozen = copy.deepcopy(teacher).freeze_heads()(X)
+        mhkd.mhkd_loss(student(X), frozen, y)
+    # As is usual for a teacher of plain distillation.
+    with pytest.warns(UserWarning, match="heads of the teacher that have never been trained"):
+        mhkd.mhkd_loss(student(X), targets, y)
+    teacher.train()(X)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        targets = teacher.eval()(X)
+    mhkd.mhkd_loss(student(X), targets, y)
 
 
 def equal(found, wanted):
@@ -361,10 +374,10 @@ def test_units_that_cannot_carry_a_head_are_refused_and_leave_no_trace(arguments
     assert not hooked(plain) and plain.training
 
 
-def test_probabilities_are_refused_and_an_output_function_helps():
+def test_probabilities_are_warned_of_and_an_output_function_helps():
     network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.LazyLinear(5), nn.Softmax(dim=1))
     network(X)
-    with pytest.raises(mhkd.UsageError, match="probabilities.*output=lambda"):
+    with pytest.warns(UserWarning, match="probabilities.*output=lambda"):
         mhkd.MultiHead(network, ["0"], 5, example_input=X)
     multihead = mhkd.MultiHead(network, ["0"], 5, example_input=X, output=torch.log)
     assert torch.equal(multihead(X)[0], network(X).log())
@@ -376,9 +389,14 @@ def test_a_layout_that_contradicts_the_map_or_names_no_submodule_is_not_silent()
         mhkd.MultiHead(network, ["unit"], 5, layout="channels_last")
     with pytest.raises(mhkd.UsageError, match="no submodule 'uni'"):
         mhkd.MultiHead(network, ["unit"], 5, layout={"uni": "channels_last"})
-    tokens = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.Flatten(2), nn.AdaptiveAvgPool1d(16))
+
+    class Tokens(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).flatten(2).mT
+
+    tokens = nn.Sequential(Tokens(3, 6, 4, 4), nn.AdaptiveAvgPool2d((16, 6)))
     tokens = nn.Sequential(tokens, nn.Flatten(), nn.Linear(96, 5))
-    with pytest.raises(mhkd.UsageError, match="for square images, not 16 x 64"):
+    with pytest.warns(UserWarning, match="for square maps, and the images are 16 x 64"):
         mhkd.MultiHead(tokens, ["0"], 5, layout="tokens+0", example_input=images(2, 3, 16, 64))
     with pytest.raises(mhkd.UsageError, match="does not fit the layout 'tokens.x'"):
         mhkd.MultiHead(tokens, ["0"], 5, layout="tokens+x", example_input=images(2, 3, 32, 32))
@@ -407,6 +425,13 @@ def test_a_network_of_two_inputs_takes_a_tuple_as_example():
     plain = Two().eval()
     network = mhkd.MultiHead(plain, ["unit"], 5, example_input=(X, torch.ones(()))).eval()
     assert torch.equal(network(X, 2)[0], plain(X, 2)) and network.shapes == {1: (6, 8, 8)}
+
+    class Pair(Small):
+        def forward(self, pair):
+            return super().forward(pair[0] * pair[1])
+
+    pair = (X, torch.ones(()))
+    assert mhkd.MultiHead(Pair(), ["unit"], 5, example_input=pair).shapes == {1: (6, 8, 8)}
 
 
 def test_a_lazy_network_needs_no_example():
