@@ -1499,7 +1499,7 @@ class Distiller(nn.Module):
 
     def backward(self, terms: dict[str, Tensor]) -> None:
         if not any(term.requires_grad for term in terms.values()):
-            raise UsageError("no term of the loss has a gradient: give one a weight above 0")
+            raise UsageError(NO_GRADIENT)
         student = [p for p in self.student.parameters() if p.requires_grad]
         others = [p for p in self.methods.parameters() if p.requires_grad]
         special = [m for m in self.methods if type(m).backward is not Method.backward]
@@ -1527,8 +1527,18 @@ class Distiller(nn.Module):
                 "--method lsh its classifier must be a plain nn.Linear"
             )
 
-    def check_trained(self, parameters: list[Tensor]) -> None:
-        """Log a note if the optimizer does not have all parameters."""
+    def check_trained(self, parameters: list[Tensor], labelled: Tensor) -> None:
+        """After the first step, with so many labelled images: what is trained.
+
+        An error if the student has no gradient, a note if the optimizer lacks a parameter.
+        """
+        student = [p for p in self.student.parameters() if p.requires_grad]
+        if (
+            student
+            and labelled > 0
+            and not any(p.grad is not None and p.grad.any() for p in student)
+        ):
+            raise UsageError(NO_GRADIENT)
         known = {id(p) for p in parameters}
         named = self.named_parameters()
         if late := [name for name, p in named if p.requires_grad and id(p) not in known]:
@@ -1547,6 +1557,7 @@ class Distiller(nn.Module):
         return sibling("mhkd_runs").with_versions({**state, **tensors}, versions)
 
 
+NO_GRADIENT = "the student gets no gradient: give a term of the loss a weight above 0"
 LOG_ENTRIES = ("loss", "labelled", "train_accuracy", "val_accuracy", "test_accuracy", "epoch", "lr")
 LOG_ENTRIES += ("images_per_second", "seconds")
 
@@ -1688,7 +1699,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     sizes.append(len(labels))
                     if epoch == 1 and len(steps) == 1:
                         distiller.check_saved(images[:2])
-                        distiller.check_trained(parameters)
+                        distiller.check_trained(parameters, metrics["labelled"])
                     # means_of() raises the error. Elsewhere reading the loss waits for the device.
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break

@@ -801,9 +801,11 @@ def test_another_file_beside_the_teachers_weights_is_ignored(teacher, tmp_path):
         assert run(tmp_path / str(i), *PAIR, *options) == 0
 
 
-def test_a_loss_of_weight_zero_is_a_sentence(tmp_path, failing):
-    options = ["--method", "kd", "--gamma", "0", "--kd-weight", "0"]
-    assert "no term of the loss has a gradient" in failing(tmp_path, *PAIR, *options)
+@pytest.mark.parametrize("method", ["kd", "mhkd"])  # the heads of the teacher have a gradient
+def test_a_loss_of_weight_zero_is_a_sentence(method, tmp_path, failing):
+    options = ["--method", method, "--gamma", "0", "--kd-weight", "0"]
+    options += ["--beta", "0", "--head-width", "8"] * (method == "mhkd")
+    assert "the student gets no gradient" in failing(tmp_path, *PAIR, *options)
 
 
 def test_an_option_with_the_name_of_a_setting_is_refused(monkeypatch):

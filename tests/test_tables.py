@@ -929,7 +929,7 @@ def test_claims_name_the_teacher_if_there_are_several(tmp_path, report):
     rows = rows_of(report()["Claims of the second study"])
     for teacher, verdict in ((b"t", "supported"), (b"u", "contradicted")):
         sha256 = hashlib.sha256(teacher).hexdigest()[:8]
-        claim = f"primary: MHKD (scratch) above KD, both 1/1 (teacher {sha256})"
+        claim = f"primary: MHKD (scratch) above KD, both 1/1 (teacher {sha256}, data dddddddd)"
         assert rows[claim][2] == verdict
 
 
