@@ -1533,11 +1533,8 @@ class Distiller(nn.Module):
         An error if the student has no gradient, a note if the optimizer lacks a parameter.
         """
         student = [p for p in self.student.parameters() if p.requires_grad]
-        if (
-            student
-            and labelled > 0
-            and not any(p.grad is not None and p.grad.any() for p in student)
-        ):
+        learns = any(p.grad is not None and p.grad.any() for p in student)
+        if student and labelled > 0 and not learns:
             raise UsageError(NO_GRADIENT)
         known = {id(p) for p in parameters}
         named = self.named_parameters()
@@ -1603,9 +1600,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 )
         if data.settings:
             used = sibling("mhkd_data").normalisation(config, quiet=True)
-            folder = config.dataset == "folder" and takes_unlabelled(config.method)
-            folder = folder and Path(config.unlabelled or Path(config.data) / "unlabelled").is_dir()
-            missing = folder and not data.unlabelled_sha256
+            of_folder = sibling("mhkd_images").unlabelled_folder(config)
+            missing = of_folder and not data.unlabelled_sha256
             if missing or used not in (None, (data.mean, data.std)):
                 what = "without unlabelled images" if missing else "with another normalisation"
                 raise UsageError(f"the data were loaded {what}: load them with this configuration")

@@ -52,17 +52,17 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
     side: to which images are resized, for CIFAR, which has no unlabelled images.
     """
     root, left_out = Path(config.data), defaultdict(list)
-    unlabelled = Path(config.unlabelled or root / "unlabelled")
+    unlabelled = None if side else unlabelled_folder(config)
     if config.test_fraction is None:
-        known = [unlabelled, Path(config.out)]
+        known = [Path(path) for path in (config.unlabelled, config.out) if path]
         top, (classes, folders, files) = root / "train", find_parts(root, left_out, known)
     else:
         top, (classes, folders, files) = root, divide(root, config.test_fraction, left_out)
     if len(classes) < 2:
         raise UsageError(f"'{top}' has {len(classes)} class folders: a classifier needs two")
-    if config.unlabelled and not unlabelled.is_dir():
-        raise UsageError(f"there is no folder '{unlabelled}', which --unlabelled names")
-    if side is None and unlabelled.is_dir() and mhkd.takes_unlabelled(config.method):
+    if config.unlabelled and not Path(config.unlabelled).is_dir():
+        raise UsageError(f"there is no folder '{config.unlabelled}', which --unlabelled names")
+    if unlabelled:
         found = sorted(images_below(unlabelled, left_out))
         labelled = {os.path.realpath(file) for file, _ in files}
         if both := [file for file in found if os.path.realpath(file) in labelled]:
@@ -98,6 +98,13 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
     facts["unreadable"] = sorted(Path(os.path.relpath(f, root)).as_posix() for f in unreadable)
     labels = torch.tensor([i if i == mhkd.UNLABELLED else i % len(classes) for _, i in files])
     return load, labels, sum(0 <= i < len(classes) for _, i in files), classes, facts
+
+
+def unlabelled_folder(config: Config) -> Path | None:
+    """The folder of the unlabelled images if it exists and the method uses them."""
+    folder = Path(config.unlabelled or Path(config.data) / "unlabelled")
+    used = config.dataset == "folder" and folder.is_dir()
+    return folder if used and mhkd.takes_unlabelled(config.method) else None
 
 
 # What the next two functions return: names of the classes; folders of the classes, those of the

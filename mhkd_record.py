@@ -134,6 +134,8 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
     """
     todo, found = list(roots), {}
     visited: dict[int, Any] = {}
+    # A user's program may be __main__, too.
+    main = "mhkd" if sys.modules["mhkd"] is sys.modules["__main__"] else "__main__"
     modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
     modules |= {mhkd.__name__, "mhkd_images"}  # __main__ in `python mhkd.py`
 
@@ -144,8 +146,6 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
         thing = todo.pop()
         is_file = isinstance(thing, Path)
         # `python mhkd.py` has the classes of mhkd in __main__.
-        # But a user's program may be __main__, too.
-        main = "mhkd" if sys.modules.get("mhkd") is sys.modules["__main__"] else "__main__"
         module = "" if is_file else thing.__module__.replace("__main__", main)
         name = thing.name if is_file else f"{module}.{thing.__qualname__}"
         while is_file and name in found:  # the same name in another folder, which may be moved

@@ -458,22 +458,21 @@ def group_table(group: Group) -> str:
     return "\n\n".join([text, *what_varies(group)])
 
 
+PLACE = ("device", "hardware", "torch", "loss", "mhkd")
+
+
 def what_varies(group: Group) -> list[str]:
     """Sentences on differences between the runs of a group that its rows do not show."""
     values: dict[str, set[str]] = {}
     initial: dict[int, set[str]] = {}
     for run in group.runs:
-        method, found = run["config"]["method"], {}
-        for place in run["environments"]:
-            for name in ("device", "hardware", "torch", "loss", "mhkd"):
-                values.setdefault(name, set()).update(filter(None, [place.get(name)]))
-            values.setdefault("commit", set()).update(
-                filter(None, [(place.get("commit") or "")[:7]])
-            )
-        found[f"code of {method}"] = (run.get("method_code_sha256") or "")[:8]
-        found["code of the student"] = (run.get("student_code_sha256") or "")[:8]
-        for name, value in found.items():
-            values.setdefault(name, set()).update([value] if value else [])
+        found = [(n, p.get(n)) for p in run["environments"] for n in (*PLACE, "commit")]
+        found += [(f"code of {run['config']['method']}", run.get("method_code_sha256"))]
+        found += [("code of the student", run.get("student_code_sha256"))]
+        for name, value in found:
+            if value:
+                short = value if name in PLACE else value[:8]
+                values.setdefault(name, set()).add(short)
         if sha256 := run.get("init_sha256"):
             initial.setdefault(run["config"]["seed"], set()).add(sha256)
     varying = [f"{name} ({', '.join(sorted(v))})" for name, v in values.items() if len(v) > 1]

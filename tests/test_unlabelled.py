@@ -306,3 +306,10 @@ def test_several_processes_refuse_unlabelled_images_which_each_would_weight_by_i
     both = [start(*options, output=o, environment=e) for o, e in zip(said, environments(2))]
     assert [end_of(process) for process in both] == [1, 1]
     assert "unlabelled images cannot be used with several processes" in said[0].read_text()
+
+
+def test_data_that_were_loaded_without_the_unlabelled_images_are_refused(parted):
+    data = load(parted, method="ce", teacher=None)
+    with pytest.raises(mhkd.UsageError, match="loaded without unlabelled images"):
+        mhkd.train(config(parted, device="cpu", epochs=1), data)
+    assert len(load(parted).train) == len(data.train) + 5
