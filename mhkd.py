@@ -1600,8 +1600,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                 )
         if data.settings:
             used = sibling("mhkd_data").normalisation(config, quiet=True)
-            of_folder = sibling("mhkd_images").unlabelled_folder(config)
-            missing = of_folder and not data.unlabelled_sha256
+            missing = config.dataset == "folder" and not data.unlabelled_sha256
+            missing = missing and sibling("mhkd_images").unlabelled_folder(config)
             if missing or used not in (None, (data.mean, data.std)):
                 what = "without unlabelled images" if missing else "with another normalisation"
                 raise UsageError(f"the data were loaded {what}: load them with this configuration")

@@ -103,8 +103,7 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
 def unlabelled_folder(config: Config) -> Path | None:
     """The folder of the unlabelled images if it exists and the method uses them."""
     folder = Path(config.unlabelled or Path(config.data) / "unlabelled")
-    used = config.dataset == "folder" and folder.is_dir()
-    return folder if used and mhkd.takes_unlabelled(config.method) else None
+    return folder if folder.is_dir() and mhkd.takes_unlabelled(config.method) else None
 
 
 # What the next two functions return: names of the classes; folders of the classes, those of the
