@@ -21,11 +21,11 @@ dropped.
 Sections: 1 networks, 2 heads, 3 loss, 4 methods, 5 training, 6 batches, 7 processes, devices and
 output. Sections 1 to 3 are the method; they depend on nothing below them. "Paper, section 3.1" in
 comments refers to the publication. Copied alone, this file provides the networks, MultiHead,
-mhkd_loss and kd_loss with PyTorch as the only requirement. Training also needs mhkd_config.py
-(settings and the command line), mhkd_data.py (data sets), mhkd_record.py (what is recorded of a
-run), mhkd_runs.py (folders of runs) and mhkd_teacher.py (where the teacher comes from). Other
-modules beside this file are imported when an option asks for them; mhkd_fused.py, the compiled
-loss, is used if it exists.
+mhkd_loss and kd_loss with PyTorch as the only requirement. Training also needs mhkd_code.py
+(the hash of the code), mhkd_config.py (settings and the command line), mhkd_data.py (data sets),
+mhkd_record.py (what is recorded of a run), mhkd_runs.py (folders of runs) and mhkd_teacher.py
+(where the teacher comes from). Other modules beside this file are imported when an option asks for
+them; mhkd_fused.py, the compiled loss, is used if it exists.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def sibling(name: str, optional: bool = False) -> Any:
         return None
     raise UsageError(
         f"{missing}.py is needed for this and was not found: copy it beside mhkd.py (training "
-        "needs mhkd_config.py, mhkd_data.py, mhkd_record.py, mhkd_runs.py and mhkd_teacher.py)"
+        "needs mhkd_code.py, mhkd_config.py, mhkd_data.py, mhkd_record.py, mhkd_runs.py and "
+        "mhkd_teacher.py)"
     )
 
 
@@ -1463,7 +1464,7 @@ class Distiller(nn.Module):
             terms |= own
         check_new(names, batch.metrics)
         hits, labelled = student.logits.argmax(dim=1) == labels, labels != UNLABELLED
-        # The loss is the first metric: train() and means_of() rely on it.
+        # The loss is the first metric: train() and mhkd_record.means_of() rely on it.
         metrics = {"loss": sum(terms.values()), **terms, **batch.metrics}
         # means_of() divides them: batches may differ in size, and one may have no label.
         metrics["train_accuracy"] = 100 * hits.float().sum()
@@ -1505,42 +1506,6 @@ class Distiller(nn.Module):
         special = [m for m in self.methods if type(m).backward is not Method.backward]
         # At most one method has a backward of its own, see find_methods().
         (special or self.methods)[0].backward(terms, student, others)
-
-    def check_saved(self, images: Tensor) -> None:
-        """Raise an error in the first step if the saved student would not load or would differ.
-
-        images: [B, 3, S, S], for which the loaded student must give the same logits.
-        """
-        c, what = self.config, "the saved student would not fit a newly built one"
-        logits, cuda = [], [images.device] * images.is_cuda
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
-            fresh = build_model(c.student, self.student.num_classes, "random", c.image_size)
-            sibling("mhkd_runs").load_state(fresh, self.plain_state(), what)
-            for network in (self.student.model, fresh.to(images.device)):
-                torch.manual_seed(0)
-                logits.append(network.eval()(images))
-        self.train()
-        if (logits[0] - logits[1]).abs().max() > 0.01 * logits[0].abs().max():
-            raise UsageError(
-                "the saved student would not compute what the trained one does: keep all tensors "
-                f"of {c.student} in its state dict, not in buffers with persistent=False; with "
-                "--method lsh its classifier must be a plain nn.Linear"
-            )
-
-    def check_trained(self, parameters: list[Tensor], labelled: Tensor) -> None:
-        """After the first step, with so many labelled images: what is trained.
-
-        An error if the student has no gradient, a note if the optimizer lacks a parameter.
-        """
-        student = [p for p in self.student.parameters() if p.requires_grad]
-        learns = any(p.grad is not None and p.grad.any() for p in student)
-        if student and labelled > 0 and not learns:
-            raise UsageError(NO_GRADIENT)
-        known = {id(p) for p in parameters}
-        named = self.named_parameters()
-        if late := [name for name, p in named if p.requires_grad and id(p) not in known]:
-            what = f"note: not in the optimizer, and so not trained by it, are {', '.join(late)}"
-            log(f"{what}: create or unfreeze them in the method's __init__")
 
     def plain_state(self, student: nn.Module | None = None) -> dict[str, Any]:
         """The state dict of the plain student, or of an average of it, on the CPU."""
@@ -1591,31 +1556,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
     data = data or sibling("mhkd_data").load_data(config)
     with runtime(config) as device:
         data = data.to(device)
-        theirs = data.settings or {"dataset": data.name, "image_size": data.size}
-        for name, value in theirs.items():
-            if value != getattr(config, name):
-                raise UsageError(
-                    f"the data were loaded with {name} {value!r}, and the configuration has "
-                    f"{getattr(config, name)!r}: load them with this configuration"
-                )
-        if data.settings:
-            used = sibling("mhkd_data").normalisation(config, quiet=True)
-            missing = config.dataset == "folder" and not data.unlabelled_sha256
-            missing = missing and sibling("mhkd_images").unlabelled_folder(config)
-            if missing or used not in (None, (data.mean, data.std)):
-                what = "without unlabelled images" if missing else "with another normalisation"
-                raise UsageError(f"the data were loaded {what}: load them with this configuration")
-        if data.labelled_fraction < 1 and not takes_unlabelled(config.method):
-            data = data.labelled()
-        if (B := config.batch_size) > len(data.train):  # also of a teacher that is trained first
-            number = f"{len(data.train)} training images of --method {config.method}"
-            raise UsageError(f"--batch-size {B} is larger than the {number}")
-        # Each process would average over its own number of labels.
-        if data.labelled_fraction < 1 and world_size() > 1:
-            raise UsageError(
-                "unlabelled images cannot be used with several processes: use one process, or move "
-                "them out of the data"
-            )
+        data = sibling("mhkd_data").for_run(config, data)
         teachers = sibling("mhkd_teacher")
         # Both may call train() for a run of their own.
         teacher, path, teacher_record = teachers.find_teacher(config, data)
@@ -1694,14 +1635,14 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
                     steps.append(torch.stack([metrics[name] for name in names]))
                     sizes.append(len(labels))
                     if epoch == 1 and len(steps) == 1:
-                        distiller.check_saved(images[:2])
-                        distiller.check_trained(parameters, metrics["labelled"])
-                    # means_of() raises the error. Elsewhere reading the loss waits for the device.
+                        records.check_saved(distiller, images[:2])
+                        records.check_trained(distiller, parameters, metrics["labelled"])
+                    # means_of() raises an error. Elsewhere reading the loss waits for the device.
                     if device.type == "cpu" and world_size() == 1 and not steps[-1][0].isfinite():
                         break
                     bar.update(len(labels) * world_size())
                 entry = {"epoch": epoch, "lr": lr}
-                entry |= means_of(steps, sizes, names, parameters, epoch)
+                entry |= records.means_of(steps, sizes, names, parameters, epoch)
                 seconds = time.perf_counter() - started  # without the tests
                 entry["images_per_second"] = round(len(data.train) / seconds, 1)
                 for name in ("test", "val") if len(data.val) else ("test",):
@@ -1785,40 +1726,6 @@ def set_seed(seed: int) -> None:
         import numpy
 
         numpy.random.seed(seed % 2**32)
-
-
-def means_of(
-    steps: list[Tensor], sizes: list[int], names: list[str], parameters: list[Tensor], epoch: int
-) -> dict[str, float]:
-    """Means over the images of an epoch. They and the weights must be finite.
-
-    steps: the metrics of each step. sizes: numbers of images. Cross-entropies, whose names begin
-    with "ce", are weighted by the labelled images; the training accuracy becomes that of these.
-    """
-    metrics = average_over_processes(torch.stack(steps)).cpu().double()  # [steps, metrics]
-    bad = (~metrics.isfinite()).nonzero()
-    if len(bad):
-        step = bad[0, 0].item()
-        terms = [names[i] for s, i in bad.tolist() if s == step and i] or ["loss"]
-        raise UsageError(
-            f"the loss is not finite in epoch {epoch}, step {step + 1} ({', '.join(terms)}): check "
-            "the weight of that term, or try a lower --lr"
-        )
-    if not all(p.isfinite().all() for p in parameters):
-        raise UsageError(
-            f"the weights are not finite in epoch {epoch}, after its last step: try a lower --lr"
-        )
-    images = torch.tensor(sizes, dtype=torch.float64)
-    labelled = metrics[:, names.index("labelled")]
-    means = {}
-    for name, values in zip(names, metrics.T):
-        of = labelled if name.split("_")[0] == "ce" else images
-        total = (values * of).sum() / of.sum().clamp(min=1)
-        if name.startswith("train_accuracy"):
-            total = values.sum() / labelled.sum().clamp(min=1)
-        if name != "labelled":
-            means[name] = total.item()
-    return means
 
 
 @torch.no_grad()
@@ -1984,7 +1891,7 @@ def draw_epoch(config: Config, size: int, epoch: int) -> tuple[Tensor, ...]:
     if config.image_size < RESIZED_CROP_FROM:
         crops = torch.randint(2 * config.crop_padding + 1, (size, 2), generator=source("crops"))
     else:
-        # Written in this way because mhkd_record.parts_of_code() looks for it.
+        # Written in this way because mhkd_code.parts_of_code() looks for it.
         crops = sibling("mhkd_images").draw_boxes(size, config.crop_scale, source("crops"))
     flipped = (torch.rand(size, generator=source("flips")) < 0.5) & config.flip
     seeds = torch.randint(2**62, (size,), generator=source("seeds"))

@@ -147,7 +147,7 @@ def note_changed_code(name: str, path: str | Path) -> None:
 def has_code(name: str, sha256: str | None) -> bool:
     """Whether the code of FILE.py:FUNCTION has this hash; True for other networks."""
     files = source_files(name)
-    return not files or mhkd.sibling("mhkd_record").code_sha256(files) == sha256
+    return not files or mhkd.sibling("mhkd_code").code_sha256(files) == sha256
 
 
 def source_files(name: str) -> list[Path]:

@@ -242,6 +242,40 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     ).to(torch.device(device))  # fmt: skip
 
 
+def for_run(config: Config, data: Data) -> Data:
+    """The data as a run uses them: without unlabelled images if its method learns from none.
+
+    Raises:
+        UsageError: they were loaded with other settings or do not fit the run.
+    """
+    settings = data.settings or {"dataset": data.name, "image_size": data.size}
+    for name, value in settings.items():
+        if value != getattr(config, name):
+            raise UsageError(
+                f"the data were loaded with {name} {value!r}, and the configuration has "
+                f"{getattr(config, name)!r}: load them with this configuration"
+            )
+    if data.settings:
+        used = normalisation(config, quiet=True)
+        missing = config.dataset == "folder" and not data.unlabelled_sha256
+        missing = missing and sibling("mhkd_images").unlabelled_folder(config)
+        if missing or used not in (None, (data.mean, data.std)):
+            what = "without unlabelled images" if missing else "with another normalisation"
+            raise UsageError(f"the data were loaded {what}: load them with this configuration")
+    if data.labelled_fraction < 1 and not mhkd.takes_unlabelled(config.method):
+        data = data.labelled()
+    if (B := config.batch_size) > len(data.train):  # also of a teacher that is trained first
+        number = f"{len(data.train)} training images of --method {config.method}"
+        raise UsageError(f"--batch-size {B} is larger than the {number}")
+    # Each process would average over its own number of labels.
+    if data.labelled_fraction < 1 and mhkd.world_size() > 1:
+        raise UsageError(
+            "unlabelled images cannot be used with several processes: use one process, or move "
+            "them out of the data"
+        )
+    return data
+
+
 def normalisation(
     config: Config, quiet: bool = False
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -239,7 +239,7 @@ def decode(
     `skip_unreadable` such files are an error.
     """
     pil = import_optional("PIL.Image", "pillow", "a folder of images")
-    code = mhkd.sibling("mhkd_record").code_sha256([decode_one, prepare])
+    code = mhkd.sibling("mhkd_code").code_sha256([decode_one, prepare])
     key = hashlib.sha256(repr((side, pil.__version__, code)).encode())
     for file in files:
         s = file.stat() if file.is_file() else None

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mhkd
+import mhkd_code
 import mhkd_record
 import mhkd_runs
 from mhkd import (
@@ -130,7 +131,7 @@ def open_store(config: Config, data: Data, distiller: Distiller, record: Mapping
     hashes = ("data", "teacher", "teacher_code")
     key |= {name: record.get(f"{name}_sha256") for name in hashes} | {"name": config.teacher}
     key |= {"normalisation": record["normalisation"], "device": data.device.type}
-    key["code"] = mhkd_record.code_sha256([FeatureExtractor, AuxHeads, Data, epoch_batches])
+    key["code"] = mhkd_code.code_sha256([FeatureExtractor, AuxHeads, Data, epoch_batches])
     here = mhkd_record.environment(config, data.device)
     key["libraries"] = [here.get(name) for name in ("torch", "timm", "torchvision")]
     folder, K = Path(config.out) / "cache" / f"teacher-{digest(key)}", len(data.classes)

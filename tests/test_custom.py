@@ -8,9 +8,9 @@ from test_elsewhere import student_file
 from torch import nn
 
 import mhkd
+import mhkd_code
 import mhkd_custom
 import mhkd_deploy
-import mhkd_record
 
 
 def images(size, count=2, seed=3):
@@ -127,7 +127,7 @@ def test_the_hash_of_files_covers_equal_names_and_all_strings_but_docstrings(wri
         ("two", "x = f'layer{2}'"),
     ):  # fmt: skip
         (place / folder / "common.py").write_text(text)
-        hashes.append(mhkd_record.code_sha256(mhkd_custom.source_files(name)))
+        hashes.append(mhkd_code.code_sha256(mhkd_custom.source_files(name)))
     assert hashes[0] == hashes[1] and len({*hashes}) == 6
 
 
@@ -155,7 +155,7 @@ def test_a_student_of_a_file_is_loaded_from_anywhere_and_moves_with_its_file(
     assert torch.equal(mhkd_deploy.load_student(path)(x), wanted)
     content = torch.load(path)
     torch.save(
-        content | {"code_sha256": mhkd_record.code_sha256(mhkd_custom.source_files(name))}, path
+        content | {"code_sha256": mhkd_code.code_sha256(mhkd_custom.source_files(name))}, path
     )
     mhkd_deploy.load_student(path)
     assert capsys.readouterr().out == ""

@@ -292,7 +292,7 @@ def test_an_error_of_the_machine_is_not_taken_for_an_unreadable_image(folder, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(mhkd_images, "decode_one", failing_disk)
-        patch.setattr("mhkd_record.code_sha256", lambda roots: "the same")
+        patch.setattr("mhkd_code.code_sha256", lambda roots: "the same")
         with pytest.raises(mhkd.UsageError, match="cannot be read.*Input/output error"):
             of_folder(folder, skip_unreadable=True)
         patch.setattr(mhkd_images, "decode_one", decode_one)
@@ -397,7 +397,7 @@ def test_images_are_decoded_again_by_other_code(folder, decoded, monkeypatch):
     before = len(decoded)
     of_folder(folder)
     assert len(decoded) == before > 0
-    monkeypatch.setattr("mhkd_record.code_sha256", lambda roots: "of other code")
+    monkeypatch.setattr("mhkd_code.code_sha256", lambda roots: "of other code")
     of_folder(folder)
     assert len(decoded) == 2 * before
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mhkd
 import mhkd_baselines
+import mhkd_code
 import mhkd_custom
 import mhkd_record
 import mhkd_runs
@@ -176,7 +177,7 @@ def test_an_edited_loss_is_noticed_and_an_edited_comment_or_message_is_not(
 def test_the_hash_covers_crops_and_augmentation_and_not_the_training_loop_and_its_messages():
     config = mhkd.Config("vgg8", "vgg8")
     methods = mhkd.find_methods(config.method).values()
-    parts = mhkd_record.parts_of_code([*methods, mhkd.Distiller, mhkd.Data, mhkd.epoch_batches])
+    parts = mhkd_code.parts_of_code([*methods, mhkd.Distiller, mhkd.Data, mhkd.epoch_batches])
     wanted = "mhkd.augment mhkd.draw_epoch mhkd._reference_loss mhkd.AuxHead mhkd.watch "
     wanted += "mhkd_images.apply_policy mhkd_images.resized_crop mhkd_images.draw_boxes"
     assert {*wanted.split()} <= parts.keys()
@@ -185,11 +186,11 @@ def test_the_hash_covers_crops_and_augmentation_and_not_the_training_loop_and_it
 
 
 def test_the_hash_of_a_method_is_the_same_in_every_process_and_differs_between_methods():
-    code = "import mhkd, mhkd_record as record\n"
-    code += "print(record.code_hashes(mhkd.Config('vgg8', 'vgg8'))['method_code_sha256'])"
+    code = "import mhkd, mhkd_code\n"
+    code += "print(mhkd_code.code_hashes(mhkd.Config('vgg8', 'vgg8'))['method_code_sha256'])"
     one, other = (python("-c", code, cwd=ROOT).stdout.strip() for _ in range(2))
     hashes = {
-        m: mhkd_record.code_hashes(mhkd.Config("vgg8", "vgg8", method=m))["method_code_sha256"]
+        m: mhkd_code.code_hashes(mhkd.Config("vgg8", "vgg8", method=m))["method_code_sha256"]
         for m in ("kd", "mhkd", "crd", "crd+mhkd")
     }
     assert one == other == hashes["mhkd"] and len({*hashes.values()}) == 4
@@ -200,7 +201,7 @@ def test_the_hash_of_a_method_is_the_same_in_every_process_and_differs_between_m
     mhkd_baselines.RelationalDistillation, mhkd_baselines.ContrastiveDistillation,
 ])  # fmt: skip
 def test_the_hash_of_a_method_covers_its_base_classes(method):
-    parts = mhkd_record.parts_of_code([method])
+    parts = mhkd_code.parts_of_code([method])
     wanted = "mhkd_baselines.BenchmarkMethod mhkd.kd_loss mhkd._reference_loss"
     assert {*wanted.split()} <= parts.keys()
 
@@ -224,13 +225,13 @@ def test_the_hash_of_a_users_method_covers_its_base_class_and_what_it_imports(
     monkeypatch.syspath_prepend(tmp_path)
     Mine = importlib.import_module("mine").Mine
     monkeypatch.setitem(mhkd.METHODS, "mine", Mine)
-    assert "mhkd_baselines.BenchmarkMethod" in mhkd_record.parts_of_code([Mine])
+    assert "mhkd_baselines.BenchmarkMethod" in mhkd_code.parts_of_code([Mine])
     config = mhkd.Config("vgg8", "vgg8", method="mine")
-    before = mhkd_record.code_hashes(config)["method_code_sha256"]
+    before = mhkd_code.code_hashes(config)["method_code_sha256"]
     losses.write_text("# a comment\n" + losses.read_text())
-    assert mhkd_record.code_hashes(config)["method_code_sha256"] == before
+    assert mhkd_code.code_hashes(config)["method_code_sha256"] == before
     losses.write_text(losses.read_text().replace("square()", "abs()"))
-    assert mhkd_record.code_hashes(config)["method_code_sha256"] != before
+    assert mhkd_code.code_hashes(config)["method_code_sha256"] != before
 
 
 USERS = """
@@ -261,7 +262,7 @@ def test_the_hash_of_a_users_method_covers_closures_and_objects_of_its_module(
         (tmp_path / f"{name}.py").write_text(text)
         module = importlib.import_module(name)
         kinds = module.made(0.5), module.made(1.0), module.other()
-        parts = [mhkd_record.parts_of_code([kind]).values() for kind in kinds]
+        parts = [mhkd_code.parts_of_code([kind]).values() for kind in kinds]
         return [json.dumps(sorted(values)) for values in parts]
 
     first, *others = hashes("users_a")
@@ -272,10 +273,10 @@ def test_the_hash_of_a_users_method_covers_closures_and_objects_of_its_module(
 
 
 def test_the_hash_of_a_method_without_source_covers_its_bytecode():
-    lines = ["import mhkd, mhkd_record", "for text in ('0.5', '1.0', '1.0'):"]
+    lines = ["import mhkd, mhkd_code", "for text in ('0.5', '1.0', '1.0'):"]
     lines += ["  text += ' if batch in {1, 2, (3, 4), (5, 6)} else 0'"]
     lines += ["  exec('class Mine(mhkd.Method):\\n  def own_terms(self, batch): return ' + text)"]
-    lines += ["  print(mhkd_record.code_sha256([Mine]))"]
+    lines += ["  print(mhkd_code.code_sha256([Mine]))"]
     runs = [python("-", input="\n".join(lines), cwd=ROOT).stdout.split() for _ in range(2)]
     first, second, third = runs[0]
     assert first != second == third and runs[0] == runs[1]  # sets have another order
@@ -554,7 +555,7 @@ def test_versions_of_modules_are_saved_with_a_student(tmp_path):
     name = "torchvision:mnasnet0_5"  # whose weights without a version are an error
     config = mhkd.Config(student=name, method="ce", dataset="digits", image_size=32, subset=20)
     distiller = mhkd.Distiller(config, data := mhkd.load_data(config), None)
-    distiller.check_saved(data.center_crop(data.train[:2]))
+    mhkd_record.check_saved(distiller, data.center_crop(data.train[:2]))
     torch.save({"model": distiller.plain_state()}, tmp_path / "student.pt")
     mhkd_runs.load_weights(mhkd.build_model(name, 10), tmp_path / "student.pt")
 
@@ -678,14 +679,14 @@ def test_networks_whose_library_changes_the_input_of_pretrained_weights_get_it(t
 
 def test_the_hash_of_a_network_covers_its_units_and_that_of_code_its_constants(monkeypatch):
     config = mhkd.Config("resnet14", "resnet8")
-    before = mhkd_record.code_hashes(config)
+    before = mhkd_code.code_hashes(config)
     monkeypatch.setitem(mhkd.UNITS, mhkd.ResNet, ("layer2", "layer3", "layer1"))
-    after = mhkd_record.code_hashes(config)
+    after = mhkd_code.code_hashes(config)
     assert before["method_code_sha256"] == after["method_code_sha256"]
     for role in ("student", "teacher"):
         assert before[f"{role}_code_sha256"] != after[f"{role}_code_sha256"]
-    assert mhkd_record.is_plain({"a": (1, ["b", 2.0, None])})
-    assert not mhkd_record.is_plain({"a": mhkd.ResNet})
+    assert mhkd_code.is_plain({"a": (1, ["b", 2.0, None])})
+    assert not mhkd_code.is_plain({"a": mhkd.ResNet})
 
 
 # 11. Messages

@@ -95,9 +95,10 @@ def test_modules_import_no_other_modules_than_these(path):
         "mhkd_images": {"mhkd", "mhkd_config", "mhkd_runs"},
         "mhkd_config": {"mhkd", "mhkd_data", "mhkd_teacher"},
         "mhkd_deploy": {"mhkd", "mhkd_images", "mhkd_runs"},
-        "mhkd_record": {"mhkd", "mhkd_config", "mhkd_runs"},
+        "mhkd_code": {"mhkd", "mhkd_config", "mhkd_runs"},
+        "mhkd_record": {"mhkd", "mhkd_code", "mhkd_config", "mhkd_runs"},
         # and mhkd_store when it is needed
-        "mhkd_teacher": {"mhkd", "mhkd_config", "mhkd_record", "mhkd_runs"},
+        "mhkd_teacher": {"mhkd", "mhkd_code", "mhkd_config", "mhkd_record", "mhkd_runs"},
         "mhkd_tables": {"mhkd", "mhkd_config", "mhkd_record", "mhkd_runs"},  # and mhkd_report
         "mhkd_linear": {"mhkd"},
         "mhkd_report": {

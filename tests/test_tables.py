@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT
 
 import mhkd
+import mhkd_code
 import mhkd_config
-import mhkd_record
 import mhkd_report
 import mhkd_runs
 import mhkd_tables as tables
@@ -626,7 +626,7 @@ def test_runs_of_changed_code_are_not_one_row_and_their_size_is_left_out(tmp_pat
     net, lines = tmp_path / "net.py", ["from torch.nn import Flatten, Linear, Sequential", ""]
     lines += ["def f(classes):", "    return Sequential(Flatten(), Linear(3072, classes))"]
     net.write_text("\n".join(lines))
-    ours = mhkd_record.code_sha256([net])
+    ours = mhkd_code.code_sha256([net])
     for seed, sha256 in enumerate(["x" * 64, ours, ours]):
         more = {"student_code_sha256": sha256}
         record(tmp_path, 50.0 + seed, student=f"{net}:f", method="ce", seed=seed, more=more)

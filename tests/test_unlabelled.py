@@ -209,7 +209,7 @@ def test_methods_train_with_batches_that_have_few_labels_or_none(method, parted)
         right += metrics["train_accuracy"] / 100
         labelled += (labels >= 0).sum()
         ce += metrics.get("ce_0", torch.zeros(())) * (labels >= 0).sum()
-    means = mhkd.means_of(steps, sizes, [*metrics], [], 1)
+    means = mhkd_record.means_of(steps, sizes, [*metrics], [], 1)
     assert means.get("ce_0", 0) == pytest.approx(ce.item() / labelled.item())
     assert means["train_accuracy"] == pytest.approx(100 * right.item() / labelled.item())
     assert all(p.grad.isfinite().all() for p in distiller.student.parameters())

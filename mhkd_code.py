@@ -1,0 +1,246 @@
+"""The hash of the code that computes a run: changed code makes another run of the same settings.
+
+mhkd.py imports this file for training, through mhkd_record.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import symtable
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mhkd
+from mhkd import Data, Distiller, epoch_batches, find_methods
+from mhkd_runs import sha256_of
+
+if TYPE_CHECKING:
+    from mhkd_config import Config
+
+
+def code_hashes(config: Config) -> dict[str, str]:
+    """Hashes of the code that computes a training step, and of initial weights in files.
+
+    They cover what turns an image into a gradient: the networks, heads, losses, the selected
+    methods, augmentation. Comments, messages, records and the report are not covered, nor is the
+    code of libraries, whose versions are recorded (docs/choices.md).
+    """
+    found = {}
+    methods = find_methods(config.method).values()
+    roots = [*methods, Distiller, Data, epoch_batches]
+    for module in {m.__module__ for m in methods if not is_ours(m.__module__)}:
+        file = getattr(sys.modules.get(module), "__file__", None) or ""
+        if file.endswith(".py") and "site-packages" not in file:  # what a user's method imports
+            roots += mhkd.sibling("mhkd_custom").source_files(f"{file}:")[1:]
+    found["method_code_sha256"] = code_sha256(roots)
+    for role in ("student", "teacher"):
+        name, init = getattr(config, role), getattr(config, f"{role}_init")
+        if name in mhkd.MODELS:
+            kind, settings = mhkd.MODELS[name]
+            settings = settings, mhkd.UNITS.get(kind)
+            found[f"{role}_code_sha256"] = code_sha256([kind], repr(settings))
+        elif name and ".py:" in name:
+            files = mhkd.sibling("mhkd_custom").source_files(name)
+            found[f"{role}_code_sha256"] = code_sha256(files)
+        if name and init.startswith("file:") and Path(init[5:]).is_file():
+            found[f"{role}_init_sha256"] = sha256_of(init[5:])
+    return found
+
+
+IMAGES = "sibling('mhkd_images')"  # the only module whose functions mhkd.py calls in a step
+
+
+def code_sha256(roots: Iterable[Any], more: str = "") -> str:
+    """The hash of what classes and functions compute, or of Python files. See parts_of_code()."""
+    found = {"": more, **parts_of_code(roots)}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
+    """The hash of each part of the code by its name: of `roots` and of what they use.
+
+    It follows functions, classes and constants of their own modules and of this project.
+    Comments, docstrings, annotations and errors do not count, nor in this project's code strings
+    with spaces and f-strings, which are messages. In a user's code they may be patterns or names;
+    there numbers and strings in closures count, too, the statements that assign other objects to
+    the names of a module, and the bytecode of what has no source.
+    """
+    todo, found = list(roots), {}
+    visited: dict[int, Any] = {}
+    # A user's program may be __main__, too.
+    main = "mhkd" if sys.modules["mhkd"] is sys.modules["__main__"] else "__main__"
+    modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
+    modules |= {mhkd.__name__, "mhkd_images"}  # __main__ in `python mhkd.py`
+
+    def followed(module: str) -> bool:
+        return module in modules or is_ours(module)
+
+    while todo:
+        thing = todo.pop()
+        is_file = isinstance(thing, Path)
+        # `python mhkd.py` has the classes of mhkd in __main__.
+        module = "" if is_file else thing.__module__.replace("__main__", main)
+        name = thing.name if is_file else f"{module}.{thing.__qualname__}"
+        while is_file and name in found:  # the same name in another folder, which may be moved
+            name += "'"
+        # Other functions of a user's module may have the same name: lambdas, those of a factory.
+        while not is_file and name in found and not is_ours(module) and id(thing) not in visited:
+            name += "'"
+        if name in found:
+            continue
+        visited[id(thing)] = thing
+        if is_file:
+            trees = [ast.parse(thing.read_text())]
+        else:
+            trees = definitions_in(thing.__module__).get(thing.__qualname__, [])
+        known = {} if is_file else vars(sys.modules[thing.__module__])
+        used = set() if is_file else {*globals_in(thing.__module__).get(thing.__name__, ())}
+        for part in around(trees) if known else ():
+            used |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
+        digest = hashlib.sha256()
+        for function in () if is_file or is_ours(thing.__module__) else functions_of(thing):
+            cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+            with contextlib.suppress(ValueError):  # an empty cell
+                values = [(name, cell.cell_contents) for name, cell in cells]
+                values = [v for v in values if is_plain(v) and not isinstance(v[1], (list, dict))]
+                digest.update(repr(values).encode())
+            if not trees:
+                digest.update(repr(bytecode_of(function.__code__)).encode())
+        for place, node in computation_of(trees, is_file or not is_ours(thing.__module__)):
+            part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
+            digest.update(f"{place} {part}\n".encode())
+            value = None
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                value = known.get(node.id) if node.id in used else None  # a local name is none
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == IMAGES:
+                value = getattr(mhkd.sibling("mhkd_images", optional=True), node.attr, None)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = known.get(node.value.id)
+                if isinstance(owner, types.ModuleType) and followed(owner.__name__):
+                    value = getattr(owner, node.attr, None)
+            value = None if isinstance(value, types.ModuleType) else inspect.unwrap(value)
+            if isinstance(value, (type, types.FunctionType)) and followed(value.__module__):
+                todo.append(value)
+            elif isinstance(node, ast.Name) and value is not None and is_plain(value):
+                found[node.id] = repr(value)
+            elif isinstance(node, ast.Name) and value is not None and not is_ours(module):
+                assigned = definitions_in(thing.__module__).get(f"{node.id} =", [])
+                found |= {f"{module}.{node.id}": str([ast.dump(part) for part in assigned])}
+                for part in (part for tree in assigned for part in ast.walk(tree)):
+                    used_there = known.get(part.id) if isinstance(part, ast.Name) else None
+                    if isinstance(used_there, (type, types.FunctionType)):
+                        todo += [used_there] * followed(used_there.__module__)
+        found[name] = digest.hexdigest()
+    return found
+
+
+def is_ours(module: str) -> bool:
+    """Whether a module is a part of this project."""
+    file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+    return file.parent == Path(mhkd.__file__).parent and file.name.startswith("mhkd")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a constant consists of numbers and strings only."""
+    if isinstance(value, (tuple, list, dict)):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(map(is_plain, parts))
+    return value is None or isinstance(value, (int, float, str))
+
+
+@functools.cache
+def globals_in(module: str) -> dict[str, set[str]]:
+    """For each class and function of a module the names that it takes from the module."""
+    found: dict[str, set[str]] = {}
+
+    def names_of(table: symtable.SymbolTable) -> set[str]:
+        names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        return names.union(*map(names_of, table.get_children()))
+
+    def visit(table: symtable.SymbolTable) -> None:
+        for part in table.get_children():
+            found.setdefault(part.get_name(), set()).update(names_of(part))
+            visit(part)
+
+    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
+        source = inspect.getsource(sys.modules[module])
+        visit(symtable.symtable(source, module, "exec"))
+    return found
+
+
+def around(definitions: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """What the scope around definitions evaluates: decorators, bases, defaults of arguments."""
+    for node in definitions:
+        yield from getattr(node, "decorator_list", [])
+        yield from getattr(node, "bases", [])
+        if isinstance(node, ast.FunctionDef):
+            yield from filter(None, [*node.args.defaults, *node.args.kw_defaults])
+
+
+def functions_of(thing: Any) -> list[types.FunctionType]:
+    """A function, or the functions of a class."""
+    parts = vars(thing).values() if isinstance(thing, type) else [thing]
+    functions = [getattr(part, "__func__", part) for part in parts]
+    return [function for function in functions if isinstance(function, types.FunctionType)]
+
+
+def bytecode_of(code: types.CodeType) -> list[Any]:
+    constants: list[Any] = []
+    for c in code.co_consts:  # sets have another order in each process
+        c = sorted(map(repr, c)) if isinstance(c, frozenset) else c
+        constants.append(bytecode_of(c) if isinstance(c, types.CodeType) else c)
+    return [code.co_code.hex(), code.co_names, constants]
+
+
+@functools.cache
+def definitions_in(module: str) -> dict[str, list[ast.AST]]:
+    """The syntax trees of a module's classes and functions by qualified name.
+
+    The assignments to a name of the module have the key "name =".
+    """
+    found: dict[str, list[ast.AST]] = {}
+
+    def visit(node: ast.AST, inside: str = "") -> None:
+        for part in ast.iter_child_nodes(node):
+            prefix = inside
+            if isinstance(part, (ast.ClassDef, ast.FunctionDef)):
+                found.setdefault(inside + part.name, []).append(part)
+                local = ".<locals>." if isinstance(part, ast.FunctionDef) else "."
+                prefix = inside + part.name + local
+            elif isinstance(part, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and not inside:
+                targets = part.targets if isinstance(part, ast.Assign) else [part.target]
+                for n in (n for target in targets for n in ast.walk(target)):
+                    if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
+                        found.setdefault(f"{n.id} =", []).append(part)
+            visit(part, prefix)
+
+    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
+        visit(ast.parse(inspect.getsource(sys.modules[module])))
+    return found
+
+
+def computation_of(node: Any, strings: bool, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Place and value of everything in a syntax tree that changes what the code computes.
+
+    strings: whether all strings but docstrings count.
+    """
+    docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    message = isinstance(node, str) and " " in node or isinstance(node, ast.JoinedStr)
+    if isinstance(node, ast.Raise) or (docstring if strings else message):
+        return
+    yield place, node
+    if isinstance(node, list):
+        for i, part in enumerate(node):
+            yield from computation_of(part, strings, f"{place}.{i}")
+    elif isinstance(node, ast.AST):
+        for name, part in ast.iter_fields(node):
+            if name not in ("annotation", "returns"):
+                yield from computation_of(part, strings, f"{place}.{name}")
