@@ -157,7 +157,7 @@ def test_replaced_initial_weights_and_an_edited_teacher_are_other_runs(tmp_path,
 @pytest.mark.parametrize("edit, runs_again", [
     (("kl = kl / counted.sum() * tau**2", "kl = 7 * kl / counted.sum() * tau**2"), False),
     (("# Equation 1 for each head", "# another comment"), True),
-    (('"the loss is not finite', '"it is not finite'), True),
+    (("needs the input of a linear", "takes the input of a linear"), True),
 ])  # fmt: skip
 def test_an_edited_loss_is_noticed_and_an_edited_comment_or_message_is_not(
     edit, runs_again, tmp_path
