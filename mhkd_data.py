@@ -158,7 +158,9 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     """
     dataset = DATASETS[config.dataset]
     images_at, labels, count, classes, *facts = dataset.load(config)
-    labels, given, classes = torch.as_tensor(labels), classes, [str(name) for name in classes]
+    with explain(f"the labels of {config.dataset} are no numbers", "give integers [N]"):
+        labels = torch.as_tensor(labels)
+    given, classes = classes, [str(name) for name in classes]
     if labels.dim() != 1 or labels.is_floating_point() or not 0 <= count <= len(labels):
         kind = f"{labels.dtype} labels of shape {list(labels.shape)} and {count} training images"
         raise UsageError(f"{config.dataset} has {kind}: give integers [N], and at most N images")

@@ -237,6 +237,9 @@ def load_file(path: Path) -> Any:
         reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than tensors, which could run code: save network.state_dict()"
+            with open(path, "rb") as file:
+                if file.read(1) not in (b"P", b"\x80"):  # of a ZIP file or a pickle
+                    reason = "torch.save() has not written it"
         raise RunError(f"'{path}' is damaged or no checkpoint ({reason})") from error
 
 

@@ -612,7 +612,7 @@ def test_a_subset_is_always_the_same_part_of_the_data(tmp_path):
 
 
 def own(monkeypatch, images, labels=None, classes=3, **settings):
-    labels = torch.arange(len(images)) % 3 if labels is None else torch.tensor(labels)
+    labels = torch.arange(len(images)) % 3 if labels is None else labels
     source = (lambda i: images[i], labels, len(images) // 2, [*"abcdefgh"[:classes]])
     monkeypatch.setitem(mhkd.DATASETS, "mine", mhkd.DataSet(lambda config: source, **settings))
 
@@ -660,6 +660,7 @@ BYTES = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
     (BYTES, {"labels": [0, 1, 2, 2, 0, 1, 2, 3]}, "labels from 0 to 3 for 3 classes"),
     (BYTES, {"labels": [0, 1, 2, 2, 0, 1, 2, -2]}, "labels from -2 to 2"),
     (BYTES, {"labels": [0.0, 1, 2, 2, 0, 1, 2, 2]}, "float32 labels of shape .8.*give integers"),
+    (BYTES, {"labels": list("aabbccaa")}, "labels of mine are no numbers.*give integers"),
     (BYTES, {"labels": [[0]] * 8}, r"labels of shape \[8, 1\]"),
     (BYTES, {"statistics": ((125.3, 123.0, 114.0), (63.0, 62.0, 66.0))}, "wrong mean .*0 to 1"),
 ])  # fmt: skip

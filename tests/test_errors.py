@@ -204,7 +204,7 @@ class Harm:
     (lambda: None, "there is no checkpoint"),
     (lambda: saved(state("resnet14"))[:5000], "damaged"),
     (lambda: b"", "no checkpoint"),
-    (lambda: b"not a checkpoint\nat all\n", "no checkpoint"),
+    (lambda: b"not a checkpoint\nat all\n", "torch.save() has not written it"),
     (flipped, "damaged|checksum"),
     (lambda: saved({"epoch": 3, "distiller": {}}), "student.pt"),
     (lambda: saved(state("resnet20")), "another network|layer1.2.conv1.weight"),
