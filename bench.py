@@ -351,10 +351,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="teacher:student, separated by commas (default: wrn_40_2:wrn_16_2)",
     )
     step.add_argument(
-        "--methods", default="kd,mhkd", help="methods (default: kd,mhkd); others are timed alone"
+        "--methods", default="kd,mhkd", help="methods (default: kd,mhkd); parts are shown for these"
     )
     step.add_argument(
-        "--precision", default="auto", help="precision of ours, as for mhkd.py (default: auto)"
+        "--precision", default="auto", help="precision, as for mhkd.py (default: auto)"
     )
     step.add_argument(
         "--teacher-store",
@@ -366,7 +366,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     step.add_argument("--head-stride", type=int, help="of mhkd (default: 1)")
     step.add_argument("--batch-size", type=int, default=64, help="images (default: 64)")
     step.add_argument("--rounds", type=int, default=20, help="steps of each (default: 20)")
-    step.add_argument("--compile", action="store_true", help="torch.compile our networks")
+    step.add_argument("--compile", action="store_true", help="torch.compile the networks")
     step.set_defaults(run=bench_step)
     networks = commands.add_parser("networks", help="milliseconds per image of trained networks")
     networks.add_argument(

@@ -1197,7 +1197,9 @@ class Distillation(Method):
     priority = 1
     final_options = {
         "tau": Option(4.0, "temperature of the softmax", rule=POSITIVE),
-        "alpha": Option(0.9, "weight of the KL; 1 - alpha is that of cross-entropy", rule=FRACTION),
+        "alpha": Option(
+            0.9, "weight of the divergence; the cross-entropy has 1 - alpha", rule=FRACTION
+        ),
         "gamma": Option(
             None, "weight of the final outputs' cross-entropy (default: 1 - alpha)",
             rule=NOT_NEGATIVE,

@@ -33,7 +33,7 @@ class BenchmarkMethod(mhkd.Method):
     """gamma * CE + kd_weight * tau^2 * KL on the final outputs; subclasses add a term."""
 
     final_options = {
-        "tau": Option(4.0, "temperature", rule=POSITIVE),
+        "tau": Option(4.0, "temperature of the softmax", rule=POSITIVE),
         "gamma": Option(1.0, "weight of the final outputs' cross-entropy", rule=NOT_NEGATIVE),
         "kd_weight": Option(1.0, "weight of the final outputs' tau^2 KL", rule=NOT_NEGATIVE),
     }
@@ -90,7 +90,7 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (delta[:-1] * delta[1:]).sum(dim=1).mean()
 
 
-EMBED_DIM = {"embed_dim": Option(128, "length of the embeddings", int, COUNT)}
+EMBED_DIM = {"embed_dim": Option(128, "width of the embeddings", int, COUNT)}
 
 
 class CorrelationCongruence(BenchmarkMethod):

@@ -164,8 +164,8 @@ class Config:
         "epoch (default: drawn with the batch order from --seed; 0 with --teacher-store or "
         "--teacher-views)",
         int, SEED)
-    teacher_store: str | None = field("training", None, "store the teacher's outputs in OUT/cache "
-        "and read them in later epochs and runs: float32 (exact) or float16 (half the size)",
+    teacher_store: str | None = field("training", None, "keep the teacher's outputs (no feature "
+        "maps) in OUT/cache for later epochs and runs: float32 (exact) or float16 (half the size)",
         str, one_of("float32", "float16"))
     teacher_views: int | None = field("training", None,
         "different augmentations of each image, used in turn (default: one per epoch)", int, COUNT)
@@ -186,7 +186,8 @@ class Config:
     device: str | None = field(
         "runtime", None, "cpu, cuda, cuda:1 or mps (default: cuda, else mps, else cpu)")
     backend: str = field("runtime", "auto",
-        "implementation of the loss: auto, reference (PyTorch), fused", str, one_of(*BACKENDS))
+        "loss: fused (compiled), reference (PyTorch) or auto (fused if possible)",
+        str, one_of(*BACKENDS))
     compile: bool = field("runtime", False, "torch.compile the networks (slow first step)", bool)
     keep_checkpoint: bool = field("runtime", False, "keep checkpoint.pt of a finished run", bool)
     tensorboard: bool = field("runtime", False, "also write the log for TensorBoard", bool)

@@ -292,8 +292,8 @@ def detect_units(
     every submodule is a unit, but not inside one that changes the size. Of each size of the map, in
     the order of the network, the last unit is taken; with five sizes or more without the first one,
     which belongs to the stem; of these the first three (paper, section 3.2). If there are fewer
-    sizes, as in a transformer: blocks at quarters of the depth. Names from timm's feature_info are
-    preferred if they are units or consist of several layers.
+    sizes, as in a transformer: blocks at quarters of the depth. For timm's feature_info see
+    docs/units.md.
 
     Args:
         runs: names of the submodules that run.

@@ -6,8 +6,7 @@
 #                         students on 100 of them, alone, with KD and with MHKD; print a table:
 #                         minutes on a laptop, no download of data
 #   ./run_all.sh small    the second study of docs/measurements.md, on small images of CIFAR-100:
-#                         about 40 core-hours (extrapolated from 119 of 181 runs);
-#                         METHODS="ce kd mhkd" SEEDS="0 1 2": 16 runs
+#                         about 40 core-hours; METHODS="ce kd mhkd" SEEDS="0 1 2": 16 runs
 #   ./run_all.sh views    the study of stored teacher outputs: 66 runs after those of small
 #   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report
 #   ./run_all.sh records  copy the records of finished runs to results/
