@@ -1369,6 +1369,16 @@ def takes_unlabelled(method: str) -> bool:
 # --------------------------------------------------------------------------------------------------
 
 
+def build_student(config: Config, num_classes: int, images: Tensor) -> nn.Module:
+    """The student before training. Lazy layers take their size from the images."""
+    init, size = config.student_init, config.image_size
+    student = build_model(config.student, num_classes, init, size)
+    if any(isinstance(p, nn.UninitializedParameter) for p in student.parameters()):
+        with torch.no_grad():
+            student.eval()(images)
+    return student
+
+
 class Distiller(nn.Module):
     """Student, frozen teacher and methods as one module: what a training step runs.
 
@@ -1390,11 +1400,8 @@ class Distiller(nn.Module):
         if on_teacher:
             student, teacher = teacher, None
         else:
-            student = build_model(config.student, K, config.student_init, config.image_size)
-            if any(isinstance(p, nn.UninitializedParameter) for p in student.parameters()):
-                with torch.no_grad():  # lazy layers take their size from the first images
-                    student.eval()(x)
-        self.initial_sha256 = sibling("mhkd_runs").sha256_of_state(student)
+            student = build_student(config, K, x)
+        self.initial_sha256 = sibling("mhkd_runs").sha256_of_state(student.state_dict())
         networks = {"student": student} | ({"teacher": teacher} if teacher else {})
         for network in networks.values():
             network.to(memory_format=memory_format(data.device))
@@ -1568,7 +1575,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         with runs.locked_by_main(folder, f"another process is training in '{folder}'"):
             # Also before a finished run is used: weights or units of its networks may have changed.
             distiller = Distiller(config, data, teacher, heads)
-            record |= {"units": distiller.units, "init_sha256": distiller.initial_sha256}
+            record |= {"units": distiller.units, "init": distiller.initial_sha256}
+            record["weights_file_sha256"] = records.given_weights_sha256(config, data)
             run = runs.Run(folder, record, config.overwrite)
             runs.wait_for_all()  # until the main process has moved a replaced run away
             if run.result:

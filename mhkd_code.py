@@ -14,7 +14,7 @@ import json
 import symtable
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +70,13 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
     It follows functions, classes and constants of their own modules and of this project.
     Comments, docstrings, annotations and errors do not count, nor in this project's code strings
     with spaces and f-strings, which are messages. In a user's code they may be patterns or names;
-    there numbers and strings in closures count, too, the statements that assign other objects to
-    the names of a module, and the bytecode of what has no source.
+    there more counts: numbers and strings in closures, in attributes of classes and of a module's
+    objects; the statements that assign other objects; bytecode and what it uses, if there is no
+    source. Values that the code itself changes, such as counters, do not count.
     """
     todo, found = list(roots), {}
     visited: dict[int, Any] = {}
+    changed: set[str] = set()
     # A user's program may be __main__, too.
     main = "mhkd" if sys.modules["mhkd"] is sys.modules["__main__"] else "__main__"
     modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
@@ -106,14 +108,13 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
         for part in around(trees) if known else ():
             used |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
         digest = hashlib.sha256()
-        for function in () if is_file or is_ours(thing.__module__) else functions_of(thing):
-            cells = zip(function.__code__.co_freevars, function.__closure__ or ())
-            with contextlib.suppress(ValueError):  # an empty cell
-                values = [(name, cell.cell_contents) for name, cell in cells]
-                values = [v for v in values if is_plain(v) and not isinstance(v[1], (list, dict))]
-                digest.update(repr(values).encode())
-            if not trees:
-                digest.update(repr(bytecode_of(function.__code__)).encode())
+        if not is_file and not is_ours(thing.__module__):
+            digest.update(values_of(thing, trees).encode())
+            others = [*getattr(thing, "__bases__", ())]
+            for function in () if trees else functions_of(thing):
+                names = names_in(function.__code__)
+                others += [function.__globals__[n] for n in names & function.__globals__.keys()]
+            todo += [o for o in others if is_code(o) and followed(o.__module__)]
         for place, node in computation_of(trees, is_file or not is_ours(thing.__module__)):
             part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
             digest.update(f"{place} {part}\n".encode())
@@ -124,10 +125,20 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                 value = getattr(mhkd.sibling("mhkd_images", optional=True), node.attr, None)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = known.get(node.value.id)
-                if isinstance(owner, types.ModuleType) and followed(owner.__name__):
-                    value = getattr(owner, node.attr, None)
-            value = None if isinstance(value, types.ModuleType) else inspect.unwrap(value)
-            if isinstance(value, (type, types.FunctionType)) and followed(value.__module__):
+                if isinstance(owner, types.ModuleType):
+                    value = getattr(owner, node.attr, None) if followed(owner.__name__) else None
+                elif node.value.id in used and not is_code(owner) and not is_ours(module):
+                    setting = f"{module}.{node.value.id}.{node.attr}"
+                    with contextlib.suppress(Exception):  # an attribute of any object
+                        if is_plain(of_object := getattr(owner, node.attr)):
+                            found[setting] = repr(of_object)
+                    changed |= {setting} if isinstance(node.ctx, ast.Store) else set()
+            elif isinstance(node, ast.Global):
+                changed |= {*node.names}
+            wrapped = "__wrapped__" in getattr(value, "__dict__", ())
+            value = inspect.unwrap(value) if wrapped else value
+            value = None if isinstance(value, types.ModuleType) else value
+            if is_code(value) and followed(value.__module__):
                 todo.append(value)
             elif isinstance(node, ast.Name) and value is not None and is_plain(value):
                 found[node.id] = repr(value)
@@ -136,10 +147,10 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                 found |= {f"{module}.{node.id}": str([ast.dump(part) for part in assigned])}
                 for part in (part for tree in assigned for part in ast.walk(tree)):
                     used_there = known.get(part.id) if isinstance(part, ast.Name) else None
-                    if isinstance(used_there, (type, types.FunctionType)):
+                    if is_code(used_there):
                         todo += [used_there] * followed(used_there.__module__)
         found[name] = digest.hexdigest()
-    return found
+    return {name: value for name, value in found.items() if name not in changed}
 
 
 def is_ours(module: str) -> bool:
@@ -183,6 +194,39 @@ def around(definitions: Iterable[ast.AST]) -> Iterator[ast.AST]:
         yield from getattr(node, "bases", [])
         if isinstance(node, ast.FunctionDef):
             yield from filter(None, [*node.args.defaults, *node.args.kw_defaults])
+
+
+def is_code(value: Any) -> bool:
+    """Whether it is a class or a function written in Python."""
+    return isinstance(value, (type, types.FunctionType))
+
+
+def values_of(thing: Any, trees: list[ast.AST]) -> str:
+    """What the source of a user's class or function does not show: values, code without source."""
+
+    def constants(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        # Not lists and dicts, which may collect results.
+        kinds = int, float, str, tuple
+        return [(n, v) for n, v in values.items() if isinstance(v, kinds) and is_plain(v)]
+
+    found: list[Any] = []
+    if isinstance(thing, type):
+        found.append(constants({n: v for n, v in vars(thing).items() if n[:2] != "__"}))
+    for function in functions_of(thing):
+        cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+        with contextlib.suppress(ValueError):  # an empty cell
+            found.append(constants({name: cell.cell_contents for name, cell in cells}))
+        if not trees:
+            used, known = names_in(function.__code__), function.__globals__
+            found.append(constants({name: known[name] for name in sorted(used & known.keys())}))
+            found.append(bytecode_of(function.__code__))
+    return repr(found)
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """All names that bytecode uses."""
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return {*code.co_names}.union(*map(names_in, inner))
 
 
 def functions_of(thing: Any) -> list[types.FunctionType]:
@@ -242,5 +286,6 @@ def computation_of(node: Any, strings: bool, place: str = "") -> Iterator[tuple[
             yield from computation_of(part, strings, f"{place}.{i}")
     elif isinstance(node, ast.AST):
         for name, part in ast.iter_fields(node):
-            if name not in ("annotation", "returns"):
+            # Python 3.12 has added an empty field.
+            if name not in ("annotation", "returns") and part is not None and part != []:
                 yield from computation_of(part, strings, f"{place}.{name}")

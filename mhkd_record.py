@@ -21,7 +21,7 @@ from torch import Tensor
 import mhkd
 import mhkd_code
 import mhkd_runs
-from mhkd import Data, Distiller, UsageError
+from mhkd import Data, Distiller, UsageError, find_methods
 from mhkd_runs import in_file_name
 
 if TYPE_CHECKING:
@@ -48,6 +48,23 @@ def record_of(config: Config, data: Data, teacher_record: Mapping[str, Any]) -> 
         "data_facts": data.facts,
         "normalisation": {"mean": data.mean, "std": data.std},
     }
+
+
+def given_weights_sha256(config: Config, data: Data) -> str | None:
+    """The hash of the student's initial weights that a library or the file of a FILE.py gives.
+
+    Random ones, which differ between two seeds, do not count: they depend on the processor, too.
+    """
+    given = ".py:" in config.student or config.student_init == "pretrained"
+    if not given or any(method.on_teacher for method in find_methods(config.method).values()):
+        return None
+    images, states = data.center_crop(data.train[:2]).cpu(), []
+    for seed in (0, 1):
+        mhkd.set_seed(seed)
+        states.append(mhkd.build_student(config, len(data.classes), images).state_dict())
+    one, other = ({n: mhkd_runs.sha256_of_state({n: t}) for n, t in s.items()} for s in states)
+    given = {name: tensor for name, tensor in states[0].items() if one[name] == other.get(name)}
+    return mhkd_runs.sha256_of_state(given)
 
 
 def name_of(config: Config, differs: Mapping[str, Any], data_sha256: str = "") -> str:

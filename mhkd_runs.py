@@ -126,10 +126,10 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_state(model: nn.Module) -> str:
-    """The hash of all parameters and buffers of a network, of any dtype."""
+def sha256_of_state(state: Mapping[str, Any]) -> str:
+    """The hash of a state dict with tensors of any dtype."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if isinstance(value, Tensor) and not value.is_quantized:
             digest.update(f"{name} {tuple(value.shape)}".encode())
             # A copy: NumPy would mark the storage as one that cannot be resized.
@@ -201,7 +201,7 @@ def check_processes(model: nn.Module, epochs: int) -> None:
     """Under torchrun: raise an error unless all processes have the same weights and epochs."""
     if joined():
         states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, (epochs, sha256_of_state(model)))
+        dist.all_gather_object(states, (epochs, sha256_of_state(model.state_dict())))
         if len({*states}) > 1:
             raise RunError(
                 "the processes of torchrun start with different weights or epochs: initialise "

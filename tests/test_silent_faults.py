@@ -1,8 +1,10 @@
 """What used to give a wrong result without a message: gradients, identity of runs, teachers."""
 
+import ast
 import copy
 import importlib
 import json
+import os
 import shutil
 import warnings
 
@@ -282,6 +284,94 @@ def test_the_hash_of_a_method_without_source_covers_its_bytecode():
     assert first != second == third and runs[0] == runs[1]  # sets have another order
 
 
+SETTINGS = """
+import argparse
+import mhkd
+parser = argparse.ArgumentParser()
+parser.add_argument("--weight", type=float)
+parser.add_argument("--seed", type=int, default=0)
+args = parser.parse_args(ARGUMENTS)
+
+class Dict(dict):
+    def __getattr__(self, name):
+        return self[name]
+
+    def __missing__(self, name):
+        return type(self)()
+
+config = Dict(weight=2.0)
+STEP, state = 0, argparse.Namespace(step=0)
+
+class Mine(mhkd.Method):
+    factor = 0.5
+
+    def own_terms(self, batch):
+        global STEP
+        STEP += 1
+        state.step += 1
+        return {"mine": self.factor * args.weight * config.weight * min(1, STEP / state.step)}
+"""
+
+
+def test_the_hash_of_a_method_covers_values_of_classes_and_objects_but_no_counters(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def module(name, arguments):
+        (tmp_path / f"{name}.py").write_text(SETTINGS.replace("ARGUMENTS", arguments))
+        return importlib.import_module(name)
+
+    def sha256(method):
+        return mhkd_code.code_sha256([method])
+
+    mine = module("settings_a", "['--weight', '1']")
+    first = sha256(mine.Mine)
+    mine.STEP, mine.state.step, mine.args.seed = 7, 8, 9
+    assert sha256(mine.Mine) == first
+    changes = [(mine.Mine, "factor", 0.25), (mine.args, "weight", 2.0)]
+    for place, name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            assert sha256(mine.Mine) != first
+    mine.config["weight"] = 3.0
+    assert sha256(mine.Mine) != first
+    variants = [type("Variant", (mine.Mine,), {"factor": factor}) for factor in (1, 2, 2)]
+    for variant in variants:
+        variant.__module__ = "settings_a"
+    one, two, again = map(sha256, variants)
+    assert one != two == again
+
+
+def test_the_hash_of_a_method_without_source_covers_the_values_and_functions_that_it_uses():
+    lines = ["import mhkd, mhkd_code", "def loss(): return WEIGHT", "class Mine(mhkd.Method):"]
+    lines += ["  def own_terms(self, batch): return loss()", "for WEIGHT in (1.0, 2.0, 1.0):"]
+    lines += ["  print(mhkd_code.code_sha256([Mine]))"]
+    first, second, third = python("-", input="\n".join(lines), cwd=ROOT).stdout.split()
+    assert first == third != second
+
+
+def test_empty_fields_of_a_syntax_tree_as_newer_versions_of_python_have_do_not_count():
+    (tree,) = ast.parse("def f(x):\n    return x").body
+    tree._fields = tuple(name for name in tree._fields if name != "type_params")
+    before = [*mhkd_code.computation_of(tree, True)][1:]
+    tree._fields, tree.type_params, tree.new = (*tree._fields, "type_params", "new"), [], None
+    assert [*mhkd_code.computation_of(tree, True)][1:] == before
+
+
+def test_random_weights_of_another_kind_of_processor_or_without_a_seed_are_no_other_run(tmp_path):
+    file, path = network_file(tmp_path), tmp_path / "net.py"
+    draw = "net = Net(num_classes)\n    net.a.bias.data.normal_(generator=G)\n    return net"
+    text = path.read_text().replace("return Net(num_classes)", draw)
+    path.write_text(text + "\nG = torch.Generator()\nG.seed()\n")
+    command = [ROOT / "mhkd.py", *student(file), "--epochs", "1", "--out", tmp_path / "out"]
+    for capability in ("default", None):
+        given = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+        done = python(*command, env=os.environ | given)
+        assert done.returncode == 0, done.stderr
+    assert "already finished" in done.stdout
+
+
 def test_a_finished_run_is_not_that_of_other_weights_or_units(tmp_path, failing, monkeypatch):
     file, out = network_file(tmp_path), tmp_path / "out"
     path, weights = tmp_path / "net.py", tmp_path / "w.pt"
@@ -295,7 +385,7 @@ def test_a_finished_run_is_not_that_of_other_weights_or_units(tmp_path, failing,
         patch.setattr(mhkd_custom, "find_units", lambda *_: other)
         assert "units in use was" in failing(out, *student(file))
     torch.save(torch.zeros(8), weights)
-    assert "another init: run again with --overwrite" in failing(out, *student(file))
+    assert "another weights file: run again with --overwrite" in failing(out, *student(file))
     assert run(out, *student(file), "--overwrite") == 0
     assert len([*(out / "replaced").iterdir()]) == 1
 
@@ -478,9 +568,9 @@ def test_weights_of_any_dtype_are_hashed_and_stay_resizable(dtype):
     network = nn.Module()
     network.register_buffer("t", torch.ones(3, 2).to(dtype))
     network.get_extra_state = lambda: {"a": 1}
-    one = mhkd_runs.sha256_of_state(network)
+    one = mhkd_runs.sha256_of_state(network.state_dict())
     network.t.resize_(1)
-    assert mhkd_runs.sha256_of_state(network) != one
+    assert mhkd_runs.sha256_of_state(network.state_dict()) != one
 
 
 # 8. Failures after the last epoch
