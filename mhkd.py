@@ -635,6 +635,7 @@ class MultiHead(FeatureExtractor):
         self.heads.to(parameter.device, parameter.dtype)
         self.heads_frozen = False
         self.heads_learned = [False]  # a list: replicas share it
+        self.head_versions = self._head_versions()
 
     def freeze_heads(self) -> MultiHead:
         """Keep the heads as they are: in eval mode, without gradients."""
@@ -660,23 +661,31 @@ class MultiHead(FeatureExtractor):
             K = self.num_classes
             raise UsageError(f"no linear layer with {K} outputs ran: name one with classifier=")
         logits = self.heads(outputs)
-        mode, learn = self.heads.training, logits[-1].requires_grad
         trained_here = self.frozen and self.units and not self.heads_frozen
-        if not trained_here or torch.compiler.is_compiling():
-            pass
-        elif mode == learn:
-            self.heads_learned[0] |= mode
-            if not self.heads_learned[0]:
-                for z in logits[1:]:  # mhkd_loss() warns of a student that learns from them
-                    z.never_learned = True
-        else:
+        if trained_here and not torch.compiler.is_compiling():
+            self._check_heads(logits[1:])
+        return (logits, outputs.penultimate) if penultimate else logits
+
+    def _check_heads(self, logits: Sequence[Tensor]) -> None:
+        """Warn if heads of a frozen network cannot learn; mark the logits if they never did."""
+        mode = any(head.training for head in self.heads.values())
+        learn = any(z.requires_grad for z in logits)
+        if mode != learn:
             warnings.warn(
                 "the heads of a frozen network learn if they are in train mode and outside of "
                 f"torch.no_grad(), but they are in {'train' if mode else 'eval'} mode "
                 f"{'with' if learn else 'without'} gradients: call freeze_heads() if they are "
-                "trained already", stacklevel=4,
+                "trained already", stacklevel=5,
             )  # fmt: skip
-        return (logits, outputs.penultimate) if penultimate else logits
+        elif mode:
+            self.heads_learned[0] = True
+        elif not self.heads_learned[0] and self._head_versions() == self.head_versions:
+            for z in logits:  # mhkd_loss() warns of a student that learns from them
+                z.never_learned = True
+
+    def _head_versions(self) -> list[int]:
+        """They change when weights are updated or loaded."""
+        return [p._version for p in self.heads.parameters() if not p.is_inference()]
 
 
 def check_layout(feature: Tensor, layout: str | None, name: str, example: Any) -> None:
@@ -851,7 +860,8 @@ def mhkd_loss(
             w_h (1 - alpha).
         teacher_ce: for each head, whether the teacher's own cross-entropy is added, with weight 1.
             Default: for teacher logits that require a gradient. Call the teacher outside of
-            torch.no_grad() if its heads are to learn.
+            torch.no_grad() if its heads are to learn. For more students of the same teacher logits
+            give [False] * H in all calls but one, else the heads learn several times as fast.
         ignore_index: rows with this label are not counted in any term, even if it is UNLABELLED.
         return_terms: also return the terms.
         backend: "reference" is plain PyTorch. "auto" uses the fused loss if it is installed; on
@@ -1820,6 +1830,7 @@ class Data:
     prefetch: Callable[[Tensor, Tensor], None] | None = None  # for images mapped from a file
     unlabelled_sha256: str | None = None  # of the unlabelled images, if any
     settings: dict[str, Any] | None = None  # of the Config with which load_data() made them
+    labels_sha256: str | None = None  # of labels and parts as loaded
 
     def __post_init__(self) -> None:
         self.device, self.train_labels = self.labels.device, self.labels[self.train]
@@ -1842,7 +1853,8 @@ class Data:
         """The same without unlabelled training images."""
         facts = {name: fact for name, fact in self.facts.items() if name != "unlabelled"}
         train = self.train[self.train_labels != UNLABELLED]
-        return dataclasses.replace(self, train=train, facts=facts, unlabelled_sha256=None)
+        no_hash = dict.fromkeys(("unlabelled_sha256", "labels_sha256"))
+        return dataclasses.replace(self, train=train, facts=facts, **no_hash)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images [B, S, S, 3], 0 to 255, to float32 [B, 3, S, S]."""

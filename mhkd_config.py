@@ -214,9 +214,10 @@ class Config:
         elif not self.teacher:
             raise UsageError(f"--teacher is missing: --method {self.method} needs one; ce does not")
         if self.teacher and self.teacher_weights is not None:
-            self.teacher_seed, self.teacher_init = 0, "random"  # the teacher is not trained
-            if self.teacher_epochs or self.teacher_lr:
-                raise UsageError("--teacher-epochs and --teacher-lr are not for --teacher-weights")
+            given = ("teacher_seed", "teacher_init", "teacher_epochs", "teacher_lr")
+            for name in given:  # the teacher is not trained
+                if getattr(self, name) != getattr(Config, name):
+                    raise UsageError(f"{flag_of(name)} is not for --teacher-weights: leave it out")
         if (self.mean is None) != (self.std is None):
             raise UsageError("--mean and --std must be given together")
         if self.keep == "best" and not self.val_fraction:
@@ -362,6 +363,7 @@ class Config:
         own = {"student": self.teacher, "student_init": "random", "method": "heads"}
         own |= {"student_units": self.teacher_units, "teacher_weights": str(teacher_weights)}
         own |= {"seed": self.teacher_seed, "lr": None, "teacher_epochs": None, "teacher_lr": None}
+        own |= {"teacher_seed": 0, "teacher_init": "random"}
         own |= {"ema": None, "keep": "last", "options": {name: o[name] for name in HEAD_OPTIONS}}
         return self.replace(**self._changes_for_teacher(epochs), **own)
 
@@ -417,7 +419,7 @@ def method_options(methods: Mapping[str, type[Method]]) -> dict[str, Option]:
         for key, option in method.options.items():
             if found.setdefault(key, option) is not option:
                 what = f"--method {name} has an option {key}"
-                raise UsageError(f"{what}, which another method has, too: rename it")
+                raise UsageError(f"{what}, which other terms of the loss have, too: rename it")
     for key in found.keys() & FIELDS.keys():
         raise UsageError(f"--method {'+'.join(methods)} has an option {key}, the name of a setting "
                          "of all methods: rename it")  # fmt: skip

@@ -145,9 +145,23 @@ DATASETS: dict[str, DataSet] = {
 }
 
 
-# Settings of a Config that the data depend on.
-SETTINGS = ["dataset", "image_size", "subset", "test_subset", "val_fraction", "test_fraction"]
-SETTINGS += ["mean", "std"]
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings that the data depend on."""
+    names = ["dataset", "image_size", "subset", "test_subset", "val_fraction", "test_fraction"]
+    settings = {name: getattr(config, name) for name in (*names, "mean", "std")}
+    if config.dataset == "folder":
+        for name in ("data", "unlabelled"):
+            value = getattr(config, name)
+            settings[name] = None if value is None else str(Path(value).resolve())
+    return settings
+
+
+def labels_sha256(data: Data) -> str:
+    """The hash of the labels and of the indices of the parts."""
+    digest = hashlib.sha256()
+    for part in (data.labels, data.train, data.val, data.test):
+        digest.update(repr(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
@@ -237,11 +251,11 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         log(f"note: {what}: the test accuracy is too high, remove them from one of the folders")
     if end < len(labels):
         known["unlabelled"] = len(labels) - end
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    return Data(
+    data = Data(
         images, labels, train, val, test, classes, S, mean, std, sha256, config.dataset,
-        known, prefetch, of_unlabelled if end < len(labels) else None, settings,
-    ).to(torch.device(device))  # fmt: skip
+        known, prefetch, of_unlabelled if end < len(labels) else None, settings_of(config),
+    )  # fmt: skip
+    return dataclasses.replace(data, labels_sha256=labels_sha256(data)).to(torch.device(device))
 
 
 def for_run(config: Config, data: Data) -> Data:
@@ -251,12 +265,17 @@ def for_run(config: Config, data: Data) -> Data:
         UsageError: they were loaded with other settings or do not fit the run.
     """
     settings = data.settings or {"dataset": data.name, "image_size": data.size}
+    ours = settings_of(config)
     for name, value in settings.items():
-        if value != getattr(config, name):
+        if value != ours[name]:
             raise UsageError(
                 f"the data were loaded with {name} {value!r}, and the configuration has "
-                f"{getattr(config, name)!r}: load them with this configuration"
+                f"{ours[name]!r}: load them with this configuration"
             )
+    if data.labels_sha256 and (changed := labels_sha256(data)) != data.labels_sha256:
+        log("note: labels or parts of the data were changed after loading: they are other data")
+        sha256 = hashlib.sha256(f"{data.sha256} {changed}".encode()).hexdigest()
+        data = dataclasses.replace(data, sha256=sha256, labels_sha256=None)
     if data.settings:
         used = normalisation(config, quiet=True)
         missing = config.dataset == "folder" and not data.unlabelled_sha256
@@ -309,6 +328,7 @@ def normalisation(
 def checked_statistics(mean: Any, std: Any, what: str) -> tuple[tuple, tuple]:
     with explain(f"{what} has a wrong mean or std", "give --mean and --std, from 0 to 1"):
         rules = sibling("mhkd_config")
+        mean, std = ([float(value) for value in values] for values in (mean, std))
         torch.tensor([mean, std]).view(2, 3)
         if not (rules.CHANNELS[0](mean) and rules.STDS[0](std)):
             raise ValueError(f"mean {mean}, std {std}")

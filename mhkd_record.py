@@ -43,11 +43,18 @@ def record_of(config: Config, data: Data, teacher_record: Mapping[str, Any]) -> 
         "differs": differs,
         **teacher_record,
         **mhkd_code.code_hashes(config),
+        "final_options": final_options(config.method),
         "data_sha256": data.sha256,
         "unlabelled_sha256": data.unlabelled_sha256,
         "data_facts": data.facts,
         "normalisation": {"mean": data.mean, "std": data.std},
     }
+
+
+def final_options(method: str) -> list[str]:
+    """The options of the loss on the final outputs; none if a user's method computes it."""
+    *_, last = find_methods(method).values()
+    return [*last.final_options] if mhkd_code.is_ours(last.final_terms.__module__) else []
 
 
 def given_weights_sha256(config: Config, data: Data) -> str | None:
@@ -162,12 +169,15 @@ def check_saved(distiller: Distiller, images: Tensor) -> None:
 def check_trained(distiller: Distiller, parameters: list[Tensor], labelled: Tensor) -> None:
     """After the first step, with so many labelled images: what is trained.
 
-    An error if the student has no gradient, a note if the optimizer lacks a parameter.
+    An error if the student has no gradient (a note with a user's method, whose weights may rise
+    from 0), a note if the optimizer lacks a parameter.
     """
     student = [p for p in distiller.student.parameters() if p.requires_grad]
     learns = any(p.grad is not None and p.grad.any() for p in student)
     if student and labelled > 0 and not learns:
-        raise UsageError(mhkd.NO_GRADIENT)
+        if all(mhkd_code.is_ours(type(method).__module__) for method in distiller.methods):
+            raise UsageError(mhkd.NO_GRADIENT)
+        mhkd.log(f"note: in the first step {mhkd.NO_GRADIENT}")
     known = {id(p) for p in parameters}
     named = distiller.named_parameters()
     if late := [name for name, p in named if p.requires_grad and id(p) not in known]:
@@ -187,11 +197,12 @@ def means_of(
     bad = (~metrics.isfinite()).nonzero()
     if len(bad):
         step = bad[0, 0].item()
-        terms = [names[i] for s, i in bad.tolist() if s == step and i] or ["loss"]
-        raise UsageError(
-            f"the loss is not finite in epoch {epoch}, step {step + 1} ({', '.join(terms)}): check "
-            "the weight of that term, or try a lower --lr"
-        )
+        place, first = f"is not finite in epoch {epoch}, step {step + 1}", metrics[step, 0]
+        terms = ", ".join([names[i] for s, i in bad.tolist() if s == step and i] or ["loss"])
+        if first.isfinite():
+            raise UsageError(f"the metric {terms} {place}: let the method return a finite number")
+        hint = "check the weight of that term, or try a lower --lr"
+        raise UsageError(f"the loss {place} ({terms}): {hint}")
     if not all(p.isfinite().all() for p in parameters):
         raise UsageError(
             f"the weights are not finite in epoch {epoch}, after its last step: try a lower --lr"

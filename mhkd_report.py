@@ -88,15 +88,19 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     return runs, unusable
 
 
-def final_weights(options: Mapping[str, Any]) -> tuple[float, float, float] | None:
+def final_weights(run: Mapping[str, Any]) -> tuple[float, float, float] | None:
     """tau and the weights of cross-entropy and KL on the final outputs; None for other terms.
 
     kd and mhkd have an alpha, from which a weight follows that is None (or missing in old records).
     """
+    options = run["config"]["options"]
+    if "final_options" in run:  # not in old records
+        options = {name: options[name] for name in run["final_options"]}
     alpha, gamma, kl = (options.get(name) for name in ("alpha", "gamma", "kd_weight"))
-    if alpha is None and gamma is None:
+    if alpha is not None:
+        gamma, kl = 1 - alpha if gamma is None else gamma, alpha if kl is None else kl
+    if None in (options.get("tau"), gamma, kl):
         return None
-    gamma, kl = 1 - alpha if gamma is None else gamma, alpha if kl is None else kl
     return options["tau"], round(gamma, 9), round(kl, 9)
 
 
@@ -163,7 +167,7 @@ class Group:
                 own["unlabelled"] = f"{own['unlabelled']} ({images[:8]})"
             name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])
             options = {n: v for n, v in differs.items() if n in c["options"]}
-            weights = final_weights(c["options"]), images
+            weights = final_weights(run), images
             views = {n: v for n, v in differs.items() if n in VIEWS - {"teacher_store"}}
             new = Row(name, c["method"], options, weights, views, c.get("teacher_store"), {})
             of_user = None if is_built_in(c["method"]) else run.get("method_code_sha256")

@@ -1,5 +1,6 @@
 """Every data source through real files in their real formats, decoding, and the augmentation."""
 
+import dataclasses
 import errno
 import hashlib
 import math
@@ -713,6 +714,19 @@ def test_data_that_were_loaded_with_other_settings_are_refused(tmp_path, capsys)
             mhkd.train(config(tmp_path, dataset="digits", **other), data)
     assert len(load(tmp_path, subset=2000).train) == 1437
     assert "2000 images is asked for, and there are 1437" in capsys.readouterr().out
+
+
+def test_labels_that_were_changed_after_loading_are_other_data(tmp_path, capsys):
+    settings = {"subset": 40, "test_subset": 20, "method": "ce", "teacher": None, "epochs": 1}
+    settings |= {"dataset": "digits", "device": "cpu", "batch_size": 20}
+    given = config(tmp_path, **settings)
+    data = mhkd.load_data(given)
+    first = mhkd.train(given, data)["data_sha256"]
+    assert first == data.sha256 and "changed after loading" not in capsys.readouterr().out
+    other = dataclasses.replace(data, labels=9 - data.labels)
+    with pytest.raises(mhkd_runs.RunError, match="another data: run again with --overwrite"):
+        mhkd.train(given, other)
+    assert "note: labels or parts of the data were changed" in capsys.readouterr().out
 
 
 # Augmentation and normalisation

@@ -96,6 +96,28 @@ def test_a_student_that_learns_from_heads_that_have_never_learned_is_warned_of()
     mhkd.mhkd_loss(student(X), targets, y)
 
 
+@pytest.mark.parametrize("how", ["loaded", "compiled", "one head is frozen"])
+def test_heads_that_have_learned_or_some_of_which_learn_are_not_warned_of(how):
+    teacher, student, y = small(frozen=True), small(), torch.tensor([1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if how == "loaded":
+            teacher.load_state_dict(copy.deepcopy(teacher.state_dict()))
+        elif how == "compiled":
+            optimizer = torch.optim.SGD(teacher.heads.parameters(), lr=0.1)
+            compiled = torch.compile(teacher, backend="eager")
+            mhkd.mhkd_loss(student(X), compiled(X), y).backward()
+            optimizer.step()
+        else:
+            teacher = mhkd.MultiHead(Small(), ["unit", "relu"], 5, width=8, frozen=True)
+            student = mhkd.MultiHead(Small(), ["unit", "relu"], 5, width=8)
+            teacher.heads["2"].requires_grad_(False)
+            mhkd.mhkd_loss(student(X), teacher(X), y)
+        with torch.no_grad():
+            targets = teacher.eval()(X)
+        mhkd.mhkd_loss(student(X), targets, y)
+
+
 def equal(found, wanted):
     return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted))
 

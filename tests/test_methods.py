@@ -191,7 +191,7 @@ def test_an_option_with_the_name_of_another_methods_option_is_refused(monkeypatc
         options = {"tau": mhkd.Option(0.1, "a temperature of its own")}
 
     monkeypatch.setitem(mhkd.METHODS, "new", New)
-    with pytest.raises(mhkd.UsageError, match="--method new has an option tau, which another"):
+    with pytest.raises(mhkd.UsageError, match="--method new has an option tau, which other"):
         configure("new")
     assert "embed_dim" in configure("cc+crd").options  # one option for both
 

@@ -497,6 +497,8 @@ def test_mean_and_std_are_those_of_both_networks_and_an_assumed_one_is_logged(
     torch.save(content | {"mean": [123.7, 116.3, 103.5]}, tmp_path / "of 255.pt")
     assert run(tmp_path, *options[:-1], tmp_path / "of 255.pt") == 1
     assert "of 255.pt' has a wrong mean or std (mean [123.7" in capsys.readouterr().err
+    torch.save(content | {"mean": torch.full((3,), 0.25)}, tmp_path / "tensor.pt")
+    assert run(tmp_path, *options[:-1], tmp_path / "tensor.pt") == 0
     given = ["--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.6"]
     assert run(tmp_path, *options, *given) == 0
     assert "has no normalisation" not in capsys.readouterr().out
@@ -511,6 +513,8 @@ def test_mean_and_std_are_those_of_both_networks_and_an_assumed_one_is_logged(
     ("--mean 0.5,0.5,0.5", "together"), ("--mean 0.5 --std 0.5", "--mean must be three numbers"),
     ("--mean 0.5,0.5,0.5 --std 0.5,0.5,0", "--std must be three numbers above 0"),
     ("--teacher-weights t.pt --teacher-lr 0.1", "not for --teacher-weights"),
+    ("--teacher-weights t.pt --teacher-seed 1", "--teacher-seed is not for --teacher-weights"),
+    ("--teacher-weights t.pt --teacher-init pretrained", "--teacher-init is not for"),
     ("--nesterov yes", "no option --nesterov\n"), ("--options a", "no option --options\n"),
 ])  # fmt: skip
 def test_options_that_contradict_each_other_or_do_not_exist_are_refused(
@@ -882,6 +886,25 @@ def test_a_term_may_begin_in_a_later_epoch(tmp_path, monkeypatch):
 
     monkeypatch.setitem(mhkd.METHODS, "later", Later)
     assert run(tmp_path, *PAIR, "--method", "later") == 0  # 200 images are five steps
+
+
+def test_a_weight_that_rises_from_zero_is_noted_and_a_metric_that_is_not_finite_is_named(
+    tmp_path, monkeypatch, capsys, failing
+):
+    class Rising(mhkd.Distillation):
+        metric = 1.0
+
+        def final_terms(self, batch):
+            self.steps = getattr(self, "steps", -1) + 1
+            batch.metrics["extra"] = torch.tensor(self.metric)
+            return {name: self.steps * term for name, term in super().final_terms(batch).items()}
+
+    monkeypatch.setitem(mhkd.METHODS, "rising", Rising)
+    assert run(tmp_path, *PAIR, "--method", "rising") == 0
+    assert "note: in the first step the student gets no gradient" in capsys.readouterr().out
+    monkeypatch.setattr(Rising, "metric", float("nan"))
+    said = failing(tmp_path, *PAIR, "--method", "rising", "--overwrite")
+    assert "the metric extra is not finite in epoch 1, step 1" in said
 
 
 def test_another_file_beside_the_teachers_weights_is_ignored(teacher, tmp_path):

@@ -18,6 +18,7 @@ from conftest import ROOT
 import mhkd
 import mhkd_code
 import mhkd_config
+import mhkd_record
 import mhkd_report
 import mhkd_runs
 import mhkd_tables as tables
@@ -554,6 +555,40 @@ def test_differences_to_kd_are_those_to_the_kd_row_of_the_same_final_weights(tmp
         "fitnet": "+3.00, n=1", "fitnet, gamma 0.1, kd_weight 0.9": "+14.00, n=1",
     }  # fmt: skip
     assert {"kd", f"kd{weights}", "lsh", "dhkd", "cc, kd_weight 0.5"} <= found.keys()
+
+
+def test_options_of_a_users_own_terms_are_no_weights_of_the_final_outputs(
+    tmp_path, report, monkeypatch
+):
+    class Own(mhkd.Method):
+        options = {"tau": mhkd.Option(4.0, "of its term"), "alpha": mhkd.Option(0.9, "weight")}
+
+        def own_terms(self, batch):
+            return {"own": self.options.alpha * batch.student.logits.square().mean()}
+
+    class Final(mhkd.Distillation):
+        def final_terms(self, batch):
+            return {"own": batch.student.logits.square().mean()}
+
+    class Kept(mhkd.Distillation):
+        def own_terms(self, batch):
+            return {"own": batch.student.logits.square().mean()}
+
+    class Alone(Own):
+        options = {"alpha": mhkd.Option(0.3, "weight")}
+
+    methods = {"own": Own, "final": Final, "kept": Kept, "alone": Alone}
+    for method, kind in methods.items():
+        monkeypatch.setitem(mhkd.METHODS, method, kind)
+        more = {"final_options": mhkd_record.final_options(method)}
+        record(tmp_path, 20.0, **PAIR, method=method, more=more)
+    record(tmp_path, 10.0, **PAIR, method="kd")
+    for method in methods:
+        monkeypatch.delitem(mhkd.METHODS, method)
+    part = report()["cifar100: wrn_40_2 → wrn_16_2"]
+    found = {name: cells[-1] for name, cells in rows_of(part).items()}
+    assert found["kept"] == "+10.00, n=1"
+    assert {found[name] for name in ("own", "final", "alone")} == {""}
 
 
 def test_the_run_of_a_teachers_heads_is_no_row(tmp_path, report):

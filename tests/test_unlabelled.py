@@ -310,6 +310,9 @@ def test_several_processes_refuse_unlabelled_images_which_each_would_weight_by_i
 
 def test_data_that_were_loaded_without_the_unlabelled_images_are_refused(parted):
     data = load(parted, method="ce", teacher=None)
+    with pytest.raises(mhkd.UsageError, match="loaded with data .*photos', and the .*elsewhere'"):
+        other = config(parted, device="cpu", data=str(parted.parent / "elsewhere"))
+        mhkd.train(other, load(parted))
     with pytest.raises(mhkd.UsageError, match="loaded without unlabelled images"):
         mhkd.train(config(parted, device="cpu", epochs=1), data)
     assert len(load(parted).train) == len(data.train) + 5
