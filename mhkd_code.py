@@ -116,7 +116,7 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                 others += [function.__globals__[n] for n in names & function.__globals__.keys()]
             todo += [o for o in others if is_code(o) and followed(o.__module__)]
         for place, node in computation_of(trees, is_file or not is_ours(thing.__module__)):
-            part = type(node).__name__ if isinstance(node, (ast.AST, list)) else repr(node)
+            part = type(node).__name__ if isinstance(node, ast.AST) else repr(node)
             digest.update(f"{place} {part}\n".encode())
             value = None
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -280,12 +280,13 @@ def computation_of(node: Any, strings: bool, place: str = "") -> Iterator[tuple[
     message = isinstance(node, str) and " " in node or isinstance(node, ast.JoinedStr)
     if isinstance(node, ast.Raise) or (docstring if strings else message):
         return
-    yield place, node
     if isinstance(node, list):
         for i, part in enumerate(node):
             yield from computation_of(part, strings, f"{place}.{i}")
-    elif isinstance(node, ast.AST):
+        return
+    yield place, node
+    if isinstance(node, ast.AST):
         for name, part in ast.iter_fields(node):
-            # Python 3.12 has added an empty field.
-            if name not in ("annotation", "returns") and part is not None and part != []:
+            # Versions of Python differ in empty fields.
+            if name not in ("annotation", "returns") and part is not None:
                 yield from computation_of(part, strings, f"{place}.{name}")
