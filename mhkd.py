@@ -1585,8 +1585,9 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         with runs.locked_by_main(folder, f"another process is training in '{folder}'"):
             # Also before a finished run is used: weights or units of its networks may have changed.
             distiller = Distiller(config, data, teacher, heads)
-            record |= {"units": distiller.units, "init": distiller.initial_sha256}
-            record["weights_file_sha256"] = records.given_weights_sha256(config, data)
+            # Random initial weights are recorded, not compared: they depend on the processor.
+            record |= {"units": distiller.units, "initial_weights": distiller.initial_sha256}
+            record["initial_state_sha256"] = records.fixed_weights_sha256(config, data)
             run = runs.Run(folder, record, config.overwrite)
             runs.wait_for_all()  # until the main process has moved a replaced run away
             if run.result:
@@ -1853,8 +1854,9 @@ class Data:
         """The same without unlabelled training images."""
         facts = {name: fact for name, fact in self.facts.items() if name != "unlabelled"}
         train = self.train[self.train_labels != UNLABELLED]
-        no_hash = dict.fromkeys(("unlabelled_sha256", "labels_sha256"))
-        return dataclasses.replace(self, train=train, facts=facts, **no_hash)
+        return dataclasses.replace(
+            self, train=train, facts=facts, unlabelled_sha256=None, labels_sha256=None
+        )
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images [B, S, S, 3], 0 to 255, to float32 [B, 3, S, S]."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dis
 import functools
 import hashlib
 import inspect
@@ -71,12 +72,13 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
     Comments, docstrings, annotations and errors do not count, nor in this project's code strings
     with spaces and f-strings, which are messages. In a user's code they may be patterns or names;
     there more counts: numbers and strings in closures, in attributes of classes and of a module's
-    objects; the statements that assign other objects; bytecode and what it uses, if there is no
-    source. Values that the code itself changes, such as counters, do not count.
+    objects; the statements that assign other objects; bytecode and the names that it loads, if
+    there is no source. What the code itself assigns, such as counters, does not count.
     """
     todo, found = list(roots), {}
     visited: dict[int, Any] = {}
-    changed: set[str] = set()
+    settings: dict[tuple[str, str], str] = {}  # in a user's code, by place and name
+    assigned_names: set[str] = set()
     # A user's program may be __main__, too.
     main = "mhkd" if sys.modules["mhkd"] is sys.modules["__main__"] else "__main__"
     modules = {thing.__module__ for thing in todo if not isinstance(thing, Path)}
@@ -109,11 +111,25 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
             used |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
         digest = hashlib.sha256()
         if not is_file and not is_ours(thing.__module__):
-            digest.update(values_of(thing, trees).encode())
             others = [*getattr(thing, "__bases__", ())]
-            for function in () if trees else functions_of(thing):
-                names = names_in(function.__code__)
-                others += [function.__globals__[n] for n in names & function.__globals__.keys()]
+            values = {name: vars(thing) if isinstance(thing, type) else {}}
+            for function in functions_of(thing):
+                place = f"{name}.{function.__name__}"
+                cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+                with contextlib.suppress(ValueError):  # an empty cell
+                    values[place] = {n: cell.cell_contents for n, cell in cells}
+                if not trees:
+                    digest.update(repr(bytecode_of(function.__code__)).encode())
+                    loaded, stored = names_in(function.__code__)
+                    assigned_names |= stored if function.__name__ != "__init__" else set()
+                    of_module = {n: function.__globals__.get(n) for n in sorted(loaded)}
+                    defaults = enumerate(function.__defaults__ or ())
+                    values[f"{place} "] = {f"default {i}": value for i, value in defaults}
+                    values[f"{place}  "] = of_module | (function.__kwdefaults__ or {})
+                    others += of_module.values()
+            assigned_names |= assigned_in(trees)
+            for place, of_place in values.items():
+                settings |= {(place, n): repr(v) for n, v in constants(of_place).items()}
             todo += [o for o in others if is_code(o) and followed(o.__module__)]
         for place, node in computation_of(trees, is_file or not is_ours(thing.__module__)):
             part = type(node).__name__ if isinstance(node, ast.AST) else repr(node)
@@ -128,20 +144,14 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                 if isinstance(owner, types.ModuleType):
                     value = getattr(owner, node.attr, None) if followed(owner.__name__) else None
                 elif node.value.id in used and not is_code(owner) and not is_ours(module):
-                    setting = f"{module}.{node.value.id}.{node.attr}"
                     with contextlib.suppress(Exception):  # an attribute of any object
                         if is_plain(of_object := getattr(owner, node.attr)):
-                            found[setting] = repr(of_object)
-                    changed |= {setting} if isinstance(node.ctx, ast.Store) else set()
-            elif isinstance(node, ast.Global):
-                changed |= {*node.names}
-            wrapped = "__wrapped__" in getattr(value, "__dict__", ())
-            value = inspect.unwrap(value) if wrapped else value
-            value = None if isinstance(value, types.ModuleType) else value
+                            settings[f"{module}.{node.value.id}", node.attr] = repr(of_object)
+            value = None if isinstance(value, types.ModuleType) else unwrapped(value)
             if is_code(value) and followed(value.__module__):
                 todo.append(value)
             elif isinstance(node, ast.Name) and value is not None and is_plain(value):
-                found[node.id] = repr(value)
+                settings[module, node.id] = repr(value)
             elif isinstance(node, ast.Name) and value is not None and not is_ours(module):
                 assigned = definitions_in(thing.__module__).get(f"{node.id} =", [])
                 found |= {f"{module}.{node.id}": str([ast.dump(part) for part in assigned])}
@@ -150,7 +160,8 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                     if is_code(used_there):
                         todo += [used_there] * followed(used_there.__module__)
         found[name] = digest.hexdigest()
-    return {name: value for name, value in found.items() if name not in changed}
+    counted = {k: v for k, v in settings.items() if is_ours(k[0]) or k[1] not in assigned_names}
+    return found | {f"{place}.{name}": value for (place, name), value in counted.items()}
 
 
 def is_ours(module: str) -> bool:
@@ -201,38 +212,55 @@ def is_code(value: Any) -> bool:
     return isinstance(value, (type, types.FunctionType))
 
 
-def values_of(thing: Any, trees: list[ast.AST]) -> str:
-    """What the source of a user's class or function does not show: values, code without source."""
-
-    def constants(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-        # Not lists and dicts, which may collect results.
-        kinds = int, float, str, tuple
-        return [(n, v) for n, v in values.items() if isinstance(v, kinds) and is_plain(v)]
-
-    found: list[Any] = []
-    if isinstance(thing, type):
-        found.append(constants({n: v for n, v in vars(thing).items() if n[:2] != "__"}))
-    for function in functions_of(thing):
-        cells = zip(function.__code__.co_freevars, function.__closure__ or ())
-        with contextlib.suppress(ValueError):  # an empty cell
-            found.append(constants({name: cell.cell_contents for name, cell in cells}))
-        if not trees:
-            used, known = names_in(function.__code__), function.__globals__
-            found.append(constants({name: known[name] for name in sorted(used & known.keys())}))
-            found.append(bytecode_of(function.__code__))
-    return repr(found)
+def unwrapped(value: Any) -> Any:
+    """A function without decorators that refer to it."""
+    with contextlib.suppress(ValueError):
+        return inspect.unwrap(value) if "__wrapped__" in dir(value) else value
+    return value
 
 
-def names_in(code: types.CodeType) -> set[str]:
-    """All names that bytecode uses."""
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return {*code.co_names}.union(*map(names_in, inner))
+def constants(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and strings. Not lists and dicts, which may collect results."""
+    kinds = int, float, str, tuple
+    plain = {n: v for n, v in values.items() if isinstance(v, kinds) and is_plain(v)}
+    return {name: value for name, value in plain.items() if not name.startswith("__")}
+
+
+def assigned_in(trees: Iterable[ast.AST]) -> set[str]:
+    """Names and attributes that functions assign, except __init__."""
+    names: set[str] = set()
+    for tree in trees:
+        if isinstance(tree, ast.FunctionDef) and tree.name == "__init__":
+            continue
+        if isinstance(tree, (ast.Global, ast.Nonlocal)):
+            names |= {*tree.names}
+        elif isinstance(tree, ast.Attribute) and isinstance(tree.ctx, ast.Store):
+            names.add(tree.attr)
+        elif isinstance(tree, ast.Subscript) and isinstance(tree.ctx, ast.Store):
+            names.add(getattr(tree.value, "id", ""))  # a dict or list
+        names |= assigned_in(ast.iter_child_nodes(tree))
+    return names
+
+
+def names_in(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The names that bytecode loads from its module, and those that it assigns."""
+    loaded, stored = set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            loaded.add(instruction.argval)
+        elif instruction.opname in ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF"):
+            stored.add(instruction.argval)
+    for inner in (c for c in code.co_consts if isinstance(c, types.CodeType)):
+        more = names_in(inner)
+        loaded, stored = loaded | more[0], stored | more[1]
+    return loaded, stored
 
 
 def functions_of(thing: Any) -> list[types.FunctionType]:
     """A function, or the functions of a class."""
     parts = vars(thing).values() if isinstance(thing, type) else [thing]
-    functions = [getattr(part, "__func__", part) for part in parts]
+    parts = [getattr(part, "__func__", None) or getattr(part, "fget", part) for part in parts]
+    functions = [unwrapped(part) for part in parts]
     return [function for function in functions if isinstance(function, types.FunctionType)]
 
 

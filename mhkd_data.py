@@ -150,9 +150,9 @@ def settings_of(config: Config) -> dict[str, Any]:
     names = ["dataset", "image_size", "subset", "test_subset", "val_fraction", "test_fraction"]
     settings = {name: getattr(config, name) for name in (*names, "mean", "std")}
     if config.dataset == "folder":
-        for name in ("data", "unlabelled"):
-            value = getattr(config, name)
-            settings[name] = None if value is None else str(Path(value).resolve())
+        unlabelled = config.unlabelled or Path(config.data) / "unlabelled"
+        folders = {"data": config.data, "unlabelled": unlabelled}
+        settings |= {name: str(Path(folder).resolve()) for name, folder in folders.items()}
     return settings
 
 
@@ -265,9 +265,10 @@ def for_run(config: Config, data: Data) -> Data:
         UsageError: they were loaded with other settings or do not fit the run.
     """
     settings = data.settings or {"dataset": data.name, "image_size": data.size}
-    ours = settings_of(config)
+    ours, uses_them = settings_of(config), mhkd.takes_unlabelled(config.method)
+    uses_them = uses_them and data.labelled_fraction < 1
     for name, value in settings.items():
-        if value != ours[name]:
+        if value != ours[name] and (uses_them or name != "unlabelled"):
             raise UsageError(
                 f"the data were loaded with {name} {value!r}, and the configuration has "
                 f"{ours[name]!r}: load them with this configuration"
@@ -283,7 +284,7 @@ def for_run(config: Config, data: Data) -> Data:
         if missing or used not in (None, (data.mean, data.std)):
             what = "without unlabelled images" if missing else "with another normalisation"
             raise UsageError(f"the data were loaded {what}: load them with this configuration")
-    if data.labelled_fraction < 1 and not mhkd.takes_unlabelled(config.method):
+    if not uses_them:
         data = data.labelled()
     if (B := config.batch_size) > len(data.train):  # also of a teacher that is trained first
         number = f"{len(data.train)} training images of --method {config.method}"

@@ -42,7 +42,7 @@ def record_of(config: Config, data: Data, teacher_record: Mapping[str, Any]) -> 
         "config": {**config.recorded(), "processes": mhkd.world_size()},
         "differs": differs,
         **teacher_record,
-        **mhkd_code.code_hashes(config),
+        **mhkd_runs.of_main(mhkd_code.code_hashes(config)),
         "final_options": final_options(config.method),
         "data_sha256": data.sha256,
         "unlabelled_sha256": data.unlabelled_sha256,
@@ -57,21 +57,22 @@ def final_options(method: str) -> list[str]:
     return [*last.final_options] if mhkd_code.is_ours(last.final_terms.__module__) else []
 
 
-def given_weights_sha256(config: Config, data: Data) -> str | None:
-    """The hash of the student's initial weights that a library or the file of a FILE.py gives.
+def fixed_weights_sha256(config: Config, data: Data) -> str | None:
+    """The hash of the student's initial weights that do not depend on the seed.
 
-    Random ones, which differ between two seeds, do not count: they depend on the processor, too.
+    A library gives them, or a FILE.py, which may read them from another file.
     """
-    given = ".py:" in config.student or config.student_init == "pretrained"
-    if not given or any(method.on_teacher for method in find_methods(config.method).values()):
+    may_be_read = ".py:" in config.student or config.student_init == "pretrained"
+    if not may_be_read or any(m.on_teacher for m in find_methods(config.method).values()):
         return None
-    images, states = data.center_crop(data.train[:2]).cpu(), []
-    for seed in (0, 1):
+    images = data.center_crop(data.train[:2]).cpu()
+
+    def hashes(seed: int) -> set[tuple[str, str]]:
         mhkd.set_seed(seed)
-        states.append(mhkd.build_student(config, len(data.classes), images).state_dict())
-    one, other = ({n: mhkd_runs.sha256_of_state({n: t}) for n, t in s.items()} for s in states)
-    given = {name: tensor for name, tensor in states[0].items() if one[name] == other.get(name)}
-    return mhkd_runs.sha256_of_state(given)
+        state = mhkd.build_student(config, len(data.classes), images).state_dict()
+        return {(name, mhkd_runs.sha256_of_state({name: t})) for name, t in state.items()}
+
+    return hashlib.sha256(repr(sorted(hashes(0) & hashes(1))).encode()).hexdigest()
 
 
 def name_of(config: Config, differs: Mapping[str, Any], data_sha256: str = "") -> str:

@@ -477,7 +477,7 @@ def what_varies(group: Group) -> list[str]:
             if value:
                 short = value if name in PLACE else value[:8]
                 values.setdefault(name, set()).add(short)
-        if sha256 := run.get("init"):
+        if sha256 := run.get("initial_weights") or run.get("init_sha256"):
             initial.setdefault(run["config"]["seed"], set()).add(sha256)
     varying = [f"{name} ({', '.join(sorted(v))})" for name, v in values.items() if len(v) > 1]
     texts = [f"Not the same in all runs: {'; '.join(varying)}."] if varying else []

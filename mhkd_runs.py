@@ -209,6 +209,14 @@ def check_processes(model: nn.Module, epochs: int) -> None:
             )
 
 
+def of_main(value: Any) -> Any:
+    """Under torchrun: the value that the main process has."""
+    values = [value]
+    if joined():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def wait_for_all() -> None:
     """Under torchrun: until all processes have come here."""
     if joined():
@@ -238,7 +246,7 @@ def load_file(path: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than tensors, which could run code: save network.state_dict()"
             with open(path, "rb") as file:
-                if file.read(1) not in (b"P", b"\x80"):  # of a ZIP file or a pickle
+                if not file.read(2).startswith((b"PK", b"\x80")):  # a ZIP file or a pickle
                     reason = "torch.save() has not written it"
         raise RunError(f"'{path}' is damaged or no checkpoint ({reason})") from error
 

@@ -206,6 +206,10 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         raise UsageError("--jobs must be at least 1")
 
     del fields["options"], fields["method"]
+    fixed = [*fields.keys() & {"teacher_seed", "teacher_init"}]
+    if fixed and {*tables} & {*STUDIES}:
+        what = f"{mhkd_config.flag_of(fixed[0])} is not for a study, whose teacher is fixed"
+        raise UsageError(f"{what}: use --teacher-weights")
     views = {name: fields.pop(name) for name in fields.keys() & {"teacher_views"}}
     store = {name: fields.pop(name) for name in fields.keys() & {"teacher_store"}}
     study_teacher = Config(**{**STUDY_TEACHER, **fields, "teacher_weights": None})
@@ -231,10 +235,6 @@ def plan(tables: Sequence[str], arguments: Sequence[str]) -> tuple[Any, list[Con
         raise UsageError(mhkd_config.foreign_option(name, others[-1].method))
     if len({config.teacher for config in others if config.teacher_weights}) > 1:
         raise UsageError("--teacher-weights is for one teacher: select its pairs with --pairs")
-    fixed = [*fields.keys() & {"teacher_seed", "teacher_init"}]
-    if fixed and {*tables} & {*STUDIES}:
-        what = f"{mhkd_config.flag_of(fixed[0])} is not for a study, whose teacher is fixed"
-        raise UsageError(f"{what}: use --teacher-weights")
     if (path := fields.get("teacher_weights")) and not Path(path).is_file():
         raise UsageError(f"there is no checkpoint '{path}'")
     teachers = [c for i, c in enumerate(teachers) if c not in teachers[:i]]

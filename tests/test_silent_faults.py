@@ -300,15 +300,17 @@ class Dict(dict):
         return type(self)()
 
 config = Dict(weight=2.0)
-STEP, state = 0, argparse.Namespace(step=0)
+STEP, state, count = 0, argparse.Namespace(step=0), {"step": 0}
 
 class Mine(mhkd.Method):
-    factor = 0.5
+    factor, calls = 0.5, 0
 
     def own_terms(self, batch):
         global STEP
         STEP += 1
         state.step += 1
+        count["step"] += 1
+        type(self).calls += 1
         return {"mine": self.factor * args.weight * config.weight * min(1, STEP / state.step)}
 """
 
@@ -328,6 +330,7 @@ def test_the_hash_of_a_method_covers_values_of_classes_and_objects_but_no_counte
     mine = module("settings_a", "['--weight', '1']")
     first = sha256(mine.Mine)
     mine.STEP, mine.state.step, mine.args.seed = 7, 8, 9
+    mine.count["step"], mine.Mine.calls = 10, 11
     assert sha256(mine.Mine) == first
     changes = [(mine.Mine, "factor", 0.25), (mine.args, "weight", 2.0)]
     for place, name, value in changes:
@@ -344,10 +347,17 @@ def test_the_hash_of_a_method_covers_values_of_classes_and_objects_but_no_counte
 
 
 def test_the_hash_of_a_method_without_source_covers_the_values_and_functions_that_it_uses():
-    lines = ["import mhkd, mhkd_code", "def loss(): return WEIGHT", "class Mine(mhkd.Method):"]
-    lines += ["  def own_terms(self, batch): return loss()", "for WEIGHT in (1.0, 2.0, 1.0):"]
-    lines += ["  print(mhkd_code.code_sha256([Mine]))"]
-    first, second, third = python("-", input="\n".join(lines), cwd=ROOT).stdout.split()
+    lines = ["import mhkd, mhkd_code", "make = lambda n: lambda x: x**n", "a, b = make(2), make(3)"]
+    lines += ["def loss(x): return WEIGHT * a(b(x)).mean()", "class Mine(mhkd.Method):"]
+    lines += ["  calls = 0", "  def own_terms(self, batch):", "    type(self).calls += 1"]
+    lines += ["    return loss(batch)", "for WEIGHT, mean in ((1.0, 1), (2.0, 2), (1.0, 3)):"]
+    lines += ["  print(mhkd_code.code_sha256([Mine]))", "  Mine.calls += 1"]
+    text, hashes = "\n".join(lines), []
+    for seed in ("0", "1", "2"):
+        here = {"input": text, "cwd": ROOT, "env": os.environ | {"PYTHONHASHSEED": seed}}
+        hashes.append(python("-", **here).stdout.split())
+    assert hashes[0] == hashes[1] == hashes[2]
+    first, second, third = hashes[0]
     assert first == third != second
 
 
@@ -385,7 +395,7 @@ def test_a_finished_run_is_not_that_of_other_weights_or_units(tmp_path, failing,
         patch.setattr(mhkd_custom, "find_units", lambda *_: other)
         assert "units in use was" in failing(out, *student(file))
     torch.save(torch.zeros(8), weights)
-    assert "another weights file: run again with --overwrite" in failing(out, *student(file))
+    assert "another initial state: run again with --overwrite" in failing(out, *student(file))
     assert run(out, *student(file), "--overwrite") == 0
     assert len([*(out / "replaced").iterdir()]) == 1
 

@@ -994,7 +994,7 @@ def test_what_rows_do_not_show_is_said_below_the_table(tmp_path, report):
     for seed, place in enumerate(places):
         for method in ("ce", "kd"):
             more = {"environments": [{"data": "d", **place}], "method_code_sha256": "1" * 64}
-            more["init"] = f"{seed}{method if seed else ''}"
+            more["initial_weights" if seed else "init_sha256"] = f"{seed}{method if seed else ''}"
             teacher = PAIR["teacher"] if method == "kd" else None
             who = {"teacher": teacher, "student": "wrn_16_2", "method": method, "seed": seed}
             record(tmp_path, 50.0, **who, more=more)

@@ -308,6 +308,20 @@ def test_several_processes_refuse_unlabelled_images_which_each_would_weight_by_i
     assert "unlabelled images cannot be used with several processes" in said[0].read_text()
 
 
+@pytest.mark.parametrize("method", ["kd", "mhkd"])
+def test_a_folder_of_unlabelled_images_may_be_named_when_the_teacher_is_trained_too(
+    method, parted, tmp_path
+):
+    shutil.move(parted / "unlabelled", tmp_path / "extra")
+    options = ["--dataset", "folder", "--data", parted, "--image-size", "16", "--epochs", "1"]
+    options += ["--batch-size", "4", "--device", "cpu", "--student", "resnet8", "--method", method]
+    options += ["--teacher", "resnet14", "--unlabelled", tmp_path / "extra"]
+    options += ["--teacher-heads", "pretrained", "--head-width", "8"] * (method == "mhkd")
+    assert run(tmp_path / "out", *options) == 0
+    data = load(parted, unlabelled=str(tmp_path / "extra"), method="kd")
+    mhkd.train(config(parted, method="ce", teacher=None, device="cpu", epochs=1), data)
+
+
 def test_data_that_were_loaded_without_the_unlabelled_images_are_refused(parted):
     data = load(parted, method="ce", teacher=None)
     with pytest.raises(mhkd.UsageError, match="loaded with data .*photos', and the .*elsewhere'"):
