@@ -645,7 +645,7 @@ def paper_table(table: tables.Table, runs: Iterable[Mapping[str, Any]], twice: l
 COLORS = {"ce": "C7", "kd": "C0", "mhkd": "C1"}
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 8, "savefig.dpi": 200}
 STYLE |= {"axes.titlesize": 8, "lines.linewidth": 1.2, "legend.frameon": False}
-LABEL = 30  # characters in a line
+LABEL = 46  # characters in a line
 
 
 def draw(folder: Path, groups: Sequence[Group]) -> Iterator[str]:
@@ -670,7 +670,7 @@ def draw(folder: Path, groups: Sequence[Group]) -> Iterator[str]:
         path = folder / f"{stems[-1]}-{stems.count(stems[-1])}.png"
         with matplotlib.rc_context(STYLE):
             lines = max(len(textwrap.wrap(name, LABEL)) for name in differences)
-            size = (7, max(2.8, 1 + 0.15 * (1 + lines) * len(differences)))
+            size = (7, max(2.8, 1.2 + (0.12 * lines + 0.06) * len(differences)))
             figure = Figure(figsize=size, layout="constrained")
             left, right = figure.subplots(1, 2)
             draw_curves(left, group)
@@ -691,7 +691,7 @@ def draw_curves(axis: Any, group: Group) -> None:
         means, low, high = ([f(v) for v in values] for f in (statistics.mean, min, max))
         color = COLORS.get(row.method, f"C{i + 2}")
         marker = "o" if len(epochs) < 12 else None
-        label = textwrap.fill(f"{row.name}, n={len(curves)}", 2 * LABEL)
+        label = textwrap.fill(f"{row.name}, n={len(curves)}", 60)
         axis.plot(epochs, means, color=color, marker=marker, markersize=3, label=label)
         axis.fill_between(epochs, low, high, color=color, alpha=0.2)
         axis.vlines(epochs[-1], low[-1], high[-1], color=color)  # the area of one epoch is empty
