@@ -265,8 +265,8 @@ def for_run(config: Config, data: Data) -> Data:
         UsageError: they were loaded with other settings or do not fit the run.
     """
     settings = data.settings or {"dataset": data.name, "image_size": data.size}
-    ours, uses_them = settings_of(config), mhkd.takes_unlabelled(config.method)
-    uses_them = uses_them and data.labelled_fraction < 1
+    ours, unlabelled = settings_of(config), data.labelled_fraction < 1
+    uses_them = unlabelled and mhkd.takes_unlabelled(config.method)
     for name, value in settings.items():
         if value != ours[name] and (uses_them or name != "unlabelled"):
             raise UsageError(
@@ -284,7 +284,7 @@ def for_run(config: Config, data: Data) -> Data:
         if missing or used not in (None, (data.mean, data.std)):
             what = "without unlabelled images" if missing else "with another normalisation"
             raise UsageError(f"the data were loaded {what}: load them with this configuration")
-    if not uses_them:
+    if unlabelled and not uses_them:
         data = data.labelled()
     if (B := config.batch_size) > len(data.train):  # also of a teacher that is trained first
         number = f"{len(data.train)} training images of --method {config.method}"
