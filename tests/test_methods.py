@@ -452,7 +452,7 @@ def test_help_has_its_groups_and_the_options_of_the_chosen_method_alone(capsys):
 
 def test_beside_the_files_for_training_it_trains_and_names_the_file_of_other_methods(tmp_path):
     shutil.copy(SCRIPT, tmp_path)
-    for name in ("config", "data", "record", "runs", "teacher"):
+    for name in ("code", "config", "data", "record", "runs", "teacher"):
         shutil.copy(SCRIPT.with_name(f"mhkd_{name}.py"), tmp_path)
     alone = ["mhkd.py", *MHKD, "--epochs", "1", "--method"]
     done = python(*alone, "mhkd", cwd=tmp_path)
