@@ -1587,7 +1587,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
             distiller = Distiller(config, data, teacher, heads)
             # Random initial weights are recorded, not compared: they depend on the processor.
             record |= {"units": distiller.units, "initial_weights": distiller.initial_sha256}
-            record["initial_state_sha256"] = records.fixed_weights_sha256(config, data)
+            record["initial_state_sha256"] = records.initial_state_sha256(config, data)
             run = runs.Run(folder, record, config.overwrite)
             runs.wait_for_all()  # until the main process has moved a replaced run away
             if run.result:

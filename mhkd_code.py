@@ -116,6 +116,7 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
             for function in functions_of(thing):
                 place = f"{name}.{function.__name__}"
                 cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+                values[place] = {}
                 with contextlib.suppress(ValueError):  # an empty cell
                     values[place] = {n: cell.cell_contents for n, cell in cells}
                 if not trees:
@@ -123,10 +124,10 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
                     loaded, stored = names_in(function.__code__)
                     assigned_names |= stored if function.__name__ != "__init__" else set()
                     of_module = {n: function.__globals__.get(n) for n in sorted(loaded)}
-                    defaults = enumerate(function.__defaults__ or ())
-                    values[f"{place} "] = {f"default {i}": value for i, value in defaults}
-                    values[f"{place}  "] = of_module | (function.__kwdefaults__ or {})
                     others += of_module.values()
+                    defaults = enumerate(function.__defaults__ or ())
+                    values[place] |= of_module | {f"default {i}": v for i, v in defaults}
+                    values[place] |= function.__kwdefaults__ or {}
             assigned_names |= assigned_in(trees)
             for place, of_place in values.items():
                 settings |= {(place, n): repr(v) for n, v in constants(of_place).items()}

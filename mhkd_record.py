@@ -57,7 +57,7 @@ def final_options(method: str) -> list[str]:
     return [*last.final_options] if mhkd_code.is_ours(last.final_terms.__module__) else []
 
 
-def fixed_weights_sha256(config: Config, data: Data) -> str | None:
+def initial_state_sha256(config: Config, data: Data) -> str | None:
     """The hash of the student's initial weights that do not depend on the seed.
 
     A library gives them, or a FILE.py, which may read them from another file.
