@@ -1257,7 +1257,7 @@ class MultiHeadDistillation(Distillation):
             None, "weight of each auxiliary head (default: 0.5; svhn 5)", rule=NOT_NEGATIVE
         ),
         "head_ce": Option(
-            None, "weight of the heads' cross-entropy, multiplied by beta (default: 1 - alpha)",
+            None, "weight of the student heads' cross-entropy, times beta (default: 1 - alpha)",
             rule=NOT_NEGATIVE,
         ),
         **HEAD_OPTIONS,
@@ -2040,7 +2040,8 @@ def runtime(config: Config) -> Iterator[torch.device]:
         B, count = config.batch_size, world_size()
         if B % count or B < 2 * count:
             raise UsageError(
-                f"--batch-size {B} must be {2 * count}, {3 * count}, ...: {count} processes"
+                f"--batch-size {B} must be a multiple of {count}, at least {2 * count}: "
+                f"there are {count} processes"
             )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield device

@@ -165,7 +165,8 @@ class Config:
         "--teacher-views)",
         int, SEED)
     teacher_store: str | None = field("training", None, "keep the teacher's outputs (no feature "
-        "maps) in OUT/cache for later epochs and runs: float32 (exact) or float16 (half the size)",
+        "maps) in OUT/cache for later epochs and runs: float32 (exact; if no value is given) or "
+        "float16 (half the size)",
         str, one_of("float32", "float16"))
     teacher_views: int | None = field("training", None,
         "different augmentations of each image, used in turn (default: one per epoch)", int, COUNT)
@@ -217,7 +218,8 @@ class Config:
             given = ("teacher_seed", "teacher_init", "teacher_epochs", "teacher_lr")
             for name in given:  # the teacher is not trained
                 if getattr(self, name) != getattr(Config, name):
-                    raise UsageError(f"{flag_of(name)} is not for --teacher-weights: leave it out")
+                    flag = flag_of(name)
+                    raise UsageError(f"leave out {flag}: with --teacher-weights none is trained")
         if (self.mean is None) != (self.std is None):
             raise UsageError("--mean and --std must be given together")
         if self.keep == "best" and not self.val_fraction:

@@ -150,6 +150,7 @@ commas() { # "a b c" as a,b,c
 # Without setup, which may need the network. Every part has a time limit, so that none stops another.
 gpu() {
     python=${PYTHON:-python3} OUT=${OUT:-runs/gpu} DATA=${DATA:-data} failed=0
+    if [ -z "${PYTHON:-}" ] && [ -x "$VENV/bin/python" ]; then python=$VENV/bin/python; fi
     mkdir -p "$OUT"
     report=$OUT/report.md
     available=$("$python" -c 'import torch; print(torch.cuda.is_available())' || true)

@@ -523,7 +523,7 @@ def test_mean_and_std_are_those_of_both_networks_and_an_assumed_one_is_logged(
     ("--mean 0.5,0.5,0.5", "together"), ("--mean 0.5 --std 0.5", "--mean must be three numbers"),
     ("--mean 0.5,0.5,0.5 --std 0.5,0.5,0", "--std must be three numbers above 0"),
     ("--teacher-weights t.pt --teacher-lr 0.1", "not for --teacher-weights"),
-    ("--teacher-weights t.pt --teacher-seed 1", "--teacher-seed is not for --teacher-weights"),
+    ("--teacher-weights t.pt --teacher-seed 1", "leave out --teacher-seed"),
     ("--teacher-weights t.pt --teacher-init pretrained", "--teacher-init is not for"),
     ("--nesterov yes", "no option --nesterov\n"), ("--options a", "no option --options\n"),
 ])  # fmt: skip
