@@ -36,6 +36,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import inspect
 import math
 import os
 import random
@@ -45,7 +46,7 @@ import time
 import types
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1140,6 +1141,13 @@ class Method(nn.Module):
     needs_labels = False  # of all images: it refuses unlabelled ones
     needs_penultimate: Sequence[str] = ()  # of which networks: "student", "teacher"
     on_teacher = False  # the frozen teacher takes the student's place: batch.student
+    module_sources: dict[str, str] = {}  # of the modules of subclasses, when they were imported
+
+    def __init_subclass__(cls, **keywords: Any):
+        super().__init_subclass__(**keywords)
+        with contextlib.suppress(OSError, TypeError, KeyError):  # no source, as in a notebook
+            source = inspect.getsource(sys.modules[cls.__module__])
+            Method.module_sources[cls.__module__] = source
 
     def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
         """student, teacher: FeatureExtractors, the teacher None without one."""
@@ -1577,14 +1585,16 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         data = data.to(device)
         data = sibling("mhkd_data").for_run(config, data)
         teachers = sibling("mhkd_teacher")
+        code = records.code_of(config)  # before hours of training of the teacher
         # Both may call train() for a run of their own.
         teacher, path, teacher_record = teachers.find_teacher(config, data)
         heads, teacher_record["teacher_heads_sha256"] = teachers.find_heads(config, data, path)
-        record = records.record_of(config, data, teacher_record)
+        record = records.record_of(config, data, teacher_record, code)
         folder = Path(config.out) / record["name"]
         with runs.locked_by_main(folder, f"another process is training in '{folder}'"):
             # Also before a finished run is used: weights or units of its networks may have changed.
             distiller = Distiller(config, data, teacher, heads)
+            records.check_files(config, code)
             # Random initial weights are recorded, not compared: they depend on the processor.
             record |= {"units": distiller.units, "initial_weights": distiller.initial_sha256}
             record["initial_state_sha256"] = records.initial_state_sha256(config, data)
@@ -1777,7 +1787,9 @@ def evaluate(model: nn.Module, data: Data, part: Tensor | None = None) -> dict[s
     labels = data.labels[part]
     hit = torch.cat(best) == labels[:, None]  # [N, 5]
     right, counts = (torch.bincount(y, minlength=K) for y in (labels[hit[:, 0]], labels))
-    pairs = zip(data.classes, right.tolist(), counts.tolist())
+    often = Counter(data.classes)
+    names = [f"{c} (class {i})" if often[c] > 1 else c for i, c in enumerate(data.classes)]
+    pairs = zip(names, right.tolist(), counts.tolist())
     of_class = {name: 100 * r / n for name, r, n in pairs if n}
     return {
         "accuracy": 100 * hit[:, 0].sum().item() / len(part),
@@ -1832,6 +1844,7 @@ class Data:
     unlabelled_sha256: str | None = None  # of the unlabelled images, if any
     settings: dict[str, Any] | None = None  # of the Config with which load_data() made them
     labels_sha256: str | None = None  # of labels and parts as loaded
+    loaded: tuple | None = None  # by load_data(): images, their version, what else is hashed
 
     def __post_init__(self) -> None:
         self.device, self.train_labels = self.labels.device, self.labels[self.train]
@@ -1847,8 +1860,15 @@ class Data:
         if fits := self.images.nbytes <= fraction * free:
             names.append("images")
         moved = {name: getattr(self, name).to(device) for name in names}
+        if fits and self.loaded and self.has_loaded_images():
+            moved["loaded"] = moved["images"], version_of(moved["images"]), self.loaded[2]
         prefetch = None if fits and device.type != "cpu" else self.prefetch
         return dataclasses.replace(self, **moved, prefetch=prefetch)
+
+    def has_loaded_images(self) -> bool:
+        """Whether the images are surely those of load_data(): not replaced, changed or copied."""
+        images, version, _ = self.loaded
+        return images is self.images and version == version_of(images)
 
     def labelled(self) -> Data:
         """The same without unlabelled training images."""
@@ -1875,6 +1895,11 @@ class Data:
         at = (self.images.shape[1] - self.size) // 2
         span = slice(at, at + self.size)
         return self.normalise(self.gather(indices)[:, span, span])
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that changes if a tensor is changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def augment(images: Tensor, corners: Tensor, flipped: Tensor, padding: int) -> Tensor:

@@ -179,9 +179,27 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (int, float, str))
 
 
-@functools.cache
+def source_of(module: str) -> str:
+    """The source of a module as it was imported, "" if there is none.
+
+    Modules of this project that define no method are read when they are first used here.
+    """
+    source = mhkd.Method.module_sources.get(module)
+    if source is None:
+        with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
+            source = inspect.getsource(sys.modules[module])
+            if is_ours(module):
+                mhkd.Method.module_sources[module] = source
+    return source or ""
+
+
 def globals_in(module: str) -> dict[str, set[str]]:
     """For each class and function of a module the names that it takes from the module."""
+    return globals_of(source_of(module))
+
+
+@functools.cache
+def globals_of(source: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
 
     def names_of(table: symtable.SymbolTable) -> set[str]:
@@ -193,9 +211,7 @@ def globals_in(module: str) -> dict[str, set[str]]:
             found.setdefault(part.get_name(), set()).update(names_of(part))
             visit(part)
 
-    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
-        source = inspect.getsource(sys.modules[module])
-        visit(symtable.symtable(source, module, "exec"))
+    visit(symtable.symtable(source, "module", "exec"))
     return found
 
 
@@ -273,12 +289,16 @@ def bytecode_of(code: types.CodeType) -> list[Any]:
     return [code.co_code.hex(), code.co_names, constants]
 
 
-@functools.cache
 def definitions_in(module: str) -> dict[str, list[ast.AST]]:
     """The syntax trees of a module's classes and functions by qualified name.
 
     The assignments to a name of the module have the key "name =".
     """
+    return definitions_of(source_of(module))
+
+
+@functools.cache
+def definitions_of(source: str) -> dict[str, list[ast.AST]]:
     found: dict[str, list[ast.AST]] = {}
 
     def visit(node: ast.AST, inside: str = "") -> None:
@@ -295,8 +315,7 @@ def definitions_in(module: str) -> dict[str, list[ast.AST]]:
                         found.setdefault(f"{n.id} =", []).append(part)
             visit(part, prefix)
 
-    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
-        visit(ast.parse(inspect.getsource(sys.modules[module])))
+    visit(ast.parse(source))
     return found
 
 

@@ -197,7 +197,17 @@ class Config:
         "from other files, move it to OUT/replaced and train again", bool)
     # fmt: on
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Other values follow from it, such as milestones from the epochs.
+        fixed = name in FIELDS and name != "seed" and FIELDS[name]["group"] != "runtime"
+        if fixed and self.__dict__.get("_complete"):
+            raise UsageError(f"Config.{name} cannot be assigned: use config.replace({name}=...)")
+        super().__setattr__(name, value)
+
     def __post_init__(self) -> None:
+        for name in ("data", "unlabelled", "out", "teacher_weights"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(value))
         check_name("data set", self.dataset, DATASETS)
         for name in ("student_units", "teacher_units"):
             if isinstance(names := getattr(self, name), str):
@@ -261,6 +271,7 @@ class Config:
         usual |= {name: v for name, v in self._recipe().items() if name in usual}
         values = {name: getattr(self, name) for name in FIELDS} | dict(self.options)
         values = {n: usual[n] if values.get(n) is None else values[n] for n in usual}
+        values = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in values.items()}  # NumPy
         values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         rules = {n: facts["option"] for n, facts in FIELDS.items()} | declared
         for name, option in rules.items():
@@ -304,6 +315,7 @@ class Config:
                     "--teacher-store holds the heads of --teacher-heads pretrained, and --method "
                     f"{name} has others: leave it out"
                 )
+        self._complete = True
 
     @property
     def views(self) -> int:

@@ -164,6 +164,29 @@ def labels_sha256(data: Data) -> str:
     return digest.hexdigest()
 
 
+def images_sha256(images: Tensor, labels: Tensor, facts: tuple, each: list | None = None) -> str:
+    """The hash of images, labels and facts. each: gets a hash of each image."""
+    digest = hashlib.sha256(repr((images.shape, *facts)).encode())
+    digest.update(labels.cpu().numpy())
+    for part in images.split(1000):
+        pixels = part.cpu().contiguous().numpy()
+        digest.update(pixels)
+        if each is not None:
+            each += [hash(image.tobytes()) for image in pixels]
+    return digest.hexdigest()
+
+
+def changed_images(data: Data) -> dict[str, str]:
+    """New hashes if the images are not those of load_data() any more."""
+    end, facts = data.loaded[2]
+    slices = {"sha256": slice(end), "unlabelled_sha256": slice(end, None)}
+    new = {n: images_sha256(data.images[s], data.labels[s], facts) for n, s in slices.items()}
+    new = {name: value for name, value in new.items() if getattr(data, name)}
+    if any(getattr(data, name) != value for name, value in new.items()):
+        log("note: images of the data were changed after loading: they are other data")
+    return new
+
+
 def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     """The data set of a configuration, resized, split, with its normalisation, on a device.
 
@@ -215,15 +238,10 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     train, test = torch.arange(count), torch.arange(count, end)
     val = torch.cat(held_out).sort().values
     train = train[~torch.isin(train, val)]
-    digests, each = [], []
-    for begin, stop in ((0, end), (end, len(labels))):
-        pixels = images[begin:stop]
-        digests.append(hashlib.sha256(repr((pixels.shape, given, count)).encode()))
-        digests[-1].update(labels[begin:stop].numpy())
-        for part in pixels.split(1000):
-            digests[-1].update(part.numpy())
-            each += [hash(image.tobytes()) for image in part.numpy()] if dataset.mapped else []
-    sha256, of_unlabelled = (digest.hexdigest() for digest in digests)
+    hashed, each = (given, count), []
+    keep = each if dataset.mapped else None
+    sha256 = images_sha256(images[:end], labels[:end], hashed, keep)
+    of_unlabelled = images_sha256(images[end:], labels[end:], hashed, keep)
     if len(train) < 2 or not len(test) or config.val_fraction and not len(val):
         counts = f"{len(train)} training, {len(val)} validation and {len(test)} test images"
         raise UsageError(f"{config.dataset} has {counts}: more are needed")
@@ -255,7 +273,9 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         images, labels, train, val, test, classes, S, mean, std, sha256, config.dataset,
         known, prefetch, of_unlabelled if end < len(labels) else None, settings_of(config),
     )  # fmt: skip
-    return dataclasses.replace(data, labels_sha256=labels_sha256(data)).to(torch.device(device))
+    loaded = images, mhkd.version_of(images), (end, hashed)
+    data = dataclasses.replace(data, labels_sha256=labels_sha256(data), loaded=loaded)
+    return data.to(torch.device(device))
 
 
 def for_run(config: Config, data: Data) -> Data:
@@ -273,6 +293,8 @@ def for_run(config: Config, data: Data) -> Data:
                 f"the data were loaded with {name} {value!r}, and the configuration has "
                 f"{ours[name]!r}: load them with this configuration"
             )
+    if data.loaded and not data.has_loaded_images():
+        data = dataclasses.replace(data, **changed_images(data), loaded=None)
     if data.labels_sha256 and (changed := labels_sha256(data)) != data.labels_sha256:
         log("note: labels or parts of the data were changed after loading: they are other data")
         sha256 = hashlib.sha256(f"{data.sha256} {changed}".encode()).hexdigest()

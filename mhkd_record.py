@@ -28,7 +28,27 @@ if TYPE_CHECKING:
     from mhkd_config import Config
 
 
-def record_of(config: Config, data: Data, teacher_record: Mapping[str, Any]) -> dict[str, Any]:
+def code_of(config: Config) -> dict[str, str]:
+    """The hashes of the code of a run, the same in all processes."""
+    return mhkd_runs.of_main(mhkd_code.code_hashes(config))
+
+
+def check_files(config: Config, code: Mapping[str, str]) -> None:
+    """Raise an error if the FILE.py of a network is not that of these hashes any more."""
+    for role in ("student", "teacher"):
+        name = getattr(config, role) or ""
+        if ".py:" in name:
+            same = mhkd.sibling("mhkd_custom").has_code(name, code.get(f"{role}_code_sha256"))
+            if not same:
+                raise UsageError(
+                    f"'{name.rpartition(':')[0]}' or a file that it imports was changed during the "
+                    "run: restore it and give the same command again, which goes on"
+                )
+
+
+def record_of(
+    config: Config, data: Data, teacher_record: Mapping[str, Any], code: Mapping[str, str]
+) -> dict[str, Any]:
     """What defines a run: its configuration, the hashes of teacher, code and data."""
     differs = dict(config.differs)
     if mhkd.world_size() > 1:  # batch norm sees each process's part of the batch alone
@@ -42,7 +62,7 @@ def record_of(config: Config, data: Data, teacher_record: Mapping[str, Any]) -> 
         "config": {**config.recorded(), "processes": mhkd.world_size()},
         "differs": differs,
         **teacher_record,
-        **mhkd_runs.of_main(mhkd_code.code_hashes(config)),
+        **code,
         "final_options": final_options(config.method),
         "data_sha256": data.sha256,
         "unlabelled_sha256": data.unlabelled_sha256,
@@ -260,6 +280,7 @@ def finish(
 ) -> dict[str, Any]:
     """Save the plain student of an epoch, load it again, and record the loaded one's accuracy."""
     if mhkd_runs.is_main():
+        check_files(config, run.record)
         name = config.student
         if ":" in name:
             name = mhkd.sibling("mhkd_custom").absolute_name(name)
@@ -280,6 +301,7 @@ def finish(
             "kept_epoch": epoch,
             "best_test_accuracy": best["test_accuracy"],  # chosen by the test images
             "best_test_epoch": best["epoch"],
+            "classes": len(data.classes),
             "parameters": sum(p.numel() for p in deployed.parameters()),
             "epochs": len(run.log),
             "seconds": round(sum(entry["seconds"] for entry in run.log), 3),

@@ -432,10 +432,15 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "|---|" + "---:|" * (len(header) - 1), *lines[1:]])
 
 
+def classes_of(run: Mapping[str, Any]) -> int:
+    """The number of classes; in records of older versions, of those that have test images."""
+    return run.get("classes") or len(run["class_accuracy"])
+
+
 def group_table(group: Group) -> str:
     one, rows = group.one, group.rows
     facts = [f"Different from the recipe: {', '.join(shown(group.common)) or 'nothing'}"]
-    facts += [f"data {one['data_sha256'][:8]}, {len(one['class_accuracy'])} classes"]
+    facts += [f"data {one['data_sha256'][:8]}, {classes_of(one)} classes"]
     if "normalisation" in one:
         facts += [f"normalised by {', '.join(shown(one['normalisation']))}"]
     columns = {"": [row.name for row in rows]}
@@ -501,7 +506,8 @@ def completion(group: Group, folder: Path) -> str:
         used = {n: tuple(v) for n, v in run.get("normalisation", {}).items()}
         for method, given in changes.items():
             if method != c["method"]:
-                with contextlib.suppress(UsageError):  # a method or data set of a user's program
+                # A method or a data set of a user's program; a file that is missing.
+                with contextlib.suppress(UsageError, mhkd_runs.RunError):
                     config = Config(**c | given | {"method": method})
                     same = None, (*used.values(),)  # None: measured on the images
                     if method == "ce" and mhkd_data.normalisation(config) not in same:
@@ -525,7 +531,7 @@ def network_table(groups: Sequence[Group], runs: Sequence[Mapping[str, Any]]) ->
         network, size = of["config"][role], None
         with contextlib.suppress(UsageError, OSError):  # the file is missing or has changed since
             if mhkd.sibling("mhkd_custom").has_code(network, of.get(f"{role}_code_sha256")):
-                size = size_of(network, len(of["class_accuracy"]), of["config"]["image_size"])
+                size = size_of(network, classes_of(of), of["config"]["image_size"])
         parameters, multiply_adds = (f"{n / 1e6:.3g} M" for n in size) if size else ("", "")
         megabytes = f"{file.stat().st_size / 1e6:.3g}" if file and file.is_file() else ""
         speed = run["speed"] if run else {}

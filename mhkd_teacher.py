@@ -89,7 +89,7 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
 
 def check_teacher(teacher: str, path: str | Path, content: Any, data: Data) -> None:
     """Refuse the student.pt of other classes or of another image size; note another network."""
-    if not isinstance(content, dict) or "classes" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("classes"), (list, tuple)):
         return
     name = str(content.get("name", teacher))
     if name.rpartition("/")[2] != teacher.rpartition("/")[2]:  # files may have moved

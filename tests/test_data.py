@@ -1,5 +1,6 @@
 """Every data source through real files in their real formats, decoding, and the augmentation."""
 
+import copy
 import dataclasses
 import errno
 import hashlib
@@ -8,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -453,6 +455,21 @@ def test_parts_with_other_names_are_not_taken_for_classes(names, folder):
             of_folder(folder, **options)
 
 
+def test_runs_and_unlabelled_images_inside_of_the_data_are_no_classes(tmp_path, monkeypatch):
+    photos, more = tmp_path / "photos", tmp_path / "photos/more"
+    for name in ("cat", "dog", "more", "runs"):
+        for i in range(4):
+            save_image(photos / name / f"{i}.png", pixels(32, 32, 3, seed=i))
+    monkeypatch.chdir(photos)
+    settings = {"dataset": "folder", "data": Path("."), "test_fraction": 0.25, "image_size": 32}
+    settings |= {"out": Path("runs"), "unlabelled": more, "method": "kd"}
+    settings |= {"teacher": "resnet14", "student": "resnet8"}
+    data = mhkd.load_data(mhkd.Config(**settings))
+    assert data.classes == ["cat", "dog"] and data.facts["unlabelled"] == 4
+    with pytest.raises(mhkd.UsageError, match="must be other folders than --data"):
+        mhkd.load_data(mhkd.Config(**settings | {"out": photos}))
+
+
 def test_folders_beside_the_parts_that_are_not_used_are_named(folder, capsys):
     save_image(folder / "unlabeled" / "a.png", pixels(32, 32, 3))
     of_folder(folder)
@@ -727,6 +744,29 @@ def test_labels_that_were_changed_after_loading_are_other_data(tmp_path, capsys)
     with pytest.raises(mhkd_runs.RunError, match="another data: run again with --overwrite"):
         mhkd.train(given, other)
     assert "note: labels or parts of the data were changed" in capsys.readouterr().out
+
+
+def test_images_that_were_changed_after_loading_are_other_data_and_a_copy_is_not(tmp_path, capsys):
+    given = config(tmp_path, dataset="digits", method="ce", teacher=None, batch_size=20, subset=40)
+    data = mhkd.load_data(given)
+    inverted = dataclasses.replace(data, images=255 - data.images)
+    for same in (data, copy.deepcopy(data), data.to(torch.device("cpu")), data.labelled()):
+        assert mhkd_data.for_run(given, same).sha256 == data.sha256
+    assert "changed after loading" not in capsys.readouterr().out
+    changed = mhkd_data.for_run(given, inverted.to(torch.device("cpu"))).sha256
+    assert changed != data.sha256 and "note: images of the data were" in capsys.readouterr().out
+    data.images.copy_(inverted.images)
+    assert mhkd_data.for_run(given, data).sha256 == changed
+
+
+def test_the_accuracy_of_classes_of_one_name_is_that_of_each(tmp_path):
+    given = config(tmp_path, dataset="digits", method="ce", teacher=None)
+    data = dataclasses.replace(mhkd.load_data(given), classes=["crane", *"123456789"])
+    data.classes[2] = "crane"
+    result = mhkd.evaluate(mhkd.build_model("resnet8", 10), data)
+    assert len(result["class_accuracy"]) == 10 and "crane (class 2)" in result["class_accuracy"]
+    mean = sum(result["class_accuracy"].values()) / 10
+    assert result["mean_class_accuracy"] == pytest.approx(mean)
 
 
 # Augmentation and normalisation

@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 
+import numpy
 import pytest
 import torch
 from conftest import ALONE, MHKD, PAIR, ROOT, folder_of, python, read, run, user_errors, weights_of
@@ -139,6 +140,51 @@ def test_a_run_whose_network_file_has_changed_is_refused_and_overwrite_keeps_the
     (aside,) = (out / "replaced").iterdir()
     old = weights_of(aside)
     assert all(torch.equal(t, before[n]) for n, t in old.items())
+
+
+@pytest.mark.parametrize("moment", ["while the teacher is trained", "in the last epoch"])
+def test_a_network_file_that_is_edited_during_the_run_is_refused(
+    moment, tmp_path, failing, monkeypatch
+):
+    options, out = [*student(network_file(tmp_path)), "--epochs", "1"], tmp_path / "out"
+    source = (tmp_path / "net.py").read_text()
+    module, name = (mhkd_teacher, "find_teacher"), (mhkd_record, "line_of")
+    (module, name) = module if moment.startswith("while") else name
+    original = getattr(module, name)
+
+    def edit(*arguments):
+        if arguments[0].method == "mhkd":
+            (tmp_path / "net.py").write_text(source.replace("relu(self.c", "tanh(self.c"))
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, edit)
+    assert "was changed during the run: restore it" in failing(out, *options)
+    assert not [*out.glob("*-mhkd-*/result.json")]
+    monkeypatch.undo()
+    (tmp_path / "net.py").write_text(source)
+    assert run(out, *options) == 0
+    (folder,) = out.glob("*-mhkd-*")
+    entry = json.loads((folder / "log.jsonl").read_text())
+    assert read(folder / "result.json")["accuracy"] == entry["test_accuracy"]
+
+
+def test_the_hash_of_a_users_method_is_that_of_the_code_in_memory(tmp_path, monkeypatch):
+    (tmp_path / "losses.py").write_text("def square(z):\n    return z.square().mean()\n")
+    file = tmp_path / "method_in_memory.py"
+    file.write_text(METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("method_in_memory")
+    config = mhkd.Config("vgg8", "vgg8")
+
+    def sha256():
+        monkeypatch.setitem(mhkd.METHODS, "mine", module.Mine)
+        return mhkd_code.code_hashes(config.replace(method="mine"))["method_code_sha256"]
+
+    before = sha256()
+    file.write_text(METHOD.replace("square(", "2 * square("))
+    assert sha256() == before
+    importlib.reload(module)
+    assert sha256() != before
 
 
 def test_replaced_initial_weights_and_an_edited_teacher_are_other_runs(tmp_path, failing):
@@ -431,7 +477,8 @@ def test_a_teachers_file_without_classes_or_with_a_tuple_of_them_states_the_norm
     known = {name: content[name] for name in ("model", "mean", "std")}
     torch.save(known | {"mean": [0.1, 0.2, 0.3]}, tmp_path / "bare.pt")
     torch.save(content | {"classes": (*content["classes"],)}, tmp_path / "tuple.pt")
-    for name in ("bare", "tuple"):
+    torch.save(content | {"classes": 10}, tmp_path / "number.pt")
+    for name in ("bare", "tuple", "number"):
         options = [*PAIR, "--method", "kd", "--epochs", "1"]
         options += ["--teacher-weights", tmp_path / f"{name}.pt"]
         assert run(tmp_path / name, *options) == 0
@@ -794,6 +841,23 @@ def test_the_hash_of_a_network_covers_its_units_and_that_of_code_its_constants(m
 
 
 # 11. Messages
+
+
+def test_a_config_refuses_to_assign_what_other_values_follow_from(tmp_path):
+    config = mhkd.Config("vgg13", "vgg8", out=tmp_path)
+    config.seed, config.device = 1, "cpu"
+    with pytest.raises(mhkd.UsageError, match="cannot be assigned: use config.replace.epochs"):
+        config.epochs = 60
+    assert config.replace(epochs=60).lr_steps == (38, 45, 52)
+
+
+def test_numbers_of_numpy_and_paths_are_recorded(tmp_path):
+    numbers = numpy.array([0.5, 0.25, 0.125])
+    settings = {"mean": numbers, "std": numbers, "seed": numpy.int64(3), "out": tmp_path}
+    config = mhkd.Config("vgg13", "vgg8", options={"tau": numpy.float32(2)}, **settings)
+    assert config.recorded()["mean"] == [0.5, 0.25, 0.125] and config.recorded()["seed"] == 3
+    assert config.options["tau"] == 2.0 and config.differs.keys() == {"mean", "std", "tau"}
+    json.dumps([config.out, config.recorded()])
 
 
 def test_a_term_that_is_not_finite_is_named(tmp_path, failing):

@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 
 import mhkd
@@ -809,6 +810,19 @@ def test_each_group_has_a_picture_of_its_own_at_200_dpi(tmp_path):
     assert names == [f"{pair}-1.png", f"{pair}-2.png"]
     assert all(f"({name})" in text for name in names)
     assert {image.imread(tmp_path / name).shape[1] for name in names} == {1400}
+
+
+def test_classes_without_test_images_count_and_missing_initial_weights_do_not_stop_the_report(
+    tmp_path,
+):
+    torch.save(mhkd.build_model("resnet8", 10).state_dict(), tmp_path / "w.pth")
+    settings = {"teacher": "resnet14", "student": "resnet8", "dataset": "digits", "method": "kd"}
+    settings |= {"student_init": f"file:{tmp_path}/w.pth", "test_subset": 3, "epochs": 2}
+    out = tmp_path / "runs"
+    record(out, 80.0, classes=["1", "7"], more={"classes": 10}, **settings)
+    (tmp_path / "w.pth").unlink()
+    text = mhkd_report.report(out)
+    assert "10 classes" in text and "0.078 M" in text
 
 
 def test_the_report_of_one_main_job_names_the_two_commands_that_complete_it(tmp_path):

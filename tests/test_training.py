@@ -706,7 +706,7 @@ def name_of(sha256="0" * 64, **values):
     if "student_units" in values or "teacher_units" in values:  # both sides need as many
         values = {"student_units": UNITS, "teacher_units": UNITS} | values
     config = mhkd.Config(**({"teacher": "resnet32x4", "student": "vgg8"} | values))
-    return mhkd_record.record_of(config, data, {"teacher_sha256": sha256})["name"]
+    return mhkd_record.record_of(config, data, {"teacher_sha256": sha256}, {})["name"]
 
 
 def test_every_value_that_differs_gives_another_run_name():
