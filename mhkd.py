@@ -538,7 +538,10 @@ class FeatureExtractor(nn.Module):
         runs = [out for other, _, out in seen if other == name]
         if len(runs) != 1:
             what = f"the submodule '{name}' must run once in a forward pass"
-            raise UsageError(f"{what}, and it ran {len(runs)} times")
+            parts = [*self.model.modules()]
+            compiled = any(m._compiled_call_impl or hasattr(m, "_orig_mod") for m in parts)
+            hint = ": compile the MultiHead, not the network inside of it" if compiled else ""
+            raise UsageError(f"{what}, and it ran {len(runs)} times{hint}")
         if not isinstance(runs[0], Tensor) or runs[0].dim() not in (3, 4):
             got = shape_of(runs[0])
             raise UsageError(f"the submodule '{name}' returns {got}, not a feature [B, C, H, W]")
@@ -917,7 +920,7 @@ def mhkd_loss(
         teacher_logits = [z.reshape(-1, z.shape[-1]) for z in teacher_logits]
     numbers, tensors = [tau, *kl_weights, *ce_weights], []
     if fused and compiling:  # as numbers, each new value is compiled again
-        one = torch.ones((), dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
         numbers, tensors = [0.0] * len(numbers), [one * number for number in numbers]
     settings = numbers, tensors, list(teacher_ce), ignore_index
     compute = _operator if fused else _reference_loss

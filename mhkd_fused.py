@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 MAX_HEADS = 16  # kMaxHeads in csrc/mhkd_loss.h
-INTERFACE = 5  # kInterface in csrc/mhkd_loss.cpp
+INTERFACE = 6  # kInterface in csrc/mhkd_loss.cpp
 TO_BE_CHECKED = ("cuda",)  # devices on which "auto" compares before it uses the library
 
 operator: Any = None  # torch.ops.mhkd.loss.default; finding it takes longer than a small batch
@@ -129,9 +129,9 @@ def check(device: torch.device | str, reference: Callable) -> str:
     autocast, inference = torch.autocast(device.type, enabled=False), torch.inference_mode(False)
     with autocast, inference, torch.enable_grad():
         for dtype, K, tau in cases:
-            # An odd stride; a row that is ignored and NaN, one unlabelled; a class masked twice.
-            z = 3 * torch.randn(4, 6, K + 1, generator=generator)
-            z[:, 0], z[:, 1, 1] = math.nan, -math.inf
+            # An odd stride; a row that is ignored and NaN, one unlabelled; masked classes.
+            z = 3 * torch.randn(4, 6, K + 1, generator=generator, device="cpu")
+            z[:, 0], z[:, 1, 1], z[:, 2, :33] = math.nan, -math.inf, -1e30
             z = z.to(device, dtype)[..., :K]
             labels = torch.tensor([-100, 0, K - 1, 2, -1, K // 2], device=device)
             settings = labels, [tau, 0.9, 0.45, 0.1, 0.05], [], [False, True], -100

@@ -55,6 +55,11 @@ def linear_mhkd_loss(
         The loss, a scalar: float64 for float64 hidden states, otherwise float32. With
         `return_terms` also the terms [H, 3], see mhkd.mhkd_loss; the teacher's is 0.
     """
+    if isinstance(student_hidden, Tensor) or isinstance(teacher_hidden, Tensor):
+        what = "hidden states must be a list, a tensor for each head, not one tensor"
+        raise TypeError(f"linear_mhkd_loss: {what}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"linear_mhkd_loss: alpha must be between 0 and 1, not {alpha}")
     heads = len(student_hidden)
     head_weights = [1.0] + [beta] * (heads - 1) if head_weights is None else head_weights
     kl_weights = [w * alpha for w in head_weights] if kl_weights is None else kl_weights

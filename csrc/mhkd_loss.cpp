@@ -41,7 +41,7 @@
 
 namespace MHKD_LIBRARY {
 
-constexpr int64_t kInterface = 5;
+constexpr int64_t kInterface = 6;
 
 // ---- Checks and shapes ----
 // What the memory that the kernels touch depends on. mhkd.py has a sentence for each mistake.

@@ -264,6 +264,14 @@ __device__ bool good(const RowSums<A>& sums) {  // all of these are positive; Na
   return sums.tau_s + sums.tau_t + sums.one_s + sums.one_t + std::fabs(sums.cross) < A(kLargeSum);
 }
 
+// x of a logit not above max. Only max is rounded, so that x is not 0 for the largest logit: for
+// classes that are masked by -1e30 it could be 1e22.
+template <class A>
+__device__ A below(A z, A scale, A max) {
+  const A x = std::fma(z, scale, -max);
+  return x > A(1) ? A(0) : x;
+}
+
 // The same for any logits: those of rows that begin with low logits, masked classes, NaN.
 template <class In, int kGroup, class A = Arithmetic<In>>
 __device__ RowSums<A> guarded_sums(const In* s, const In* t, int classes, A scale, A tau) {
@@ -274,7 +282,7 @@ __device__ RowSums<A> guarded_sums(const In* s, const In* t, int classes, A scal
     const A max_s = std::fmax(z_s * scale, sums.max_s);
     const A max_t = std::fmax(z_t * scale, sums.max_t);
     if (max_s > sums.max_s || max_t > sums.max_t) rebase(sums, max_s, max_t, tau, A(1));
-    const A x_s = std::fma(z_s, scale, -sums.max_s), x_t = std::fma(z_t, scale, -sums.max_t);
+    const A x_s = below(z_s, scale, sums.max_s), x_t = below(z_t, scale, sums.max_t);
     const A e_t = fast_exp2(x_t);
     sums.tau_s += fast_exp2(x_s);
     sums.one_s += fast_exp2(x_s * tau);

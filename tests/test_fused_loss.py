@@ -37,6 +37,7 @@ import mhkd_fused
 Kernel = namedtuple("Kernel", ["name", "device", "loss"])
 CSRC = ROOT / "csrc"
 INF, NAN = math.inf, math.nan
+BFLOAT16_MIN = torch.finfo(torch.bfloat16).min
 OF_TEACHER = "mhkd_loss: the teacher's final logits"  # all logits here require gradients
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -239,7 +240,7 @@ def test_every_regime_of_row_length_is_accurate(kernel, classes, dtype):
 
 
 @pytest.mark.parametrize("classes", [900, 5000])
-@pytest.mark.parametrize("low", [-50.0, -300.0, -INF])
+@pytest.mark.parametrize("low", [-50.0, -300.0, -1e20, -1e30, BFLOAT16_MIN, -INF])
 def test_rows_that_begin_with_low_logits_are_accurate(kernel, classes, low):
     """What a thread sees first is no measure of what comes."""
     student, teacher, labels = make_heads(2, 3, classes, device=kernel.device)
@@ -906,6 +907,8 @@ def test_auto_takes_the_kernel_once_it_has_agreed_with_plain_pytorch(to_be_check
     assert list(mhkd_fused._problems.values()) == [""]
     assert torch.equal(state, torch.get_rng_state())
     with torch.inference_mode(), torch.autocast("cpu"):
+        assert mhkd_fused.check("cpu", mhkd._reference_loss) == ""
+    with torch.device("meta"):  # as with torch.set_default_device("cuda")
         assert mhkd_fused.check("cpu", mhkd._reference_loss) == ""
 
 

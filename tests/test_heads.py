@@ -396,6 +396,20 @@ def test_units_that_cannot_carry_a_head_are_refused_and_leave_no_trace(arguments
     assert not hooked(plain) and plain.training
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_network_that_was_called_alone_is_named(whole):
+    torch.compiler.reset()  # graphs of one network are used for others of its class
+    network = Small()
+    compiled = torch.compile(network, backend="eager") if whole else network
+    if not whole:
+        network.compile(backend="eager")
+    with_heads = mhkd.MultiHead(compiled, ["_orig_mod.unit" if whole else "unit"], 5)
+    with_heads(X)
+    compiled(X)
+    with pytest.raises(mhkd.UsageError, match="ran 0 times: compile the MultiHead"):
+        with_heads(X)
+
+
 def test_probabilities_are_warned_of_and_an_output_function_helps():
     network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.LazyLinear(5), nn.Softmax(dim=1))
     network(X)

@@ -180,6 +180,11 @@ def test_lists_and_rows_that_do_not_agree_are_named(backend):
     ):  # fmt: skip
         with pytest.raises(ValueError, match="linear_mhkd_loss: labels must be"):
             chunked(*wrong, backend=backend)
+    for hidden in ((x[0], x_t), (x, x_t[0])):
+        with pytest.raises(TypeError, match="must be a list, a tensor for each head"):
+            linear_mhkd_loss(hidden[0], w, hidden[1], w_t, None)
+    with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
+        chunked((x, w, b), (x_t, w_t, b_t), None, alpha=1.5)
     with pytest.raises(TypeError, match="labels must be int64"):
         chunked((x, w, b), (x_t, w_t, b_t), labels.int(), kl_weights=[0, 0], ce_weights=[0, 0])
     with pytest.raises(ValueError, match="tau must be"):
