@@ -36,7 +36,6 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
-import inspect
 import math
 import os
 import random
@@ -1144,13 +1143,6 @@ class Method(nn.Module):
     needs_labels = False  # of all images: it refuses unlabelled ones
     needs_penultimate: Sequence[str] = ()  # of which networks: "student", "teacher"
     on_teacher = False  # the frozen teacher takes the student's place: batch.student
-    module_sources: dict[str, str] = {}  # of the modules of subclasses, when they were imported
-
-    def __init_subclass__(cls, **keywords: Any):
-        super().__init_subclass__(**keywords)
-        with contextlib.suppress(OSError, TypeError, KeyError):  # no source, as in a notebook
-            source = inspect.getsource(sys.modules[cls.__module__])
-            Method.module_sources[cls.__module__] = source
 
     def __init__(self, config: Config, student: FeatureExtractor, teacher: Any, data: Data):
         """student, teacher: FeatureExtractors, the teacher None without one."""
@@ -1585,7 +1577,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
     # Loaded before the processes are joined, because PyTorch then limits the time that they wait.
     data = data or sibling("mhkd_data").load_data(config)
     with runtime(config) as device:
-        data = data.to(device)
+        data = sibling("mhkd_data").on_device(data, device)
         data = sibling("mhkd_data").for_run(config, data)
         teachers = sibling("mhkd_teacher")
         code = records.code_of(config)  # before hours of training of the teacher
@@ -1597,7 +1589,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         with runs.locked_by_main(folder, f"another process is training in '{folder}'"):
             # Also before a finished run is used: weights or units of its networks may have changed.
             distiller = Distiller(config, data, teacher, heads)
-            records.check_files(config, code)
+            kinds = ("student_code", "student_init", "teacher_code", "teacher_init")
+            records.check_files(config, code, kinds)
             # Random initial weights are recorded, not compared: they depend on the processor.
             record |= {"units": distiller.units, "initial_weights": distiller.initial_sha256}
             record["initial_state_sha256"] = records.initial_state_sha256(config, data)
@@ -1845,9 +1838,8 @@ class Data:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the record
     prefetch: Callable[[Tensor, Tensor], None] | None = None  # for images mapped from a file
     unlabelled_sha256: str | None = None  # of the unlabelled images, if any
-    settings: dict[str, Any] | None = None  # of the Config with which load_data() made them
+    settings: dict[str, Any] | None = None  # of load_data(): of its Config, and what is hashed
     labels_sha256: str | None = None  # of labels and parts as loaded
-    loaded: tuple | None = None  # by load_data(): images, their version, what else is hashed
 
     def __post_init__(self) -> None:
         self.device, self.train_labels = self.labels.device, self.labels[self.train]
@@ -1863,15 +1855,8 @@ class Data:
         if fits := self.images.nbytes <= fraction * free:
             names.append("images")
         moved = {name: getattr(self, name).to(device) for name in names}
-        if fits and self.loaded and self.has_loaded_images():
-            moved["loaded"] = moved["images"], version_of(moved["images"]), self.loaded[2]
         prefetch = None if fits and device.type != "cpu" else self.prefetch
         return dataclasses.replace(self, **moved, prefetch=prefetch)
-
-    def has_loaded_images(self) -> bool:
-        """Whether the images are surely those of load_data(): not replaced, changed or copied."""
-        images, version, _ = self.loaded
-        return images is self.images and version == version_of(images)
 
     def labelled(self) -> Data:
         """The same without unlabelled training images."""
@@ -1898,11 +1883,6 @@ class Data:
         at = (self.images.shape[1] - self.size) // 2
         span = slice(at, at + self.size)
         return self.normalise(self.gather(indices)[:, span, span])
-
-
-def version_of(tensor: Tensor) -> int:
-    """A number that changes if a tensor is changed in place."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def augment(images: Tensor, corners: Tensor, flipped: Tensor, padding: int) -> Tensor:

@@ -104,9 +104,10 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
         if is_file:
             trees = [ast.parse(thing.read_text())]
         else:
-            trees = definitions_in(thing.__module__).get(thing.__qualname__, [])
+            source = source_of(thing)
+            trees = definitions_in(source).get(thing.__qualname__, [])
         known = {} if is_file else vars(sys.modules[thing.__module__])
-        used = set() if is_file else {*globals_in(thing.__module__).get(thing.__name__, ())}
+        used = set() if is_file else {*globals_in(source).get(thing.__name__, ())}
         for part in around(trees) if known else ():
             used |= {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
         digest = hashlib.sha256()
@@ -154,7 +155,7 @@ def parts_of_code(roots: Iterable[Any]) -> dict[str, str]:
             elif isinstance(node, ast.Name) and value is not None and is_plain(value):
                 settings[module, node.id] = repr(value)
             elif isinstance(node, ast.Name) and value is not None and not is_ours(module):
-                assigned = definitions_in(thing.__module__).get(f"{node.id} =", [])
+                assigned = definitions_in(source).get(f"{node.id} =", [])
                 found |= {f"{module}.{node.id}": str([ast.dump(part) for part in assigned])}
                 for part in (part for tree in assigned for part in ast.walk(tree)):
                     used_there = known.get(part.id) if isinstance(part, ast.Name) else None
@@ -179,27 +180,33 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (int, float, str))
 
 
-def source_of(module: str) -> str:
-    """The source of a module as it was imported, "" if there is none.
-
-    Modules of this project that define no method are read when they are first used here.
-    """
-    source = mhkd.Method.module_sources.get(module)
-    if source is None:
-        with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: no source
-            source = inspect.getsource(sys.modules[module])
-            if is_ours(module):
-                mhkd.Method.module_sources[module] = source
-    return source or ""
-
-
-def globals_in(module: str) -> dict[str, set[str]]:
-    """For each class and function of a module the names that it takes from the module."""
-    return globals_of(source_of(module))
+def source_of(thing: Any) -> str:
+    """The source of the module of a class or function, "" if it is not that of its code."""
+    functions = [] if is_ours(thing.__module__) else functions_of(thing)
+    return source_with(thing.__module__, tuple(function.__code__ for function in functions))
 
 
 @functools.cache
-def globals_of(source: str) -> dict[str, set[str]]:
+def source_with(module: str, codes: tuple[types.CodeType, ...]) -> str:
+    """The source of a module if it contains what has been compiled, else "".
+
+    A file may be edited after it was imported. Without a source the bytecode is hashed.
+    """
+    with contextlib.suppress(OSError, TypeError, SyntaxError):  # typed into an interpreter
+        source, file = inspect.getsource(sys.modules[module]), sys.modules[module].__file__
+        compiled = [compile(source, file, "exec", dont_inherit=True)] if codes else []
+        for code in compiled:  # which grows
+            compiled += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        of_file = {code for code in codes if Path(code.co_filename).name == Path(file).name}
+        typed = codes and not any(Path(code.co_filename).is_file() for code in codes)
+        if of_file <= {*compiled} and (of_file or not typed):
+            return source
+    return ""
+
+
+@functools.cache
+def globals_in(source: str) -> dict[str, set[str]]:
+    """For each class and function of a module the names that it takes from the module."""
     found: dict[str, set[str]] = {}
 
     def names_of(table: symtable.SymbolTable) -> set[str]:
@@ -289,16 +296,12 @@ def bytecode_of(code: types.CodeType) -> list[Any]:
     return [code.co_code.hex(), code.co_names, constants]
 
 
-def definitions_in(module: str) -> dict[str, list[ast.AST]]:
+@functools.cache
+def definitions_in(source: str) -> dict[str, list[ast.AST]]:
     """The syntax trees of a module's classes and functions by qualified name.
 
     The assignments to a name of the module have the key "name =".
     """
-    return definitions_of(source_of(module))
-
-
-@functools.cache
-def definitions_of(source: str) -> dict[str, list[ast.AST]]:
     found: dict[str, list[ast.AST]] = {}
 
     def visit(node: ast.AST, inside: str = "") -> None:

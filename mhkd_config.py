@@ -77,6 +77,16 @@ def path(text: str) -> str:
     return text
 
 
+def plain(value: Any) -> Any:
+    """A value of Config: arrays and tensors as numbers, lists as tuples, paths as strings."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(map(plain, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def field(group: str, default: Any, help: str, parse: Any = str, rule: Any = None) -> Any:
     """A field of Config. Those of the group "runtime" may change when a run continues."""
     facts = {"group": group, "option": Option(default, help, parse, rule)}
@@ -198,16 +208,13 @@ class Config:
     # fmt: on
 
     def __setattr__(self, name: str, value: Any) -> None:
+        group = "method" if name == "options" else FIELDS.get(name, {}).get("group", "runtime")
         # Other values follow from it, such as milestones from the epochs.
-        fixed = name in FIELDS and name != "seed" and FIELDS[name]["group"] != "runtime"
-        if fixed and self.__dict__.get("_complete"):
+        if group != "runtime" and name != "seed" and "differs" in vars(self):
             raise UsageError(f"Config.{name} cannot be assigned: use config.replace({name}=...)")
-        super().__setattr__(name, value)
+        super().__setattr__(name, plain(value))
 
     def __post_init__(self) -> None:
-        for name in ("data", "unlabelled", "out", "teacher_weights"):
-            if isinstance(value := getattr(self, name), os.PathLike):
-                setattr(self, name, os.fspath(value))
         check_name("data set", self.dataset, DATASETS)
         for name in ("student_units", "teacher_units"):
             if isinstance(names := getattr(self, name), str):
@@ -271,8 +278,6 @@ class Config:
         usual |= {name: v for name, v in self._recipe().items() if name in usual}
         values = {name: getattr(self, name) for name in FIELDS} | dict(self.options)
         values = {n: usual[n] if values.get(n) is None else values[n] for n in usual}
-        values = {n: v.tolist() if hasattr(v, "tolist") else v for n, v in values.items()}  # NumPy
-        values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         rules = {n: facts["option"] for n, facts in FIELDS.items()} | declared
         for name, option in rules.items():
             value = values[name]
@@ -291,7 +296,7 @@ class Config:
             raise UsageError(f"--warmup {self.warmup:g} is longer than the {self.epochs} epochs")
         # The usual number of epochs is that of the full schedule, to which the milestones scale.
         usual["epochs"] = (BASE_RECIPE | dict(DATASETS[self.dataset].recipe))["epochs"]
-        self.differs = {
+        differs = {
             name: value
             for name, value in {**values, **self.options}.items()
             if name not in IDENTITY and value != usual[name]
@@ -302,7 +307,7 @@ class Config:
             if self.teacher_views > self.epochs:
                 mhkd.log(f"note: --teacher-views is limited to the {self.epochs} epochs")
             self.teacher_views = None
-            self.differs.pop("teacher_views")
+            differs.pop("teacher_views")
         for name, method in methods.items() if self.teacher_store else ():
             if method.needs_maps(self):
                 raise UsageError(
@@ -315,7 +320,7 @@ class Config:
                     "--teacher-store holds the heads of --teacher-heads pretrained, and --method "
                     f"{name} has others: leave it out"
                 )
-        self._complete = True
+        self.differs = differs
 
     @property
     def views(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,7 @@ def labels_sha256(data: Data) -> str:
 def images_sha256(images: Tensor, labels: Tensor, facts: tuple, each: list | None = None) -> str:
     """The hash of images, labels and facts. each: gets a hash of each image."""
     digest = hashlib.sha256(repr((images.shape, *facts)).encode())
-    digest.update(labels.cpu().numpy())
+    digest.update(labels.cpu().contiguous().numpy())
     for part in images.split(1000):
         pixels = part.cpu().contiguous().numpy()
         digest.update(pixels)
@@ -176,15 +177,27 @@ def images_sha256(images: Tensor, labels: Tensor, facts: tuple, each: list | Non
     return digest.hexdigest()
 
 
-def changed_images(data: Data) -> dict[str, str]:
-    """New hashes if the images are not those of load_data() any more."""
-    end, facts = data.loaded[2]
-    slices = {"sha256": slice(end), "unlabelled_sha256": slice(end, None)}
-    new = {n: images_sha256(data.images[s], data.labels[s], facts) for n, s in slices.items()}
-    new = {name: value for name, value in new.items() if getattr(data, name)}
-    if any(getattr(data, name) != value for name, value in new.items()):
-        log("note: images of the data were changed after loading: they are other data")
-    return new
+def on_device(data: Data, device: torch.device) -> Data:
+    """The data on a device, with new hashes if the images are not those of load_data() any more."""
+    images, hashed = data.images, (data.settings or {}).get("hashed")
+    if hashed and getattr(images, "hashed", None) != version_of(images):
+        N, end, facts = hashed
+        end = end if len(images) == N else len(images)
+        slices = {"sha256": slice(end), "unlabelled_sha256": slice(end, None)}
+        new = {n: images_sha256(images[s], data.labels[s], facts) for n, s in slices.items()}
+        new = {name: sha256 for name, sha256 in new.items() if getattr(data, name)}
+        if any(getattr(data, name) != sha256 for name, sha256 in new.items()):
+            log("note: images of the data were changed after loading: they are other data")
+            settings = {**data.settings, "hashed": None}
+            data = dataclasses.replace(data, **new, settings=settings)
+    data = data.to(device)
+    data.images.hashed = version_of(data.images)
+    return data
+
+
+def version_of(tensor: Tensor) -> tuple[int, float]:
+    """Another one after changes in place that PyTorch counts, and in copies."""
+    return id(tensor), math.nan if tensor.is_inference() else tensor._version
 
 
 def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
@@ -271,11 +284,12 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         known["unlabelled"] = len(labels) - end
     data = Data(
         images, labels, train, val, test, classes, S, mean, std, sha256, config.dataset,
-        known, prefetch, of_unlabelled if end < len(labels) else None, settings_of(config),
+        known, prefetch, of_unlabelled if end < len(labels) else None,
+        {**settings_of(config), "hashed": (len(labels), end, hashed)},
     )  # fmt: skip
-    loaded = images, mhkd.version_of(images), (end, hashed)
-    data = dataclasses.replace(data, labels_sha256=labels_sha256(data), loaded=loaded)
-    return data.to(torch.device(device))
+    data.images.hashed = version_of(data.images)
+    data = dataclasses.replace(data, labels_sha256=labels_sha256(data))
+    return on_device(data, torch.device(device))
 
 
 def for_run(config: Config, data: Data) -> Data:
@@ -288,13 +302,11 @@ def for_run(config: Config, data: Data) -> Data:
     ours, unlabelled = settings_of(config), data.labelled_fraction < 1
     uses_them = unlabelled and mhkd.takes_unlabelled(config.method)
     for name, value in settings.items():
-        if value != ours[name] and (uses_them or name != "unlabelled"):
+        if name in ours and value != ours[name] and (uses_them or name != "unlabelled"):
             raise UsageError(
                 f"the data were loaded with {name} {value!r}, and the configuration has "
                 f"{ours[name]!r}: load them with this configuration"
             )
-    if data.loaded and not data.has_loaded_images():
-        data = dataclasses.replace(data, **changed_images(data), loaded=None)
     if data.labels_sha256 and (changed := labels_sha256(data)) != data.labels_sha256:
         log("note: labels or parts of the data were changed after loading: they are other data")
         sha256 = hashlib.sha256(f"{data.sha256} {changed}".encode()).hexdigest()

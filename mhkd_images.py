@@ -53,11 +53,14 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
     """
     root, left_out = Path(config.data), defaultdict(list)
     unlabelled = None if side else unlabelled_folder(config)
-    known = [Path(path) for path in (config.unlabelled, config.out) if path]
     if config.test_fraction is None:
+        known = [Path(path) for path in (config.unlabelled, config.out) if path]
         top, (classes, folders, files) = root / "train", find_parts(root, left_out, known)
     else:
-        top, (classes, folders, files) = root, divide(root, config.test_fraction, left_out, known)
+        top, (classes, folders, files) = (
+            root,
+            divide(root, config.test_fraction, left_out, Path(config.out)),
+        )
     if len(classes) < 2:
         raise UsageError(f"'{top}' has {len(classes)} class folders: a classifier needs two")
     if config.unlabelled and not Path(config.unlabelled).is_dir():
@@ -142,16 +145,16 @@ def find_parts(root: Path, left_out: dict[str, list[Path]], known: list[Path]) -
     return classes, folders, files
 
 
-def divide(
-    root: Path, fraction: float, left_out: dict[str, list[Path]], known: list[Path]
-) -> Split:
-    """The images of <class>/, of which a fraction is for the test. known: other folders.
-
-    Raises OSError.
+def divide(root: Path, fraction: float, left_out: dict[str, list[Path]], out: Path) -> Split:
+    """The images of <class>/, of which a fraction is for the test. Raises OSError.
 
     Which ones depends only on the names of the files, so that most images stay in their part if
-    others are added.
+    others are added. out: the folder of the runs, which is no class.
     """
+    out, data = out.resolve(), root.resolve()
+    inside = out.relative_to(data).parts if out.is_relative_to(data) else ("",)
+    if len(inside) != 1:
+        raise UsageError(f"--out '{out}' must be outside of the classes of --data '{root}'")
     for name in ("train", "test", "val", "valid"):
         if (root / name).is_dir():
             what = f"--test-fraction is for folders of classes, and '{root / name}' exists"
@@ -160,11 +163,10 @@ def divide(
         check_part_names(root, {path.name.lower() for path in root.iterdir() if path.is_dir()})
     else:
         raise UsageError(f"there is no folder '{root}', which --data names")
-    others = [path for path in (root / "unlabelled", *known) if path.exists()]
-    if any(path.samefile(root) for path in others):
-        raise UsageError(f"--out and --unlabelled must be other folders than --data '{root}'")
-    classes = class_names(root, left_out)
-    classes = [c for c in classes if not any(path.samefile(root / c) for path in others)]
+    classes = [name for name in class_names(root, left_out) if name != "unlabelled"]
+    if inside[0] in classes:
+        classes.remove(inside[0])
+        left_out["folders that are not used"].append(root / inside[0])
     folders, train, test = [root / name for name in classes] * 2, [], []
     for i, folder in enumerate(folders[: len(classes)]):
         files = list(images_below(folder, left_out))

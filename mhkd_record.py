@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,20 +30,24 @@ if TYPE_CHECKING:
 
 def code_of(config: Config) -> dict[str, str]:
     """The hashes of the code of a run, the same in all processes."""
+    if config.replace().options != config.options:
+        raise UsageError("Config.options was changed: use config.replace(options={...})")
     return mhkd_runs.of_main(mhkd_code.code_hashes(config))
 
 
-def check_files(config: Config, code: Mapping[str, str]) -> None:
-    """Raise an error if the FILE.py of a network is not that of these hashes any more."""
-    for role in ("student", "teacher"):
-        name = getattr(config, role) or ""
-        if ".py:" in name:
-            same = mhkd.sibling("mhkd_custom").has_code(name, code.get(f"{role}_code_sha256"))
-            if not same:
-                raise UsageError(
-                    f"'{name.rpartition(':')[0]}' or a file that it imports was changed during the "
-                    "run: restore it and give the same command again, which goes on"
-                )
+def check_files(config: Config, code: Mapping[str, str], kinds: Sequence[str]) -> None:
+    """Raise an error if files of the networks are not those of these hashes any more.
+
+    kinds: which, for example "student_init".
+    """
+    now = mhkd_code.code_hashes(config)
+    for role, what in (kind.split("_") for kind in kinds):
+        key = f"{role}_{what}_sha256"
+        if now.get(key) != code.get(key):
+            raise UsageError(
+                f"the {what} of the {role} {getattr(config, role)} was changed during the run: "
+                "restore its files and give the same command again, which goes on"
+            )
 
 
 def record_of(
@@ -280,7 +284,7 @@ def finish(
 ) -> dict[str, Any]:
     """Save the plain student of an epoch, load it again, and record the loaded one's accuracy."""
     if mhkd_runs.is_main():
-        check_files(config, run.record)
+        check_files(config, run.record, ["student_code"])
         name = config.student
         if ":" in name:
             name = mhkd.sibling("mhkd_custom").absolute_name(name)

@@ -89,12 +89,13 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
 
 def check_teacher(teacher: str, path: str | Path, content: Any, data: Data) -> None:
     """Refuse the student.pt of other classes or of another image size; note another network."""
-    if not isinstance(content, dict) or not isinstance(content.get("classes"), (list, tuple)):
+    if not isinstance(content, dict) or "classes" not in content:
         return
     name = str(content.get("name", teacher))
     if name.rpartition("/")[2] != teacher.rpartition("/")[2]:  # files may have moved
         mhkd.log(f"note: '{path}' is of {name}, and its weights are loaded into {teacher}")
-    theirs, size = [str(name) for name in content["classes"]], content.get("image_size", data.size)
+    theirs, size = content["classes"], content.get("image_size", data.size)
+    theirs = [str(c) for c in theirs] if isinstance(theirs, (list, tuple)) else data.classes
     if theirs != data.classes:
         differ = sorted({*theirs} ^ {*data.classes})[:6]
         what = f"has other classes ({', '.join(differ)})" if differ else "has another class order"

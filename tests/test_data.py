@@ -455,19 +455,20 @@ def test_parts_with_other_names_are_not_taken_for_classes(names, folder):
             of_folder(folder, **options)
 
 
-def test_runs_and_unlabelled_images_inside_of_the_data_are_no_classes(tmp_path, monkeypatch):
-    photos, more = tmp_path / "photos", tmp_path / "photos/more"
-    for name in ("cat", "dog", "more", "runs"):
+def test_runs_inside_of_the_data_are_no_class(tmp_path, monkeypatch, capsys):
+    photos = tmp_path / "photos"
+    for name in ("cat", "dog", "runs", "unlabelled"):
         for i in range(4):
             save_image(photos / name / f"{i}.png", pixels(32, 32, 3, seed=i))
     monkeypatch.chdir(photos)
     settings = {"dataset": "folder", "data": Path("."), "test_fraction": 0.25, "image_size": 32}
-    settings |= {"out": Path("runs"), "unlabelled": more, "method": "kd"}
-    settings |= {"teacher": "resnet14", "student": "resnet8"}
-    data = mhkd.load_data(mhkd.Config(**settings))
+    settings |= {"teacher": "resnet14", "student": "resnet8", "method": "kd"}
+    data = mhkd.load_data(mhkd.Config(**settings))  # --out runs
     assert data.classes == ["cat", "dog"] and data.facts["unlabelled"] == 4
-    with pytest.raises(mhkd.UsageError, match="must be other folders than --data"):
-        mhkd.load_data(mhkd.Config(**settings | {"out": photos}))
+    assert "1 folders that are not used (runs)" in capsys.readouterr().out
+    for out in (photos, photos / "more" / "runs"):
+        with pytest.raises(mhkd.UsageError, match="must be outside of the classes of --data"):
+            mhkd.load_data(mhkd.Config(**settings | {"out": out}))
 
 
 def test_folders_beside_the_parts_that_are_not_used_are_named(folder, capsys):
@@ -746,17 +747,25 @@ def test_labels_that_were_changed_after_loading_are_other_data(tmp_path, capsys)
     assert "note: labels or parts of the data were changed" in capsys.readouterr().out
 
 
-def test_images_that_were_changed_after_loading_are_other_data_and_a_copy_is_not(tmp_path, capsys):
-    given = config(tmp_path, dataset="digits", method="ce", teacher=None, batch_size=20, subset=40)
-    data = mhkd.load_data(given)
-    inverted = dataclasses.replace(data, images=255 - data.images)
-    for same in (data, copy.deepcopy(data), data.to(torch.device("cpu")), data.labelled()):
-        assert mhkd_data.for_run(given, same).sha256 == data.sha256
+def test_images_that_were_changed_after_loading_are_other_data_and_copies_are_not(tmp_path, capsys):
+    settings = {"dataset": "digits", "method": "ce", "teacher": None}
+    data, cpu = mhkd.load_data(config(tmp_path, **settings)), torch.device("cpu")
+    same = [data, copy.deepcopy(data), pickle.loads(pickle.dumps(data)), data.labelled()]
+    same.append(dataclasses.replace(data, images=data.images.clone()))
+    assert {mhkd_data.on_device(part, cpu).sha256 for part in same} == {data.sha256}
     assert "changed after loading" not in capsys.readouterr().out
-    changed = mhkd_data.for_run(given, inverted.to(torch.device("cpu"))).sha256
-    assert changed != data.sha256 and "note: images of the data were" in capsys.readouterr().out
+    inverted = dataclasses.replace(data, images=255 - data.images)
+    changed = mhkd_data.on_device(inverted.to(cpu), cpu)
+    assert changed.sha256 != data.sha256 == inverted.sha256
+    assert "note: images of the data were" in capsys.readouterr().out
+    assert mhkd_data.on_device(changed, cpu).sha256 == changed.sha256
     data.images.copy_(inverted.images)
-    assert mhkd_data.for_run(given, data).sha256 == changed
+    assert mhkd_data.on_device(copy.deepcopy(data), cpu).sha256 == changed.sha256
+    assert mhkd_data.on_device(data, cpu).sha256 == changed.sha256
+    twice = [torch.cat([data.images, more]) for more in (data.images[:1], 255 - data.images[:1])]
+    labels = torch.cat([data.labels, data.labels[:1]])
+    added = [dataclasses.replace(data, images=images, labels=labels) for images in twice]
+    assert len({mhkd_data.on_device(part, cpu).sha256 for part in (data, *added)}) == 3
 
 
 def test_the_accuracy_of_classes_of_one_name_is_that_of_each(tmp_path):

@@ -158,7 +158,7 @@ def test_a_network_file_that_is_edited_during_the_run_is_refused(
         return original(*arguments)
 
     monkeypatch.setattr(module, name, edit)
-    assert "was changed during the run: restore it" in failing(out, *options)
+    assert "was changed during the run: restore its files" in failing(out, *options)
     assert not [*out.glob("*-mhkd-*/result.json")]
     monkeypatch.undo()
     (tmp_path / "net.py").write_text(source)
@@ -185,6 +185,31 @@ def test_the_hash_of_a_users_method_is_that_of_the_code_in_memory(tmp_path, monk
     assert sha256() == before
     importlib.reload(module)
     assert sha256() != before
+    file.write_text(METHOD.replace("square(", "3 * square("))
+    mhkd_code.source_with.cache_clear()  # as if train() had not been called before
+    edited = sha256()
+    importlib.reload(module)
+    assert len({before, edited, sha256()}) == 3
+    for factor in (5, 7):  # typed into an interpreter that has run the file
+        exec(METHOD.replace("square(", f"{factor} * square("), vars(module))
+        monkeypatch.setitem(mhkd.METHODS, str(factor), module.Mine)
+    hashes = [mhkd_code.code_hashes(config.replace(method=m)) for m in ("5", "7")]
+    assert hashes[0]["method_code_sha256"] != hashes[1]["method_code_sha256"]
+
+
+def test_initial_weights_that_are_replaced_while_the_teacher_is_trained_are_refused(
+    tmp_path, failing, monkeypatch
+):
+    weights, original = tmp_path / "w.pth", mhkd_teacher.find_teacher
+    torch.save(mhkd.build_model("resnet8", 10).state_dict(), weights)
+
+    def replace(*arguments):
+        torch.save(mhkd.build_model("resnet8", 10).state_dict(), weights)
+        return original(*arguments)
+
+    monkeypatch.setattr(mhkd_teacher, "find_teacher", replace)
+    options = [*ALONE, "--epochs", "1", "--student-init", f"file:{weights}"]
+    assert "the init of the student resnet8 was changed during" in failing(tmp_path / "o", *options)
 
 
 def test_replaced_initial_weights_and_an_edited_teacher_are_other_runs(tmp_path, failing):
@@ -478,6 +503,10 @@ def test_a_teachers_file_without_classes_or_with_a_tuple_of_them_states_the_norm
     torch.save(known | {"mean": [0.1, 0.2, 0.3]}, tmp_path / "bare.pt")
     torch.save(content | {"classes": (*content["classes"],)}, tmp_path / "tuple.pt")
     torch.save(content | {"classes": 10}, tmp_path / "number.pt")
+    torch.save(content | {"classes": 10, "image_size": 32}, tmp_path / "size.pt")
+    with pytest.raises(mhkd.UsageError, match="32 pixels"):
+        options = {"teacher_weights": tmp_path / "size.pt", "out": tmp_path, "dataset": "digits"}
+        mhkd.train(mhkd.Config("resnet14", "resnet8", method="kd", **options))
     for name in ("bare", "tuple", "number"):
         options = [*PAIR, "--method", "kd", "--epochs", "1"]
         options += ["--teacher-weights", tmp_path / f"{name}.pt"]
@@ -849,14 +878,23 @@ def test_a_config_refuses_to_assign_what_other_values_follow_from(tmp_path):
     with pytest.raises(mhkd.UsageError, match="cannot be assigned: use config.replace.epochs"):
         config.epochs = 60
     assert config.replace(epochs=60).lr_steps == (38, 45, 52)
+    with pytest.raises(mhkd.UsageError, match="use config.replace.options"):
+        config.options = {"tau": 1.0}
+    config.options["tau"] = 1.0
+    with pytest.raises(mhkd.UsageError, match="Config.options was changed: use config.replace"):
+        mhkd_record.code_of(config)
 
 
 def test_numbers_of_numpy_and_paths_are_recorded(tmp_path):
     numbers = numpy.array([0.5, 0.25, 0.125])
-    settings = {"mean": numbers, "std": numbers, "seed": numpy.int64(3), "out": tmp_path}
-    config = mhkd.Config("vgg13", "vgg8", options={"tau": numpy.float32(2)}, **settings)
+    settings = {"mean": [*numbers], "std": numbers, "seed": numpy.int64(3), "out": tmp_path}
+    settings |= {"epochs": torch.tensor(60), "lr_steps": numpy.array([20, 40])}
+    options = {"tau": numpy.float32(2), "units": [*numpy.arange(1, 3)]}
+    config = mhkd.Config("vgg13", "vgg8", options=options, **settings)
     assert config.recorded()["mean"] == [0.5, 0.25, 0.125] and config.recorded()["seed"] == 3
-    assert config.options["tau"] == 2.0 and config.differs.keys() == {"mean", "std", "tau"}
+    assert config.options["tau"] == 2.0 and config.options["units"] == (1, 2)
+    assert config.replace().recorded() == config.recorded()
+    config.out = tmp_path / "other"
     json.dumps([config.out, config.recorded()])
 
 
