@@ -49,7 +49,8 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
     model = build_model(config.teacher, len(data.classes), "random", config.image_size)
     if not (path := config.teacher_weights):
         Distiller(config, data, model)  # reports errors before the teacher is trained
-        mhkd.log(f"teacher {config.teacher}: no --teacher-weights, so it is trained first")
+        what = f"its own run in '{config.out}' comes first"
+        mhkd.log(f"teacher {config.teacher}: no --teacher-weights, so {what}")
         path = student_of(config.of_teacher(), data)
     check_teacher(config.teacher, path, mhkd_runs.load_file(Path(path)), data)
     if ".py:" in config.teacher:

@@ -88,7 +88,7 @@ def test_the_teacher_is_trained_first_and_each_run_leaves_its_four_files_alone(f
     for folder in out.iterdir():
         assert {path.name for path in folder.iterdir()} == FILES
     said = done.stdout.splitlines()
-    assert "teacher resnet14" in said[0] and "it is trained first" in said[0]
+    assert "teacher resnet14" in said[0] and "its own run in" in said[0]
     assert any(str(teacher) in line for line in said)
 
 
