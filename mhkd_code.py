@@ -34,14 +34,18 @@ def code_hashes(config: Config) -> dict[str, str]:
     methods, augmentation. Comments, messages, records and the report are not covered, nor is the
     code of libraries, whose versions are recorded (docs/choices.md).
     """
-    found = {}
     methods = find_methods(config.method).values()
     roots = [*methods, Distiller, Data, epoch_batches]
     for module in {m.__module__ for m in methods if not is_ours(m.__module__)}:
         file = getattr(sys.modules.get(module), "__file__", None) or ""
         if file.endswith(".py") and "site-packages" not in file:  # what a user's method imports
             roots += mhkd.sibling("mhkd_custom").source_files(f"{file}:")[1:]
-    found["method_code_sha256"] = code_sha256(roots)
+    return {"method_code_sha256": code_sha256(roots), **network_hashes(config)}
+
+
+def network_hashes(config: Config) -> dict[str, str]:
+    """Hashes of the code of both networks and of initial weights in files."""
+    found = {}
     for role in ("student", "teacher"):
         name, init = getattr(config, role), getattr(config, f"{role}_init")
         if name in mhkd.MODELS:

@@ -287,9 +287,9 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         known, prefetch, of_unlabelled if end < len(labels) else None,
         {**settings_of(config), "hashed": (len(labels), end, hashed)},
     )  # fmt: skip
+    data = dataclasses.replace(data, labels_sha256=labels_sha256(data)).to(torch.device(device))
     data.images.hashed = version_of(data.images)
-    data = dataclasses.replace(data, labels_sha256=labels_sha256(data))
-    return on_device(data, torch.device(device))
+    return data
 
 
 def for_run(config: Config, data: Data) -> Data:

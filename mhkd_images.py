@@ -57,10 +57,8 @@ def from_folder(config: Config, side: int | None = None) -> tuple[Any, ...]:
         known = [Path(path) for path in (config.unlabelled, config.out) if path]
         top, (classes, folders, files) = root / "train", find_parts(root, left_out, known)
     else:
-        top, (classes, folders, files) = (
-            root,
-            divide(root, config.test_fraction, left_out, Path(config.out)),
-        )
+        out = Path(config.out)
+        top, (classes, folders, files) = root, divide(root, config.test_fraction, left_out, out)
     if len(classes) < 2:
         raise UsageError(f"'{top}' has {len(classes)} class folders: a classifier needs two")
     if config.unlabelled and not Path(config.unlabelled).is_dir():
@@ -149,7 +147,7 @@ def divide(root: Path, fraction: float, left_out: dict[str, list[Path]], out: Pa
     """The images of <class>/, of which a fraction is for the test. Raises OSError.
 
     Which ones depends only on the names of the files, so that most images stay in their part if
-    others are added. out: the folder of the runs, which is no class.
+    others are added. Folders of runs are no classes. out: that of this run.
     """
     out, data = out.resolve(), root.resolve()
     inside = out.relative_to(data).parts if out.is_relative_to(data) else ("",)
@@ -164,9 +162,9 @@ def divide(root: Path, fraction: float, left_out: dict[str, list[Path]], out: Pa
     else:
         raise UsageError(f"there is no folder '{root}', which --data names")
     classes = [name for name in class_names(root, left_out) if name != "unlabelled"]
-    if inside[0] in classes:
-        classes.remove(inside[0])
-        left_out["folders that are not used"].append(root / inside[0])
+    of_runs = [c for c in classes if c == inside[0] or any((root / c).glob("*/config.json"))]
+    left_out["folders that are not used"] += [root / name for name in of_runs]
+    classes = [name for name in classes if name not in of_runs]
     folders, train, test = [root / name for name in classes] * 2, [], []
     for i, folder in enumerate(folders[: len(classes)]):
         files = list(images_below(folder, left_out))

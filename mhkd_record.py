@@ -29,24 +29,30 @@ if TYPE_CHECKING:
 
 
 def code_of(config: Config) -> dict[str, str]:
-    """The hashes of the code of a run, the same in all processes."""
+    """The hashes of the code of a run, the same in all processes.
+
+    Raises:
+        UsageError: the options were changed in place; the name of the folder would not show it.
+    """
     if config.replace().options != config.options:
         raise UsageError("Config.options was changed: use config.replace(options={...})")
     return mhkd_runs.of_main(mhkd_code.code_hashes(config))
 
 
 def check_files(config: Config, code: Mapping[str, str], kinds: Sequence[str]) -> None:
-    """Raise an error if files of the networks are not those of these hashes any more.
+    """Raise an error if code or initial weights are not those of these hashes any more.
 
-    kinds: which, for example "student_init".
+    kinds: which of them, for example "student_init".
     """
-    now = mhkd_code.code_hashes(config)
+    now = mhkd_code.network_hashes(config)
     for role, what in (kind.split("_") for kind in kinds):
         key = f"{role}_{what}_sha256"
         if now.get(key) != code.get(key):
+            file = f"the code of the {role} {getattr(config, role)}"
+            file = f"the file of --{role}-init" if what == "init" else file
             raise UsageError(
-                f"the {what} of the {role} {getattr(config, role)} was changed during the run: "
-                "restore its files and give the same command again, which goes on"
+                f"{file} was changed during the run: restore it and give the same command again, "
+                "which goes on"
             )
 
 

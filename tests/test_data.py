@@ -466,6 +466,9 @@ def test_runs_inside_of_the_data_are_no_class(tmp_path, monkeypatch, capsys):
     data = mhkd.load_data(mhkd.Config(**settings))  # --out runs
     assert data.classes == ["cat", "dog"] and data.facts["unlabelled"] == 4
     assert "1 folders that are not used (runs)" in capsys.readouterr().out
+    (photos / "runs" / "a run").mkdir()
+    (photos / "runs" / "a run" / "config.json").touch()
+    assert mhkd.load_data(mhkd.Config(**settings | {"out": tmp_path})).classes == ["cat", "dog"]
     for out in (photos, photos / "more" / "runs"):
         with pytest.raises(mhkd.UsageError, match="must be outside of the classes of --data"):
             mhkd.load_data(mhkd.Config(**settings | {"out": out}))
