@@ -235,8 +235,8 @@ class Config:
             given = ("teacher_seed", "teacher_init", "teacher_epochs", "teacher_lr")
             for name in given:  # the teacher is not trained
                 if getattr(self, name) != getattr(Config, name):
-                    flag = flag_of(name)
-                    raise UsageError(f"leave out {flag}: with --teacher-weights none is trained")
+                    what = "a teacher of --teacher-weights is not trained"
+                    raise UsageError(f"leave out {flag_of(name)}: {what}")
         if (self.mean is None) != (self.std is None):
             raise UsageError("--mean and --std must be given together")
         if self.keep == "best" and not self.val_fraction:

@@ -598,7 +598,7 @@ def test_mean_and_std_are_those_of_both_networks_and_an_assumed_one_is_logged(
 @pytest.mark.parametrize("options, message", [
     ("--mean 0.5,0.5,0.5", "together"), ("--mean 0.5 --std 0.5", "--mean must be three numbers"),
     ("--mean 0.5,0.5,0.5 --std 0.5,0.5,0", "--std must be three numbers above 0"),
-    ("--teacher-weights t.pt --teacher-lr 0.1", "leave out --teacher-lr: with"),
+    ("--teacher-weights t.pt --teacher-lr 0.1", "leave out --teacher-lr: a teacher of"),
     ("--teacher-weights t.pt --teacher-seed 1", "leave out --teacher-seed"),
     ("--teacher-weights t.pt --teacher-init pretrained", "leave out --teacher-init"),
     ("--nesterov yes", "no option --nesterov\n"), ("--options a", "no option --options\n"),
