@@ -91,16 +91,16 @@ def test_a_table_of_runs_with_two_teachers_is_refused(tmp_path):
     assert done.returncode == 1 and "or the teacher" in done.stderr
 
 
-def test_the_tables_of_the_second_study_are_those_of_its_records(tmp_path):
-    folders = [path.parent for path in (ROOT / "results").glob("*/result.json")]
-    for folder in folders:
-        (tmp_path / folder.name).symlink_to(folder)
+@pytest.mark.parametrize("student, count", [("resnet8", 22), ("shufflenetv2", 5)])
+def test_the_tables_of_the_second_study_are_those_of_its_records(student, count, tmp_path):
+    for path in (ROOT / "results").glob("*/result.json"):
+        (tmp_path / path.parent.name).symlink_to(path.parent)
     groups = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
     text = (ROOT / "docs/measurements.md").read_text(encoding="utf-8")
     lines = text.partition("### Results of pair A")[2].partition("\n## ")[0].splitlines()
-    (group,) = [g for g in groups if (g.teacher, g.student) == ("wrn_16_2", "resnet8")]
+    (group,) = [g for g in groups if (g.teacher, g.student) == ("wrn_16_2", student)]
     rows = [row for row in group.rows if len(row.runs) in (5, 10)]
-    assert len(rows) == len(group.rows) == 22
+    assert len(rows) == len(group.rows) == count
     for row in rows:
         cells = [mhkd_report.mean_and_std(row.values())]
         cells.append(f"{statistics.mean(row.values('train_accuracy')):.1f}")
