@@ -1097,8 +1097,8 @@ class Option:
 
 
 # Numbers that float32 can represent, too.
-POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0")
-NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number not below 0")
+POSITIVE = (lambda v: 0 < v < 3e38, "a number above 0 and below 3e38")
+NOT_NEGATIVE = (lambda v: 0 <= v < 3e38, "a number from 0 to 3e38")
 FRACTION = (lambda v: 0 <= v <= 1, "between 0 and 1")
 COUNT = (lambda v: 1 <= v < 2**31, "at least 1 and below 2^31")
 

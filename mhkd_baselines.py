@@ -422,7 +422,7 @@ class DualHead(mhkd.Method):
             "nonlinear", "second classifier: nonlinear or linear",
             str, mhkd.one_of("nonlinear", "linear"),
         ),
-        "dhkd_align": Option(True, "align the gradients of the two classifiers", bool),
+        "dhkd_align": Option(True, "align the gradients of both classifiers (default: yes)", bool),
     }  # fmt: skip
 
     def __init__(self, config, student: FeatureExtractor, teacher: FeatureExtractor, data: Data):

@@ -63,7 +63,7 @@ STDS = (lambda v: len(v) == 3 and all(0 < x <= 1 for x in v), "three numbers abo
 INITS = "random, pretrained (the library's weights) or file:PATH (a state dict)"
 INIT = (lambda v: v in ("random", "pretrained") or v.startswith("file:"), INITS)
 NETWORK = "a network of the README's list, torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
-UNIT_NAMES = "comma-separated names of the submodules that are its units (default: detected)"
+UNIT_NAMES = "comma-separated names of its units, which are submodules (default: detected)"
 PRECISION = (
     "float32, tf32 (CUDA) or bfloat16 (autocast); auto is float32 with tf32 in CUDA's convolutions"
 )
@@ -139,8 +139,8 @@ class Config:
         "on colour or shape (trivial: TrivialAugment) or two (rand: RandAugment)", str,
         one_of("crop", "trivial", "rand"))
     mean: Sequence[float] | None = field("data", None, "mean of the channels on the scale 0 to 1, "
-        "for both networks (default: the first that exists of: that in the teacher's file; of the "
-        "pretrained weights of the teacher, with --method ce of the student; of the data set)",
+        "for both networks (default: that in the teacher's file, or else of the pretrained "
+        "weights of the teacher, with --method ce of the student, or else of the data set)",
         numbers, CHANNELS)
     std: Sequence[float] | None = field(
         "data", None, "standard deviation of the channels, with --mean", numbers, STDS)
@@ -222,7 +222,9 @@ class Config:
         methods = find_methods(self.method)
         self.method = "+".join(methods)
         if not self.student:
-            raise UsageError("--student is missing: python mhkd.py --teacher vgg13 --student vgg8")
+            raise UsageError(
+                "--student is missing, for example: python mhkd.py --teacher vgg13 --student vgg8"
+            )
         if self.view_seed is None and (self.teacher_store or self.teacher_views):
             self.view_seed = 0
         if not any(method.needs_teacher for method in methods.values()):

@@ -284,7 +284,7 @@ def decode(
             todo = chunks[len(done) :]
             number = sum(map(len, todo))
             if todo:
-                mhkd.log(f"decoding {number} images into '{folder}'; older folders may be deleted")
+                mhkd.log(f"decoding {number} images into '{folder}'; you may delete older ones")
             bar = mhkd.progress_bar(len(files), "decoding", len(files) - number)
             for chunk in todo:
                 decoded = dict(enumerate(pool.map(pixels_or_reason, chunk)))

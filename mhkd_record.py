@@ -146,8 +146,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     elif (processors := Path("/proc/cpuinfo")).is_file():
-        _, _, name = processors.read_text().partition("model name\t: ")
-        hardware = name.partition("\n")[0].strip() or hardware
+        lines = (
+            line.partition(":") for line in processors.read_text().split("\n\n")[0].splitlines()
+        )
+        entries = {name.strip(): value.strip() for name, _, value in lines}
+        hardware = entries.get("model name") or hardware
+        if {"cpu family", "model"} <= entries.keys():  # the name alone may be "AMD EPYC"
+            hardware += f" (family {entries['cpu family']}, model {entries['model']})"
     return {
         "device": str(device),
         "hardware": hardware,

@@ -32,7 +32,7 @@ import mhkd_runs
 import mhkd_tables as tables
 from mhkd import UsageError
 from mhkd_config import Config
-from mhkd_tables import BEST, PAIR_A, PAIR_B, PRIMARY, PRIMARY_SEEDS
+from mhkd_tables import BEST, PAIR_A, PRIMARY, PRIMARY_SEEDS
 
 # --------------------------------------------------------------------------------------------------
 # 1. Records, and which of them can be compared
@@ -55,14 +55,18 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
         student, log = path.with_name("student.pt"), path.with_name("log.jsonl")
         try:
             run = mhkd_runs.read_json(path, *KEYS)
-            if "options" not in run["config"]:
+            if isinstance(run["config"], dict) and "options" not in run["config"]:
                 raise UsageError(f"'{path}' is of another version")
+            check_types(run)
             data = run["environments"][-1]["data"]
             key = tables.key_of(run["config"], data, run["teacher_sha256"])
             same = student.is_file() and mhkd_runs.sha256_of(student) == run["student_sha256"]
             speed = mhkd_runs.read_json(path.with_name("speed.json"), *SPEED_KEYS) or {}
         except (UsageError, mhkd_runs.RunError, OSError) as error:
             unusable.append(str(error))
+            continue
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            unusable.append(f"'{path}' is damaged ({error}): move its folder away")
             continue
         curve, train = {run["epochs"]: run["accuracy"]}, None
         try:
@@ -72,8 +76,10 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
                 raise ValueError(f"it does not have the {run['epochs']} epochs of the record")
             kept = entries[run.get("kept_epoch", 0) - 1]
             curve, train = found, float(kept["train_accuracy"])
+        except FileNotFoundError:
+            unusable.append(f"there is no '{log}': the run counts, its curve is left out")
         except (OSError, ValueError, LookupError, TypeError) as error:
-            unusable.append(f"'{log}' is damaged ({error}): its curve is left out")
+            unusable.append(f"'{log}' is damaged ({error}): the run counts, its curve is left out")
         run |= {"key": key, "curve": curve, "train_accuracy": train, "has_student": same}
         of_other = speed.get("student_sha256") != run["student_sha256"]
         run |= {"folder": path.parent, "speed": {} if of_other else speed}
@@ -86,6 +92,28 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     for run in runs:
         run["used"] = run.get("normalisation", usual.get(run["data_sha256"]))
     return runs, unusable
+
+
+NUMBER = (int, float)
+TYPES = {"name": str, "config": dict, "differs": dict, "data_sha256": str, "student_sha256": str}
+TYPES |= {"accuracy": NUMBER, "epochs": int, "seconds": NUMBER, "class_accuracy": dict}
+IN_CONFIG = {"seed": int, "dataset": str, "student": str, "method": str, "options": dict}
+
+
+def check_types(run: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a record has the values that the report uses."""
+    config, places = run["config"], run["environments"]
+    wanted = [(n, run[n], kind) for n, kind in TYPES.items()]
+    config = config if isinstance(config, dict) else {}
+    wanted += [(n, config.get(n), kind) for n, kind in IN_CONFIG.items()]
+    if config.get("teacher"):
+        wanted += [("teacher_accuracy", run["teacher_accuracy"], NUMBER)]
+        wanted += [("teacher_sha256", run["teacher_sha256"], str)]
+    for name, value, kind in wanted:
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r}")
+    if not (isinstance(places, list) and places and all(isinstance(p, dict) for p in places)):
+        raise ValueError(f"environments is {places!r}")
 
 
 def final_weights(run: Mapping[str, Any]) -> tuple[float, float, float] | None:
@@ -128,12 +156,13 @@ class Row:
         return [self.runs[seed]["accuracy"] - base.runs[seed]["accuracy"] for seed in seeds]
 
 
+EXPLORATORY = "fitnet+mhkd"  # the addition to the protocol: no verdict
 VIEWS = {"view_seed", "teacher_store", "teacher_views"}
 OF_TEACHER = {name for name in Config.__dataclass_fields__ if name.startswith("teacher_")} - VIEWS
-OF_TEACHER |= {"student_units"}
 ORDER = ("ce", "kd", "fitnet", "cc", "rkd", "crd", "lsh", "dhkd", "mhkd", "crd+mhkd")
 OTHERWISE = {"teacher_weights", "mean", "std"}  # shown as hash and normalisation
 IN_NAME = {"units", "gamma", "kd_weight", "unlabelled"}  # always part of a row's name
+IN_NAME |= {"teacher_units", "student_units"}  # of the heads; kd has none
 
 
 class Group:
@@ -166,7 +195,7 @@ class Group:
             if len(unlabelled.get(own.get("unlabelled"), ())) > 1:
                 own["unlabelled"] = f"{own['unlabelled']} ({images[:8]})"
             name = ", ".join(["student alone" if c["method"] == "ce" else c["method"], *shown(own)])
-            options = {n: v for n, v in differs.items() if n in c["options"]}
+            options = {n: v for n, v in differs.items() if n in c["options"] or "_units" in n}
             weights = final_weights(run), images
             views = {n: v for n, v in differs.items() if n in VIEWS - {"teacher_store"}}
             new = Row(name, c["method"], options, weights, views, c.get("teacher_store"), {})
@@ -247,7 +276,7 @@ def shown(settings: Mapping[str, Any]) -> list[str]:
 
 def recipe_of(run: Mapping[str, Any]) -> dict[str, Any]:
     """What differs from the recipe, without method, teacher and normalisation."""
-    others = OF_TEACHER.union(run["config"]["options"], OTHERWISE, VIEWS, ["unlabelled"])
+    others = OF_TEACHER.union(run["config"]["options"], OTHERWISE, VIEWS, IN_NAME)
     return {name: value for name, value in run["differs"].items() if name not in others}
 
 
@@ -261,9 +290,8 @@ def group_runs(runs: Sequence[dict[str, Any]]) -> list[Group]:
         # Not of built-in networks: older records have no hash of their code.
         code = run.get("student_code_sha256") if ".py:" in c["student"] else None
         network += [run.get("student_init_sha256"), code]
-        teacher = json.dumps([run["teacher_sha256"], c["teacher_units"], c["student_units"]])
         by_teacher = alike.setdefault(json.dumps(network, sort_keys=True), {})
-        by_teacher.setdefault(teacher if c["teacher"] else None, []).append(run)
+        by_teacher.setdefault(run["teacher_sha256"] if c["teacher"] else None, []).append(run)
     teachers, groups = {run["teacher_sha256"] for run in runs}, []
     for by_teacher in alike.values():
         alone = by_teacher.pop(None, [])
@@ -330,12 +358,24 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
             if abs(mean) > half:
                 verdict = "supported" if mean > 0 else "contradicted"
         verdict = verdict if len(values) >= seeds else "incomplete"
+        if row and row.method == EXPLORATORY:
+            verdict = "exploratory"
         lines.append([claim, str(len(values)), text, verdict])
 
-    groups = {}
+    teacher = Config(**tables.STUDY_TEACHER)
+    key = tables.key_of(teacher.recorded(), teacher.data)
+    of_protocol = {run["student_sha256"]: run["key"] == key for run in runs}
+    notes, groups = {}, {}
     for group in group_runs([run for run in runs if is_of_study(run)]):
-        if (pair := f"{group.teacher}:{group.student}") in (PAIR_A, PAIR_B):
-            groups[group] = pair
+        if group.teacher:
+            found = of_protocol.get(sha256 := group.one["teacher_sha256"])
+            name = f"Teacher {sha256[:8]} ({group.one['teacher_accuracy']:.2f} %): its"
+            if found is None:
+                notes[name] = "run is not here, so that its settings cannot be checked."
+            elif not found:
+                notes[name] = "settings are not those of the protocol, its students do not count."
+            if found is not False:
+                groups[group] = f"{group.teacher}:{group.student}"
     for group, pair in groups.items():
         several = [*groups.values()].count(pair) > 1
         hashes = {n: group.one[f"{n}_sha256"][:8] for n in ("teacher", "data")}
@@ -356,14 +396,30 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
             row, base = best["mhkd"], best["kd"]
             claim = f"{group.student}: best mhkd ({row.name}) above best kd ({base.name})"
             add(claim, row, base, 0.95)
-    return markdown(["claim", "n", "difference", "verdict"], lines) if lines else ""
+    text = markdown(["claim", "n", "difference", "verdict"], lines) if lines else ""
+    return "\n\n".join(filter(None, [*map(" ".join, notes.items()), text]))
+
+
+@functools.cache
+def rows_of_protocol() -> frozenset[str]:
+    """Students, methods and differing settings of the rows of both studies."""
+    rows = [(pair, name) for pair, names, _ in sum(tables.STUDIES.values(), []) for name in names]
+    configs = [tables.config_of(pair, name, 0, tables.STUDY_STUDENT) for pair, name in rows]
+    configs += [config.replace(view_seed=0) for config in configs]
+    return frozenset(row_of_protocol(c.student, c.method, c.differs) for c in configs)
+
+
+def row_of_protocol(student: str, method: str, differs: Mapping[str, Any]) -> str:
+    left = {n: v for n, v in differs.items() if n not in OTHERWISE}
+    return json.dumps([student, method, left], sort_keys=True)
 
 
 def is_of_study(run: Mapping[str, Any]) -> bool:
-    """Whether a run is of the second protocol: recipe, seed, device and loss."""
+    """Whether a run is of the second protocol: row, recipe, seed, device and loss."""
     c, places = run["config"], run["environments"]
     where = {(place.get("device", "cpu"), place.get("loss", "reference")) for place in places}
     of_protocol = c["dataset"] == "cifar100" and recipe_of(run) == tables.STUDY_RECIPE
+    of_protocol &= row_of_protocol(c["student"], c["method"], run["differs"]) in rows_of_protocol()
     return of_protocol and c["seed"] < PRIMARY_SEEDS and where == {("cpu", "reference")}
 
 
@@ -383,13 +439,16 @@ EXPLANATION = """\
 Accuracies are those of student.pt (of the last epoch unless keep is "best"), in percent: mean
 (standard deviation) of n seeds.
 Differences of test accuracy are paired by seed: mean ± standard error [95 % interval by Student's
-t]. KD of the same weights has the row's weights of cross-entropy and KL on the final outputs."""
+t]. KD of the same weights has the row's weights of cross-entropy and KL on the final outputs.
+Options that a row does not name have their defaults. In records of version 0.2.0 the train accuracy
+is the mean over the batches, later over the images."""
 CLAIMS = """\
 Primary claims have intervals at level 98.75 % (0.05 / 4), the others at 95 %. A claim is supported
 or contradicted if its interval excludes 0. n is the number of seeds so far. Primary claims are
-decided with ten seeds, as the protocol says. Runs of other seeds than 0 to 9, on other devices than
-the CPU or with another loss than plain PyTorch do not count. The best rows are chosen by the same
-test images, among the rows of their method with the most seeds."""
+decided with ten seeds, as the protocol says. Runs of other seeds than 0 to 9, of rows that are not
+in the protocol, on other devices than the CPU or with another loss than plain PyTorch do not count.
+The best rows are chosen by the same test images, among the rows of their method with the most
+seeds."""
 
 
 def report(folder: str | Path) -> str:
@@ -411,8 +470,7 @@ def report(folder: str | Path) -> str:
     parts += papers and ["# The paper's tables, for runs of its recipe in full", *papers]
     header = ["run", "test accuracy, %", "epochs", "minutes"]
     rows = [
-        [run["name"], f"{run['accuracy']:.2f}", run["epochs"], f"{run['seconds'] / 60:.1f}"]
-        for run in runs
+        [run["name"], accuracy_of(run), run["epochs"], f"{run['seconds'] / 60:.1f}"] for run in runs
     ]
     parts += ["# All runs", markdown(header, rows)]
     if lost := [run["name"] for run in runs if not run["has_student"]]:
@@ -425,6 +483,11 @@ def report(folder: str | Path) -> str:
     path = folder / "report.md"
     mhkd_runs.write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
     return text
+
+
+def accuracy_of(run: Mapping[str, Any]) -> str:
+    of_teacher = " (the teacher's)" if run["config"]["method"] == "heads" else ""
+    return f"{run['accuracy']:.2f}{of_teacher}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -467,7 +530,9 @@ def group_table(group: Group) -> str:
     return "\n\n".join([text, *what_varies(group)])
 
 
-PLACE = ("device", "hardware", "torch", "loss", "mhkd")
+PLACE = ("device", "hardware", "instructions", "threads", "torch", "torchvision", "timm", "loss")
+PLACE += ("compile", "mhkd", "commit")
+CHANGES = " with changes"  # of a commit; see mhkd_record.commit_of()
 
 
 def what_varies(group: Group) -> list[str]:
@@ -475,17 +540,27 @@ def what_varies(group: Group) -> list[str]:
     values: dict[str, set[str]] = {}
     initial: dict[int, set[str]] = {}
     for run in group.runs:
-        found = [(n, p.get(n)) for p in run["environments"] for n in (*PLACE, "commit")]
+        found = [(n, p.get(n)) for p in run["environments"] for n in PLACE]
         found += [(f"code of {run['config']['method']}", run.get("method_code_sha256"))]
         found += [("code of the student", run.get("student_code_sha256"))]
+        if group.teacher and run["config"]["teacher"]:
+            found += [("accuracy of the teacher", f"{run['teacher_accuracy']:.2f} %")]
         for name, value in found:
-            if value:
-                short = value if name in PLACE else value[:8]
-                values.setdefault(name, set()).add(short)
+            if value not in (None, ""):
+                text = str(value).removesuffix(CHANGES)
+                text = text[:8] if name == "commit" or name.startswith("code of") else text
+                values.setdefault(name, set()).add(text + CHANGES * str(value).endswith(CHANGES))
         if sha256 := run.get("initial_weights") or run.get("init_sha256"):
             initial.setdefault(run["config"]["seed"], set()).add(sha256)
     varying = [f"{name} ({', '.join(sorted(v))})" for name, v in values.items() if len(v) > 1]
+    for row in group.rows:  # settings that follow from others, in another way in another version
+        configs = [{**run["config"], **run["config"]["options"]} for run in row.runs.values()]
+        for name in sorted({*configs[0]}.intersection(*configs) - {"options", "seed"}):
+            if len(found := {str(config[name]) for config in configs}) > 1:
+                varying.append(f"{name} of {row.name} ({', '.join(sorted(found))})")
     texts = [f"Not the same in all runs: {'; '.join(varying)}."] if varying else []
+    if all(name.endswith(CHANGES) for name in values.get("commit", [""])):
+        texts.append("The code has changes that were not committed: they may differ between runs.")
     if seeds := [str(seed) for seed, found in sorted(initial.items()) if len(found) > 1]:
         texts.append(f"Not paired: with seed {', '.join(seeds)} the initial weights differ.")
     return texts
@@ -495,24 +570,32 @@ def completion(group: Group, folder: Path) -> str:
     """The commands of the student alone and of KD, if nothing of a group can be compared."""
     if not group.teacher or group.differences(group.alone) or group.differences(group.kd_of):
         return ""
-    commands = []
-    for run in group.rows[-1].runs.values():
+    commands, last = [], group.rows[-1]
+    alike = [r for r in group.rows if r.method == "ce" or last.weights[0] in (None, r.weights[0])]
+    there = {(row.method, seed) for row in alike for seed in row.runs}
+    for seed, run in last.runs.items():
         here, c = run["environments"][-1], {**run["config"], "out": str(folder)}
         c |= {n: here.get(n) for n in ("data", "teacher_weights", "unlabelled")}
         c = {n: tuple(v) if isinstance(v, list) else v for n, v in c.items()}
         c = {n: v for n, v in c.items() if n in Config.__dataclass_fields__}
         own = {n: v for n, v in c["options"].items() if n in tables.options_of("kd")}
-        changes = {"ce": {"options": {}, "unlabelled": None}, "kd": {"options": own}}
+        without = {"teacher_units": None, "student_units": None}
+        changes = {"ce": {"options": {}, "unlabelled": None, **without}}
+        changes["kd"] = {"options": own, **without}
         used = {n: tuple(v) for n, v in run.get("normalisation", {}).items()}
         for method, given in changes.items():
-            if method != c["method"]:
+            if (method, seed) not in there:
                 # A method or a data set of a user's program; a file that is missing.
                 with contextlib.suppress(UsageError, mhkd_runs.RunError):
                     config = Config(**c | given | {"method": method})
                     same = None, (*used.values(),)  # None: measured on the images
                     if method == "ce" and mhkd_data.normalisation(config) not in same:
                         config = config.replace(**used)  # the teacher's
-                    commands.append(f"    {tables.command_of(config)}")
+                    command = tables.command_of(config)
+                    if (processes := run["config"].get("processes", 1)) > 1:
+                        launcher = f"torchrun --nproc_per_node {processes}"
+                        command = command.replace("python", launcher, 1)
+                    commands.append(f"    {command}")
     return "\n".join(["These commands complete the comparison:\n", *commands]) if commands else ""
 
 

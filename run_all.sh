@@ -6,7 +6,8 @@
 #                         students on 100 of them, alone, with KD and with MHKD; print a table:
 #                         minutes on a laptop, no download of data
 #   ./run_all.sh small    the second study of docs/measurements.md, on small images of CIFAR-100:
-#                         about 40 core-hours; METHODS="ce kd mhkd" SEEDS="0 1 2": 16 runs
+#                         about 42 core-hours; METHODS="ce kd mhkd" SEEDS="0 1 2"
+#                         PAIRS=wrn_16_2:resnet8: 10 runs
 #   ./run_all.sh views    the study of stored teacher outputs: 66 runs after those of small
 #   ./run_all.sh table1   all runs of the paper's Table 1 (or table2, table3, all), then the report
 #   ./run_all.sh records  copy the records of finished runs to results/
@@ -46,14 +47,18 @@ EOP
 }
 
 # No part may be a condition (`setup && demo`): bash ignores `set -e` in what it runs for one.
-setup() { # sets `python`
+setup() {
+    dependencies
+    kernel
+}
+
+dependencies() { # sets `python`
     python=${PYTHON:-python3}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
         echo "run_all.sh: Python 3.10 or newer is needed: set PYTHON to one" >&2
         exit 1
     fi
     if ! has_dependencies "$python"; then environment; fi
-    kernel
 }
 
 environment() { # a virtual environment
@@ -120,6 +125,7 @@ tables() { # compute the runs of tables, which mhkd_tables.py lists, and their r
     option --data "${DATA:-}"
     option --out "${OUT:-}"
     option --jobs "${JOBS:-}"
+    if [ $# = 1 ]; then kernel; fi
     exec "$python" mhkd_tables.py "${arguments[@]}" # exec: it gets the signals
 }
 
@@ -132,7 +138,8 @@ for path in sorted(Path(sys.argv[1]).glob("*/result.json")):
     record, folder = mhkd_runs.read_json(path), Path("results") / path.parent.name
     record.pop("sha256", None)  # in older records: of the file before this change
     for here in record["environments"]:
-        here |= {key: Path(here[key]).name for key in ("data", "out", "teacher_weights") if here[key]}
+        keys = ("data", "out", "teacher_weights", "unlabelled")
+        here |= {key: Path(here[key]).name for key in keys if here.get(key)}
     folder.mkdir(parents=True, exist_ok=True)
     mhkd_runs.write_json(folder / "result.json", record)
     shutil.copy(path.with_name("log.jsonl"), folder)
@@ -222,12 +229,9 @@ case "${1:-help}" in
     demo) setup; demo ;;
     gpu) gpu ;;
     test) setup; run "$python" -m pytest -q "${@:2}" ;;
-    small | views | table1 | table2 | table3) setup; tables "$@" ;;
-    all) setup; tables table1,table2,table3 "${@:2}" ;;
-    records)
-        setup
-        records
-        ;;
+    small | views | table1 | table2 | table3) dependencies; tables "$@" ;;
+    all) dependencies; tables table1,table2,table3 "${@:2}" ;;
+    records) dependencies; records ;;
     help | -h | --help) usage ;;
     *)
         echo "run_all.sh: there is no target '$1'; the targets are demo, small, table1, table2," \

@@ -15,7 +15,11 @@ cd "$(dirname "$0")/.."
 # 200 images of each class for the teacher; of these 50 with and 150 without labels for students.
 for folder in "$cifar"/train/*/; do
     class=$(basename "$folder")
-    mapfile -t files < <(find "$folder" -type f | sort | head -n 200)
+    mapfile -t files < <(find -L "$folder" -type f | sort | head -n 200)
+    if [ ${#files[@]} != 200 ]; then
+        echo "few_labels.sh: $folder has ${#files[@]} images, not 200: use the folders of CIFAR-100" >&2
+        exit 1
+    fi
     mkdir -p "$out"/{teacher,student}/train/"$class" "$out/unlabelled/$class"
     ln -sf "${files[@]}" "$out/teacher/train/$class/"
     ln -sf "${files[@]:0:50}" "$out/student/train/$class/"

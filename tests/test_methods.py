@@ -211,7 +211,7 @@ def test_an_option_with_the_name_of_another_methods_option_is_refused(monkeypatc
     ("crd --negatives 0", "--negatives must be at least 1"),
     ("mhkd --teacher-heads none", "--teacher-heads must be one of scratch, pretrained, logits"),
     ("mhkd --teacher-heads-epochs 3", "is for --teacher-heads pretrained"),
-    ("mhkd --gamma -1", "--gamma must be a number not below 0"),
+    ("mhkd --gamma -1", "--gamma must be a number from 0 to 3e38"),
     ("heads", "no student"), ("crd+heads", "heads adds nothing to crd"),
     ("lsh --lsh-samples some", "--lsh-samples must be one of correct, all, not some"),
 ])  # fmt: skip

@@ -111,3 +111,8 @@ def test_the_tables_of_the_second_study_are_those_of_its_records(student, count,
                 cells.append(f"{difference}, n = {len(values)}".replace("-", "−"))
         found = [line for line in (*lines, *TEXTS[0].splitlines()) if cells[0] in line]
         assert [line for line in found if all(f"| {cell} |" in line for cell in cells)], cells
+
+
+def test_no_record_names_a_folder_of_the_machine_that_wrote_it():
+    named = [p for p in (ROOT / "results").rglob("*.json*") if '": "/' in p.read_text("utf-8")]
+    assert named == []

@@ -616,15 +616,25 @@ def test_rows_name_the_options_that_vary_and_the_recipe_those_in_common(tmp_path
 def test_what_is_of_other_data_another_teacher_or_recipe_is_not_compared(tmp_path):
     record(tmp_path, 70.0, student="wrn_16_2", method="ce")
     other_teacher = {"taught_by": b"u", "teacher_seed": 1}
-    others = ({"data": "e"}, other_teacher, {"lr": 0.01}, {"student_units": list("abc")})
+    others = ({"data": "e"}, other_teacher, {"lr": 0.01})
     for settings in ({}, *others):
         record(tmp_path, 71.0, **PAIR, method="kd", **settings)
     groups = mhkd_report.group_runs(mhkd_report.read_runs(tmp_path)[0])
-    assert [[len(r.runs) for r in g.rows if r.method == "kd"] for g in groups] == [[1]] * 5
+    assert [[len(r.runs) for r in g.rows if r.method == "kd"] for g in groups] == [[1]] * 4
     # The network alone is in the groups of its data and recipe.
     without = [g for g in groups if not g.alone()]
     found = [(g.one["data_sha256"][0], g.common) for g in without]
     assert found == [("e", {}), ("d", {"lr": 0.01})]
+
+
+def test_heads_at_other_units_are_rows_of_their_own_and_compared_with_kd(tmp_path, report):
+    record(tmp_path, 70.0, **PAIR, method="kd")
+    for units, accuracy in ((("a", "b", "c"), 71.0), (("d", "e", "f"), 72.0)):
+        record(tmp_path, accuracy, **PAIR, method="mhkd", student_units=units, teacher_units=units)
+    rows = rows_of(report()["cifar100: wrn_40_2 → wrn_16_2"])
+    found = {name: cells[-1] for name, cells in rows.items() if name.startswith("mhkd")}
+    name = "mhkd, teacher_units {0}, student_units {0}".format
+    assert found == {name("a,b,c"): "+1.00, n=1", name("d,e,f"): "+2.00, n=1"}
 
 
 def test_runs_of_other_normalisation_are_not_compared_and_older_ones_had_the_data_sets(tmp_path):
@@ -784,6 +794,31 @@ def test_what_is_damaged_or_not_of_its_record_is_named_and_stops_nothing(tmp_pat
     assert len(rows_of(parts["All runs"])) == 2 + 4 + 2
 
 
+@pytest.mark.parametrize("name, value", [
+    ("environments", []), ("environments", [1]), ("accuracy", None), ("accuracy", "70"),
+    ("seconds", None), ("differs", []), ("teacher_accuracy", None), ("config", 7), ("epochs", 1.5),
+    ("seed", None), ("options", 7), ("method", None), ("class_accuracy", 5), ("student", None),
+])  # fmt: skip
+def test_a_record_with_an_impossible_value_is_named_and_stops_nothing(
+    name, value, tmp_path, report
+):
+    record(tmp_path, 70.0, **PAIR, method="kd")
+    path = record(tmp_path, 70.0, **PAIR, method="kd", seed=1) / "result.json"
+    content = json.loads(path.read_text())
+    (content if name in content else content["config"])[name] = value
+    mhkd_runs.write_json(path, content)
+    parts = report()
+    assert f"'{path}' is damaged" in parts["Not used"] and name in parts["Not used"]
+    assert len(rows_of(parts["All runs"])) == 2 + 1
+
+
+def test_a_run_without_its_log_counts_and_that_is_said(tmp_path, report):
+    (record(tmp_path, 70.0, **PAIR, method="kd") / "log.jsonl").unlink()
+    parts = report()
+    assert "the run counts, its curve is left out" in parts["Not used"]
+    assert "70.00" in parts["cifar100: wrn_40_2 → wrn_16_2"]
+
+
 def test_a_report_of_nothing_or_into_a_folder_that_cannot_be_written_is_a_sentence(
     tmp_path, capsys
 ):
@@ -850,6 +885,20 @@ def test_the_report_of_one_main_job_names_the_two_commands_that_complete_it(tmp_
     complete = mhkd_report.report(tmp_path)
     assert "python mhkd.py" not in complete
     assert rows_of(complete)["mhkd, gamma 0.5"][3:] == ["+1.00, n=1", "+1.00, n=1"]
+
+
+def test_the_commands_that_complete_have_the_processes_and_leave_out_what_is_there(tmp_path):
+    distributed = mhkd.Config(**PAIR, method="lsh")
+    config = {"config": {**distributed.recorded(), "processes": 2}}
+    record(tmp_path, 70.0, **PAIR, method="lsh", more=config)
+    commands = mhkd_report.report(tmp_path).partition("These commands")[2].splitlines()[2:4]
+    launcher = "    torchrun --nproc_per_node 2 mhkd.py --method "
+    assert [line.startswith(launcher + m) for m, line in zip(("ce", "kd"), commands)] == [True] * 2
+    kd = mhkd.Config(**PAIR, method="kd")
+    record(tmp_path, 69.0, **PAIR, method="kd",
+        more={"config": {**kd.recorded(), "processes": 2}})  # fmt: skip
+    text = mhkd_report.report(tmp_path).partition("These commands")[2]
+    assert launcher + "ce" in text and "--method kd" not in text
 
 
 def test_runs_of_other_views_are_rows_of_their_own_and_are_compared(tmp_path, report):
@@ -982,6 +1031,28 @@ def test_claims_name_the_teacher_if_there_are_several(tmp_path, report):
         assert rows[claim][2] == verdict
 
 
+def test_claims_need_the_teacher_and_the_rows_of_the_protocol(tmp_path, report):
+    two = {"kd" + tables.EQUAL: [33.0, 33.5], "mhkd" + tables.EQUAL: [34.0, 34.4]}
+    study(tmp_path, two)
+    study(tmp_path, {"mhkd:beta=3" + tables.EQUAL: [50.0, 51.0]})  # in no row of the protocol
+    study(tmp_path, {"fitnet+mhkd" + tables.BEST: [38.0, 38.6]})
+    part = report()["Claims of the second study"]
+    assert "beta" not in part and "run is not here" in part
+    verdicts = {cells[2] for name, cells in rows_of(part).items() if "fitnet+mhkd" in name}
+    assert verdicts == {"exploratory"}
+    record(tmp_path, 55.0, weights=b"t", **tables.STUDY_TEACHER)
+    part = report()["Claims of the second study"]
+    claim = "primary: MHKD (scratch) above KD, both 1/1"
+    assert "Teacher" not in part and rows_of(part)[claim][0] == "2"
+
+
+def test_students_of_a_teacher_with_other_settings_do_not_count(tmp_path, report):
+    study(tmp_path, {"kd" + tables.EQUAL: [33.0, 33.5], "mhkd" + tables.EQUAL: [34.0, 34.4]})
+    record(tmp_path, 21.0, weights=b"t", **{**tables.STUDY_TEACHER, "subset": 5000})
+    part = report()["Claims of the second study"]
+    assert "its students do not count" in part and "primary" not in part.partition("Teacher")[2]
+
+
 def test_claims_count_only_seeds_device_and_loss_of_the_protocol(tmp_path, report):
     where = [
         {"environments": [{"data": "d", **place}]}
@@ -1015,6 +1086,32 @@ def test_what_rows_do_not_show_is_said_below_the_table(tmp_path, report):
     part = report()["cifar100: wrn_40_2 → wrn_16_2"]
     assert "Not the same in all runs: hardware (A, B).\n" in part
     assert "Not paired: with seed 1 the initial weights differ." in part
+
+
+def test_versions_and_code_that_vary_are_said(tmp_path, report):
+    commits = ["1" * 40, "1" * 40 + " with changes"]
+    for seed, (commit, timm, compiled, tau) in enumerate(
+        zip(commits, ("0.9", "1.0"), (False, True), (4.0, 3.0))
+    ):
+        place = {"data": "d", "commit": commit, "timm": timm, "compile": compiled}
+        more = {"environments": [place], "teacher_accuracy": 75.0 - seed}
+        path = record(tmp_path, 50.0, **PAIR, method="kd", seed=seed, more=more) / "result.json"
+        content = json.loads(path.read_text())
+        content["config"]["options"]["tau"] = tau  # its default has changed between the versions
+        mhkd_runs.write_json(path, content)
+    part = report()["cifar100: wrn_40_2 → wrn_16_2"]
+    (line,) = [line for line in part.splitlines() if line.startswith("Not the same in all runs")]
+    texts = ["timm (0.9, 1.0)", "compile (False, True)", "commit (11111111, 11111111 with changes)"]
+    texts += ["accuracy of the teacher (74.00 %, 75.00 %)", "tau of kd (3.0, 4.0)"]
+    assert [text for text in texts if text not in line] == []
+    assert "not committed" not in part
+
+
+def test_changes_that_are_not_committed_are_said(tmp_path, report):
+    place = {"data": "d", "commit": "1" * 40 + " with changes"}
+    record(tmp_path, 50.0, **PAIR, method="kd", more={"environments": [place]})
+    part = report()["cifar100: wrn_40_2 → wrn_16_2"]
+    assert "The code has changes that were not committed" in part and "Not the same" not in part
 
 
 def test_a_difference_from_another_row_than_expected_names_it(tmp_path, report):
