@@ -515,11 +515,23 @@ class FeatureExtractor(nn.Module):
         self.layouts = {n: of_unit.get(n) or "channels_first" for n in self.units.values()}
         for unit, name in self.units.items():
             feature = self._feature(name, seen, len(logits))
-            check_layout(feature, of_unit.get(name), name, example_input)
+            check_layout(feature, of_unit.get(name), name, example_input, seen)
+            rerolled = any(type(module).__name__ == "Reroll" for module in modules.values())
+            if rerolled and self.layouts[name].startswith("tokens"):
+                raise UsageError(
+                    f"the tokens of '{name}' are not in the order of the image (Hiera): return "
+                    "model.reroll(...) from a module of your own, or use a method without heads"
+                )
             self.shapes[unit] = tuple(as_map(feature, self.layouts[name], name).shape[1:])
-        ran = ((name, modules[name]) for name, _, _ in seen)
-        linear = [n for n, m in ran if isinstance(m, nn.Linear) and m.out_features == num_classes]
-        self.classifier = classifier or (linear or [None])[-1]
+        linear = [
+            (name, args[0], out) for name, args, out in seen
+            if args and isinstance(m := modules[name], nn.Linear) and m.out_features == num_classes
+        ]  # fmt: skip
+        of_logits = [n for n, _, z in linear if is_close(z, logits)]
+        self.classifier = classifier or ([None] + [n for n, _, _ in linear] + of_logits)[-1]
+        inputs = [x for _, x, _ in linear]  # two classifiers of two features may be averaged
+        several = not of_logits and not all(is_close(x, inputs[0]) for x in inputs)
+        self.several = several and not classifier
         self.width = getattr(modules.get(self.classifier), "in_features", None)
         if frozen:
             model.requires_grad_(False).eval()
@@ -540,6 +552,8 @@ class FeatureExtractor(nn.Module):
             parts = [*self.model.modules()]
             compiled = any(m._compiled_call_impl or hasattr(m, "_orig_mod") for m in parts)
             hint = ": compile the MultiHead, not the network inside of it" if compiled else ""
+            if not runs and not compiled and any(n.startswith(f"{name}.") for n, _, _ in seen):
+                hint = ", but only its parts run, for example with checkpointing: select one"
             raise UsageError(f"{what}, and it ran {len(runs)} times{hint}")
         if not isinstance(runs[0], Tensor) or runs[0].dim() not in (3, 4):
             got = shape_of(runs[0])
@@ -569,6 +583,10 @@ class FeatureExtractor(nn.Module):
         of_classifier = [args for other, args, _ in seen if other == self.classifier and args]
         penultimate = of_classifier[-1][0] if of_classifier else None
         if self.uses_penultimate and penultimate is not None:
+            if self.several:
+                what = f"several linear layers with {self.num_classes} outputs run, and none"
+                raise UsageError(f"{what} returns the logits: name one with classifier=, or use kd "
+                                 "or mhkd")  # fmt: skip
             if len(of_classifier) > 1 or penultimate.dim() != 2:
                 ran = " and ".join(str(shape_of(args[0])) for args in of_classifier)
                 what = f"the classifier '{self.classifier}' must run once on [B, C]"
@@ -620,8 +638,8 @@ class MultiHead(FeatureExtractor):
         classifier: name of the last linear layer, whose input is the penultimate feature.
             Default: the last linear layer with K outputs that runs.
         layout: of the features: "channels_first" [B, C, H, W], "channels_last" [B, H, W, C], or
-            "tokens+n", tokens [B, n + H * W, C] of a square map after n other tokens. A dict from
-            names of submodules if they differ. mhkd_custom.find_layouts detects it.
+            "tokens+n", tokens [B, n + H * W, C] of a square map, row by row, after n others. A dict
+            from names of submodules if they differ. mhkd_custom.find_layouts detects it.
         output: a function that extracts logits [B, K] from what the network returns.
 
     Raises:
@@ -643,8 +661,8 @@ class MultiHead(FeatureExtractor):
     def freeze_heads(self) -> MultiHead:
         """Keep the heads as they are: in eval mode, without gradients."""
         self.heads_frozen = True
-        self.heads.requires_grad_(False)
-        return self.train(self.training)
+        self.heads.requires_grad_(False).eval().zero_grad()  # else an optimizer goes on with them
+        return self
 
     def train(self, mode: bool = True) -> MultiHead:
         super().train(mode)
@@ -655,6 +673,7 @@ class MultiHead(FeatureExtractor):
     def forward(self, *inputs: Any, penultimate: bool = False, **keywords: Any) -> Any:
         """Logits [final, head 1, ..., head D], each [B, K].
 
+        Backward hooks of a unit do not get the gradient of its head.
         With `penultimate` a pair of them and the classifier's input [B, C]. All other arguments are
         passed to the network.
         """
@@ -691,8 +710,13 @@ class MultiHead(FeatureExtractor):
         return [p._version for p in self.heads.parameters() if not p.is_inference()]
 
 
-def check_layout(feature: Tensor, layout: str | None, name: str, example: Any) -> None:
-    """Raise an error or warn if a feature looks as if it had another layout than the given one."""
+def check_layout(
+    feature: Tensor, layout: str | None, name: str, example: Any, seen: Sequence[tuple] = ()
+) -> None:
+    """Raise an error or warn if a feature looks as if it had another layout than the given one.
+
+    seen: what the other submodules return, see watch().
+    """
     inputs = [x for x in (example if type(example) is tuple else [example]) if hasattr(x, "shape")]
     shape = next((tuple(x.shape) for x in inputs if len(x.shape) == 4), ())
     height, width = shape[-2:] or (0, 0)  # (0, 0): any shape
@@ -702,10 +726,17 @@ def check_layout(feature: Tensor, layout: str | None, name: str, example: Any) -
         warnings.warn(f"{what} {height} x {width}", stacklevel=4)
     if feature.dim() == 4 and layout in (None, "channels_last"):
         # A map has the ratio of the input's sides, up to the rounding of its own.
-        maps = feature.shape[2:], feature.shape[1:3]
-        first, last = (abs(a * width - b * height) for a, b in maps)
+        def distances(x: Tensor) -> list[int]:
+            return [abs(a * width - b * height) for a, b in (x.shape[2:], x.shape[1:3])]
+
+        def is_last(x: Any) -> bool:
+            first, last = distances(x) if isinstance(x, Tensor) and x.dim() == 4 else (0, 0)
+            return last < side <= first
+
         what, side = f"the submodule '{name}' returns {shape_of(feature)}", min(height, width)
-        if not layout and last < side <= first:
+        first, last = distances(feature)
+        either = max(first, last) < side and any(is_last(out) for _, _, out in seen)
+        if not layout and (is_last(feature) or either):
             raise UsageError(
                 f"{what}, which looks like channels last: "
                 'give layout="channels_last" or layout="channels_first"'
@@ -729,6 +760,10 @@ def as_map(feature: Tensor, layout: str, name: str = "") -> Tensor:
         f"the submodule '{name}' returns {shape_of(feature)}, which does not fit the layout "
         f"'{layout}': give layout= channels_first, channels_last, or tokens+n"
     )
+
+
+def is_close(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and (y.is_meta or torch.allclose(x.to(y), y, rtol=1e-4, atol=1e-5))
 
 
 def shape_of(output: Any) -> Any:
@@ -795,6 +830,7 @@ def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
         network = copy.deepcopy(model)
     except Exception:  # for example because of tensors that are no leaves
         network, state = model, {name: t.clone() for name, t in model.state_dict().items()}
+        held = [(m, n, b, b.clone()) for m in modes for n, b in m._buffers.items() if b is not None]
     try:
         with torch.no_grad(), explain(what, "give example_input=, an input that it accepts"):
             modules = {name: module for name, module in network.named_modules() if name}
@@ -807,6 +843,8 @@ def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
     finally:
         if state is not None:
             model.load_state_dict(state)
+            for module, name, buffer, value in held:  # also those that are not in the state dict
+                module._buffers[name] = buffer.copy_(value)
             for module, mode in modes.items():
                 module.training = mode
 
@@ -851,10 +889,11 @@ def mhkd_loss(
 
     Args:
         student_logits: a list with a tensor [..., K] for each head, the final output first: [B, K]
-            for images, [B, T, K] for a language model. Copied only if view(-1, K) is impossible.
+            for images, [B, T, K] for a language model.
         teacher_logits: as many tensors of the same shape. The divergence gives them no gradient.
         labels: class indices or UNLABELLED [...], int64. None: all rows are unlabelled.
-        tau: temperature, > 0. tau, alpha and the weights are numbers and get no gradient.
+        tau: temperature, > 0. tau, alpha and the weights are numbers and get no gradient. Above
+            about 1000 the divergence is below the precision of float32: give float64 logits.
         alpha: weight of the divergence, 0 to 1; the student's cross-entropy has 1 - alpha.
         beta: weight of every auxiliary head if `head_weights` is None.
         head_weights: a weight w_h for each head. Default: [1, beta, beta, ...].
@@ -885,6 +924,9 @@ def mhkd_loss(
         mhkd_fused.KernelCrash: the fused loss failed on CUDA when it was first tried.
     """
     H = len(student_logits)
+    for x in (*student_logits, *teacher_logits, *([] if labels is None else [labels])):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"mhkd_loss: logits of a head, and labels, must be tensors: {type(x)}")
     compiling = torch.compiler.is_compiling()
     if not compiling and any(getattr(z, "never_learned", False) for z in teacher_logits):
         if any(z.requires_grad for z in student_logits):
@@ -908,6 +950,9 @@ def mhkd_loss(
     ce_weights = [w * (1 - alpha) for w in head_weights] if ce_weights is None else list(ce_weights)
     if labels is None:
         z, ignore_index = student_logits[0], -100
+        if z.dim() > 3:
+            hint = "mhkd.kd_loss(..., dim=1) is for maps"
+            raise ValueError(f"mhkd_loss: logits must be [B, K] or [B, T, K], {hint}: {[*z.shape]}")
         labels = torch.full(z.shape[:-1], UNLABELLED, device=z.device)  # [...]
     fused = _use_fused(backend, labels.device, H)
     # The operator checks shapes faster. If it raises, the check here gives the better message.

@@ -80,12 +80,22 @@ class FitNet(BenchmarkMethod):
         return {"fitnet": self.options.fitnet_weight * F.mse_loss(self.regressor(f_s), f_t)}
 
 
+def checked(name: str, student: Tensor, teacher: Tensor, width: bool = True) -> list[Tensor]:
+    """Both [B, C], of the same shape or (width=False) B, with at least the precision of float32."""
+    shapes = [[*x.shape][: 2 if width else 1] for x in (student, teacher)]
+    if student.dim() != 2 or teacher.dim() != 2 or shapes[0] != shapes[1]:
+        shapes = [*student.shape], [*teacher.shape]
+        raise ValueError(f"{name}: student and teacher must be [B, C] and agree: {shapes}")
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher)]
+
+
 def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Correlation congruence of embeddings [B, D] (Peng et al. 2019), as in the CRD benchmark.
 
     With delta = student - teacher: the mean over neighbours i, i + 1 of
     sum_d |delta_i,d| |delta_i+1,d|. Both inputs get gradients. NaN for a single row.
     """
+    student, teacher = checked("cc_loss", student, teacher)
     delta = (student - teacher).abs()  # [B, D]
     return (delta[:-1] * delta[1:]).sum(dim=1).mean()
 
@@ -119,6 +129,7 @@ def rkd_loss(
     its own mean over those above 0, plus angle_weight * smooth L1 of the cosines of the angles of
     all triplets. The teacher gets no gradient. Needs memory for B * B * (C + C' + B) numbers.
     """
+    student, teacher = checked("rkd_loss", student, teacher, width=False)
 
     def relations(x: Tensor) -> tuple[Tensor, Tensor]:
         difference = x[None, :, :] - x[:, None, :]  # [B, B, C], [i, j] is x_j - x_i
@@ -402,7 +413,8 @@ def binary_kl_norm_loss(student_logits: Tensor, teacher_logits: Tensor, tau: flo
     KL(Bernoulli(1/2) || Bernoulli(sigmoid((z_s - z_t) / tau))). The teacher gets no gradient. The
     log-sigmoid stays finite where the sigmoid rounds to 0 or 1.
     """
-    x = (student_logits - teacher_logits.detach()) / tau  # [B, K]
+    z_s, z_t = checked("binary_kl_norm_loss", student_logits, teacher_logits)
+    x = (z_s - z_t.detach()) / tau  # [B, K]
     kl = -(F.logsigmoid(x) + F.logsigmoid(-x)) / 2 - math.log(2)
     return tau**2 * kl.sum(dim=1).mean()
 

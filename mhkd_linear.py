@@ -58,10 +58,11 @@ def linear_mhkd_loss(
     if isinstance(student_hidden, Tensor) or isinstance(teacher_hidden, Tensor):
         what = "hidden states must be a list, a tensor for each head, not one tensor"
         raise TypeError(f"linear_mhkd_loss: {what}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"linear_mhkd_loss: alpha must be between 0 and 1, not {alpha}")
     heads = len(student_hidden)
     head_weights = [1.0] + [beta] * (heads - 1) if head_weights is None else head_weights
+    weights = {"head_weights": head_weights, "kl_weights": kl_weights, "ce_weights": ce_weights}
+    mhkd._check_settings(student_hidden, student_hidden, tau, alpha, weights, [False] * heads)
+    mhkd.check_name("backend", backend, mhkd.BACKENDS)
     kl_weights = [w * alpha for w in head_weights] if kl_weights is None else kl_weights
     ce_weights = [w * (1 - alpha) for w in head_weights] if ce_weights is None else ce_weights
     if labels is None:

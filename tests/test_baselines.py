@@ -188,3 +188,22 @@ def test_crd_without_labels_or_contrast_and_with_one_class_is_refused():
         crd(labels=torch.zeros(N, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[12\]"):
         crd(labels=torch.arange(N + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_are_those_of_the_same_numbers_in_float32(dtype):
+    s, t = torch.randn(64, 512).to(dtype).requires_grad_(), torch.randn(64, 512).to(dtype)
+    for loss in (lambda s, t: rkd_loss(s, t, 25.0, 0.0), rkd_loss, cc_loss, binary_kl_norm_loss):
+        full = s.detach().float().requires_grad_()
+        found, wanted = loss(s, t), loss(full, t.float())
+        assert found.item() == wanted.item() != 0
+        gradients = [torch.autograd.grad(z, x)[0] for z, x in ((found, s), (wanted, full))]
+        torch.testing.assert_close(gradients[0], gradients[1].to(dtype))
+
+
+def test_shapes_that_would_be_broadcast_or_summed_over_another_dimension_are_refused():
+    wrong = [((4, 5), (4, 1)), ((4, 3, 5), (4, 3, 5)), ((4, 5), (1, 5)), ((5,), (5,))]
+    for loss in (cc_loss, binary_kl_norm_loss, rkd_loss):
+        for shapes in wrong[loss is rkd_loss :]:  # the widths may differ for rkd
+            with pytest.raises(ValueError, match=f"{loss.__name__}: student and teacher must be"):
+                loss(*(torch.ones(shape) for shape in shapes))

@@ -331,6 +331,111 @@ def test_a_linear_layer_inside_of_the_network_is_not_taken_for_the_classifier():
         network(images(2, 3, 8, 8), penultimate=True)
 
 
+class Averaged(nn.Module):
+    """Two classifiers, of two features or of one, whose mean is returned; one more after them."""
+
+    def __init__(self, shared, more=False):
+        super().__init__()
+        self.unit, self.flat = nn.Conv2d(3, 6, 3), nn.Flatten()
+        self.fc, self.fc_2, self.fc_3 = (nn.Linear(6, 5) for _ in range(3))
+        self.shared, self.more = shared, more
+
+    def forward(self, x):
+        x = self.flat(F.adaptive_avg_pool2d(self.unit(x), 1))
+        if self.more:
+            z = self.fc(x)
+            self.fc_3(torch.zeros_like(x))  # of another task
+            return z
+        return (self.fc(x) + self.fc_2(x if self.shared else 2 * x)) / 2
+
+
+def test_the_classifier_is_the_layer_that_returns_the_logits_or_has_the_one_feature():
+    x = images(2, 3, 32, 32)
+    with pytest.raises(mhkd.UsageError, match="name one with classifier="):
+        mhkd.MultiHead(Averaged(shared=False), [], 5)(x, penultimate=True)
+    mhkd.MultiHead(Averaged(shared=False), ["unit"], 5)(x)  # heads need no penultimate feature
+    for network, name in (
+        (mhkd.MultiHead(Averaged(shared=False), [], 5, classifier="fc"), "fc"),
+        (mhkd.MultiHead(Averaged(shared=True), [], 5), "fc_2"),
+        (mhkd.MultiHead(Averaged(shared=True, more=True), [], 5), "fc"),
+    ):
+        feature = F.adaptive_avg_pool2d(network.model.unit(x), 1).flatten(1)
+        torch.testing.assert_close(network(x, penultimate=True)[1], feature)
+        assert network.classifier == name
+
+
+def test_freezing_the_heads_changes_no_mode_of_the_network_and_stops_optimizers():
+    network = mhkd.MultiHead(Small().eval(), ["unit"], 5, width=8)
+    optimizer = torch.optim.SGD(network.heads.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    network(images(2, 3, 32, 32))[1].sum().backward()
+    optimizer.step()
+    network.freeze_heads()
+    assert not any(
+        module.training for module in (*network.model.modules(), *network.heads.modules())
+    )
+    before = [p.clone() for p in network.heads.parameters()]
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, network.heads.parameters()))
+
+
+def test_a_network_that_cannot_be_copied_keeps_buffers_that_are_not_in_its_state():
+    class Counting(Small):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+            self.register_buffer("last", torch.zeros(()), persistent=False)
+
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no copies")
+
+        def forward(self, x):
+            self.calls += 1
+            self.last = x.mean()
+            return super().forward(x)
+
+    network = mhkd.MultiHead(Counting(), ["unit"], 5)
+    assert network.model.calls == 0 == network.model.last
+
+
+def test_a_cube_is_not_taken_for_channels_first_in_a_network_of_channels_last():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Conv2d(3, 8, 4, 4)
+            self.unit, self.reduce, self.fc = nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            x = self.reduce(self.unit(self.embed(x).permute(0, 2, 3, 1)))  # [B, 8, 8, 8], [.., 6]
+            return self.fc(x.mean((1, 2)))
+
+    with pytest.raises(mhkd.UsageError, match="looks like channels last"):
+        mhkd.MultiHead(Last(), ["unit"], 5)
+    network = mhkd.MultiHead(Last(), ["unit"], 5, layout="channels_last")
+    assert network.layouts == {"unit": "channels_last"}
+    first = nn.Sequential(
+        nn.Conv2d(3, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)
+    )
+    assert mhkd.MultiHead(first, ["0"], 5).layouts == {"0": "channels_first"}
+
+
+def test_tokens_in_another_order_than_the_map_are_refused():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("hiera_tiny_224", num_classes=10)
+    x = torch.zeros(1, 3, 224, 224)
+    with pytest.raises(mhkd.UsageError, match="not in the order of the image"):
+        mhkd.MultiHead(model, ["blocks.2"], 10, layout="tokens+0", example_input=x)
+    assert len(mhkd.MultiHead(model, [], 10, example_input=x)(x)) == 1
+
+
+def test_a_container_of_which_only_the_parts_run_is_named_as_such():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=10)
+    model.set_grad_checkpointing(True)
+    with pytest.raises(mhkd.UsageError, match="only its parts run, for example with checkpointing"):
+        mhkd.MultiHead(model, ["layer1"], 10)
+
+
 def test_a_network_of_grey_images_without_linear_layer_works_but_has_no_penultimate_feature():
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     network = mhkd.MultiHead(plain, ["0"], 4, width=4)

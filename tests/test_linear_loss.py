@@ -185,6 +185,15 @@ def test_lists_and_rows_that_do_not_agree_are_named(backend):
             linear_mhkd_loss(hidden[0], w, hidden[1], w_t, None)
     with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
         chunked((x, w, b), (x_t, w_t, b_t), None, alpha=1.5)
+    ignored, nothing = torch.full_like(labels, -100), {"kl_weights": [0, 0], "ce_weights": [0, 0]}
+    for rows, wrong, message in (
+        (labels, {**nothing, "head_weights": [1, 2, 3]}, "lists differ in length"),
+        (labels, {**nothing, "head_weights": [1, -1]}, "head_weights must be finite and not"),
+        (labels, {**nothing, "tau": -1.0}, "tau must be"), (ignored, {"tau": 0.0}, "tau must be"),
+        (ignored, {"backend": "no"}, "no backend 'no'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            chunked((x, w, b), (x_t, w_t, b_t), rows, **wrong)
     with pytest.raises(TypeError, match="labels must be int64"):
         chunked((x, w, b), (x_t, w_t, b_t), labels.int(), kl_weights=[0, 0], ce_weights=[0, 0])
     with pytest.raises(ValueError, match="tau must be"):

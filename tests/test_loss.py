@@ -211,6 +211,16 @@ def test_without_labels_all_rows_are_unlabelled_and_the_cross_entropies_are_zero
     assert reference(*deep, None, teacher_ce=[False] * 3).item() == approx(divergence)
 
 
+def test_maps_without_labels_and_what_is_no_tensor_are_refused():
+    z = torch.ones(2, 4, 3, 3)
+    with pytest.raises(ValueError, match="mhkd.kd_loss"):
+        mhkd.mhkd_loss([z], [z], None, alpha=1.0)
+    one = torch.ones(2, 5)
+    for student, labels in (([one], [0, 1]), ([[one]], torch.tensor([0, 1])), (([one], one), None)):
+        with pytest.raises(TypeError, match="must be tensors"):
+            mhkd.mhkd_loss(student, [one] * len(student), labels)
+
+
 def test_unlabelled_rows_are_ignored_if_their_label_is_the_ignored_one():
     student, teacher, labels = heads(B=6)
     labels[[0, 3]] = mhkd.UNLABELLED
