@@ -1039,7 +1039,9 @@ def kd_loss(
     if dim is not None:
         student_logits = student_logits.movedim(dim, -1)
         teacher_logits = teacher_logits.movedim(dim, -1)
-    if labels is not None:  # others may be no classes
+    if labels is None:
+        labels = torch.full(student_logits.shape[:-1], UNLABELLED, device=student_logits.device)
+    else:  # others than the ignored ones may be no classes
         labels = torch.where(labels == ignore_index, -100, UNLABELLED)
     settings = {"tau": tau, "alpha": 1.0, "teacher_ce": [False]}
     return mhkd_loss([student_logits], [teacher_logits], labels, backend=backend, **settings)
@@ -1615,6 +1617,8 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         UsageError, mhkd_runs.RunError: a mistake in the input; nothing has been overwritten.
     """
     runs, records = sibling("mhkd_runs"), sibling("mhkd_record")
+    if not torch.is_grad_enabled():
+        raise UsageError("call train() outside of torch.no_grad() and torch.inference_mode()")
     find_device(config)  # reports errors before the data are loaded, as check() does
     for name in filter(None, (config.student, config.teacher)):
         if ":" in name:
@@ -1625,6 +1629,7 @@ def train(config: Config, data: Data | None = None) -> dict[str, Any]:
         data = sibling("mhkd_data").on_device(data, device)
         data = sibling("mhkd_data").for_run(config, data)
         teachers = sibling("mhkd_teacher")
+        teachers.check_init(config, data)
         code = records.code_of(config)  # before hours of training of the teacher
         # Both may call train() for a run of their own.
         teacher, path, teacher_record = teachers.find_teacher(config, data)
@@ -2080,13 +2085,18 @@ def gather_from_processes(rows: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def runtime(config: Config) -> Iterator[torch.device]:
-    """The device, the process group under torchrun and PyTorch's switches, restored at the end."""
+    """The device, the process group under torchrun and PyTorch's switches.
+
+    At the end the switches and all generators of random numbers are as before.
+    """
     device = find_device(config)
     start = sibling("mhkd_runs").under_torchrun() and not dist.is_initialized()
     if start:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [switch.allow_tf32 for switch in switches]
+    numpy, state = sys.modules.get("numpy"), random.getstate()
+    of_numpy = numpy and numpy.random.get_state()
     switches[0].allow_tf32 = config.precision in ("auto", "tf32")
     switches[1].allow_tf32 = config.precision == "tf32"
     try:
@@ -2100,6 +2110,9 @@ def runtime(config: Config) -> Iterator[torch.device]:
             yield device
         sibling("mhkd_runs").wait_for_all()  # a process that ends earlier would abort the others
     finally:
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(of_numpy)
         for switch, allowed in zip(switches, before):
             switch.allow_tf32 = allowed
         if start:

@@ -216,6 +216,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_name("data set", self.dataset, DATASETS)
+        for name, facts in FIELDS.items():
+            number = facts["option"].parse in (int, float)
+            if number and isinstance(value := getattr(self, name), str):
+                raise UsageError(f"{flag_of(name)} must be a number, not the text '{value}'")
         for name in ("student_units", "teacher_units"):
             if isinstance(names := getattr(self, name), str):
                 setattr(self, name, words(names))
@@ -254,8 +258,10 @@ class Config:
             raise UsageError(f"--method {self.method} cannot use --unlabelled: leave it out")
         if any(m.on_teacher for m in methods.values()) and self.student != self.teacher:
             raise UsageError("--method heads has no student: give the teacher as --student, too")
-        if any(m.on_teacher for m in methods.values()) and (self.ema or self.keep == "best"):
-            raise UsageError("--method heads trains no student: leave out --ema and --keep best")
+        no_student = any(method.on_teacher for method in methods.values())
+        if no_student and (self.ema or self.keep == "best" or self.student_init != "random"):
+            what = "leave out --ema, --keep best and --student-init"
+            raise UsageError(f"--method heads trains no student: {what}")
         for name in filter(None, (self.student, self.teacher)):
             if ":" not in name:
                 check_name("network", name, MODELS)
@@ -283,6 +289,8 @@ class Config:
         rules = {n: facts["option"] for n, facts in FIELDS.items()} | declared
         for name, option in rules.items():
             value = values[name]
+            if option.parse in (int, float) and isinstance(value, str):
+                raise UsageError(f"{flag_of(name)} must be a number, not the text '{value}'")
             if option.parse is int and isinstance(value, float):
                 raise UsageError(f"{flag_of(name)} must be a whole number, not {value}")
             if option.rule and value is not None and not option.rule[0](value):
@@ -305,6 +313,7 @@ class Config:
             and not (name in FIELDS and FIELDS[name]["group"] == "runtime")
         }  # fmt: skip
 
+        self._given_views = self.teacher_views  # for replace()
         if (self.teacher_views or 0) >= self.epochs:
             if self.teacher_views > self.epochs:
                 mhkd.log(f"note: --teacher-views is limited to the {self.epochs} epochs")
@@ -366,7 +375,8 @@ class Config:
 
     def replace(self, **changes: Any) -> Config:
         """The same with changes; values of the recipe are determined again."""
-        return Config(**{**self.arguments(), **changes})
+        views = {"teacher_views": self._given_views} if "epochs" in changes else {}
+        return Config(**{**self.arguments(), **views, **changes})
 
     def of_teacher(self) -> Config:
         """The run that trains the teacher: the same recipe, with its own rate and epochs."""
@@ -394,7 +404,7 @@ class Config:
         return {
             "epochs": epochs,
             "lr_steps": scaled(self.lr_steps, factor) if given else None,  # None: the recipe's
-            "warmup": self.warmup * factor,
+            "warmup": min(self.warmup * factor, epochs),  # not above it by rounding
             **dict.fromkeys(("unlabelled", "view_seed", "teacher_store", "teacher_views")),
         }
 
@@ -408,10 +418,10 @@ FIELDS = {f.name: f.metadata for f in dataclasses.fields(Config) if f.metadata}
 
 
 def scaled(steps: Sequence[int], factor: float) -> tuple[int, ...]:
-    """Milestones for another number of epochs. Those that would coincide are an epoch apart."""
+    """Milestones for another number of epochs. Different ones stay at least an epoch apart."""
     found: list[int] = []
-    for step in steps:
-        lowest = found[-1] + 1 if found else min(step, 1)  # not before the first epoch
+    for before, step in zip((None, *steps), steps):
+        lowest = found[-1] + (step != before) if found else min(step, 1)  # not before epoch 1
         found.append(max(round(step * factor), lowest))
     return tuple(found)
 

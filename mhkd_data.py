@@ -309,6 +309,11 @@ def for_run(config: Config, data: Data) -> Data:
             )
     if data.labels_sha256 and (changed := labels_sha256(data)) != data.labels_sha256:
         log("note: labels or parts of the data were changed after loading: they are other data")
+        for name, lowest in (("train", UNLABELLED), ("val", 0), ("test", 0)):
+            labels = data.labels[getattr(data, name)]
+            if len(labels) and not lowest <= labels.min() <= labels.max() < len(data.classes):
+                what = f"labels from {labels.min()} to {labels.max()} in data.{name}"
+                raise UsageError(f"there are {what}, and {len(data.classes)} classes")
         sha256 = hashlib.sha256(f"{data.sha256} {changed}".encode()).hexdigest()
         data = dataclasses.replace(data, sha256=sha256, labels_sha256=None)
     if data.settings:

@@ -70,10 +70,11 @@ def find_teacher(config: Config, data: Data) -> tuple[nn.Module | None, Any, dic
     with contextlib.suppress(mhkd_runs.RunError, OSError):
         beside = mhkd_runs.read_json(Path(path).with_name("result.json"), "config", "data_sha256")
     sha256 = mhkd_runs.sha256_of(path)
-    if beside and (beside.get("student_sha256"), beside["data_sha256"]) == (sha256, data.sha256):
-        held_out = beside["config"].get("val_fraction") or 0
-        if held_out < config.val_fraction:
+    if beside and beside.get("student_sha256") == sha256:
+        held_out, other = beside["config"].get("val_fraction") or 0, beside["data_sha256"]
+        if held_out < config.val_fraction or config.val_fraction and other != data.sha256:
             what = f"the teacher was trained with --val-fraction {held_out:g}"
+            what += " on another selection of images" * (other != data.sha256)
             mhkd.log(f"note: {what}, so it may have seen validation images of its student")
     without = dict.fromkeys(("teacher", "teacher_weights", "unlabelled"))
     alone = config.replace(method="ce", options={}, **without)
@@ -104,6 +105,28 @@ def check_teacher(teacher: str, path: str | Path, content: Any, data: Data) -> N
     if size != data.size:
         raise UsageError(
             f"the teacher '{path}' was trained with {size} pixels: use --image-size {size}"
+        )
+
+
+def check_init(config: Config, data: Data) -> None:
+    """Refuse initial weights for another order of the classes; note what else does not agree."""
+    if not config.student_init.startswith("file:"):
+        return
+    path = config.student_init[5:]
+    content = mhkd_runs.load_file(Path(path))
+    content = content if isinstance(content, dict) else {}
+    theirs = content.get("classes")
+    if isinstance(theirs, (list, tuple)) and (theirs := [str(c) for c in theirs]) != data.classes:
+        if sorted(theirs) == sorted(data.classes):
+            raise UsageError(f"the initial weights '{path}' have another class order than the data")
+        if len(theirs) == len(data.classes):
+            mhkd.log(f"note: the classifier of the initial weights '{path}' is of other classes")
+    used = {"mean": [*data.mean], "std": [*data.std]}
+    given = {name: content[name] for name in used if name in content}
+    if given and given != used:
+        what = "; ".join(f"{name} {given.get(name)}, here {used[name]}" for name in used)
+        mhkd.log(
+            f"note: the initial weights '{path}' are of images of another normalisation: {what}"
         )
 
 

@@ -550,6 +550,11 @@ def test_a_teacher_that_may_have_seen_the_validation_images_gives_a_note(teacher
     assert "validation" not in capsys.readouterr().out
     assert run(tmp_path, *options, "--val-fraction", "0.3") == 0
     assert "was trained with --val-fraction 0, so it may have seen" in capsys.readouterr().out
+    other = "--val-fraction 0 on another selection of images, so it may have seen"
+    assert run(tmp_path, *options, "--val-fraction", "0.3", "--subset", "120") == 0
+    assert other in capsys.readouterr().out
+    assert run(tmp_path, *options, "--subset", "120") == 0
+    assert "validation" not in capsys.readouterr().out
 
 
 def test_a_teacher_near_chance_or_below_the_student_alone_gives_a_note(teacher, tmp_path, capsys):
@@ -1082,3 +1087,109 @@ def test_initial_weights_from_a_student_file_bring_their_normalisation(teacher, 
     assert mhkd.load_data(mhkd.Config(**settings)).mean == (0.9,) * 3
     given = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     assert mhkd.load_data(mhkd.Config(**settings, **given)).mean == (0.5,) * 3
+
+
+def test_a_run_leaves_the_callers_random_numbers_as_they_were(tmp_path):
+    import random
+
+    def draws():
+        return random.random(), numpy.random.rand(), torch.rand(1).item()
+
+    def seed():
+        random.seed(5), numpy.random.seed(5), torch.manual_seed(5)
+
+    seed()
+    wanted = [draws(), draws()]
+    seed()
+    found = [draws()]
+    config = {"dataset": "digits", "subset": 40, "epochs": 1, "batch_size": 20, "device": "cpu"}
+    mhkd.train(mhkd.Config(student="resnet8", method="ce", out=str(tmp_path), **config))
+    assert [*found, draws()] == wanted
+
+
+def test_training_without_gradients_is_refused_before_anything_is_written(tmp_path):
+    config = mhkd.Config(student="resnet8", method="ce", dataset="digits", out=str(tmp_path / "o"))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), pytest.raises(mhkd.UsageError, match="outside of torch.no_grad"):
+            mhkd.train(config)
+    assert not (tmp_path / "o").exists()
+
+
+def test_initial_weights_of_another_class_order_are_refused_and_other_images_noted(
+    teacher, tmp_path, capsys, failing
+):
+    content = torch.load(teacher, weights_only=True)
+    options = [*ALONE, "--student", "resnet14", "--epochs", "1", "--student-init"]
+    path = tmp_path / "init.pt"
+    torch.save(content | {"classes": content["classes"][::-1]}, path)
+    assert "have another class order than the data" in failing(tmp_path, *options, f"file:{path}")
+    torch.save(content | {"classes": [*"abcdefghij"], "mean": [0.5] * 3, "std": [0.25] * 3}, path)
+    taught = ["--method", "kd", "--teacher", "resnet14", "--teacher-weights", teacher]
+    assert run(tmp_path, *options, f"file:{path}", *taught) == 0
+    said = capsys.readouterr().out
+    assert "the classifier of the initial weights" in said and "another normalisation" in said
+    assert run(tmp_path, *options, f"file:{teacher}") == 0
+    assert "the initial weights" not in capsys.readouterr().out
+
+
+SLOW = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, K):
+        super().__init__()
+        self.fc = nn.Linear(768, K)
+        self.register_buffer("centre", torch.zeros(768), persistent=False)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training:
+            self.centre += 0.002 * (x.detach().mean(0) - self.centre)
+        return self.fc(x - self.centre)
+
+def build(num_classes):
+    return Net(num_classes)
+"""
+
+
+def test_a_buffer_outside_of_the_state_dict_that_changes_slowly_is_refused(tmp_path, failing):
+    (tmp_path / "net.py").write_text(SLOW)
+    options = [*ALONE, "--student", f"{tmp_path / 'net.py'}:build"]
+    assert "not in buffers with persistent=False" in failing(tmp_path / "o", *options)
+    text = SLOW.replace("if self.training", "if False")
+    (tmp_path / "other.py").write_text(text)  # a constant
+    assert run(tmp_path / "o", *options[:-1], f"{tmp_path / 'other.py'}:build") == 0
+
+
+def test_equal_milestones_views_and_warmup_are_kept_in_other_runs():
+    own = {"dataset": "digits", "teacher": "resnet14", "student": "resnet8", "method": "kd"}
+    config = mhkd.Config(**own, epochs=10, lr_steps=(5, 5))
+    assert config.of_teacher().lr_steps == (5, 5) == config.replace(epochs=10).lr_steps
+    config = mhkd.Config(**own, epochs=10, lr_steps=(5, 6), teacher_epochs=5)
+    assert config.of_teacher().lr_steps == (2, 3)
+    config = mhkd.Config(**own, epochs=5, teacher_views=5)
+    assert config.teacher_views is None and config.replace(epochs=20).teacher_views == 5
+    assert config.replace(epochs=20, teacher_views=7).teacher_views == 7
+    assert config.replace(seed=1).differs == config.differs
+    config = mhkd.Config(**own, epochs=7, teacher_epochs=29, warmup=7)
+    assert config.of_teacher().warmup == 29
+
+
+@pytest.mark.parametrize("settings", [
+    {"epochs": "3"}, {"lr": "0.1"}, {"options": {"tau": "4"}}, {"seed": "1"}
+])  # fmt: skip
+def test_texts_in_place_of_numbers_are_refused_by_name(settings):
+    own = {"dataset": "digits", "teacher": "resnet14", "student": "resnet8", "method": "kd"}
+    with pytest.raises(mhkd.UsageError, match="must be a number, not the text"):
+        mhkd.Config(**own, **settings)
+
+
+@pytest.mark.parametrize("part, label", [("test", 10), ("test", -1), ("train", 10), ("val", -1)])
+def test_labels_changed_to_what_is_no_class_are_refused(part, label, tmp_path):
+    settings = {"dataset": "digits", "subset": 100, "val_fraction": 0.2, "out": str(tmp_path)}
+    config = mhkd.Config(student="resnet8", method="ce", device="cpu", **settings)
+    data = mhkd.load_data(config)
+    data.labels[getattr(data, part)[:2]] = label
+    with pytest.raises(mhkd.UsageError, match=rf"labels from .* in data.{part}, and 10 classes"):
+        mhkd.train(config, data)
