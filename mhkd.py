@@ -513,25 +513,26 @@ class FeatureExtractor(nn.Module):
                 )
         self.shapes = {}
         self.layouts = {n: of_unit.get(n) or "channels_first" for n in self.units.values()}
+        rerolled = any(type(module).__name__ == "Reroll" for module in modules.values())
         for unit, name in self.units.items():
             feature = self._feature(name, seen, len(logits))
             check_layout(feature, of_unit.get(name), name, example_input, seen)
-            rerolled = any(type(module).__name__ == "Reroll" for module in modules.values())
             if rerolled and self.layouts[name].startswith("tokens"):
                 raise UsageError(
-                    f"the tokens of '{name}' are not in the order of the image (Hiera): return "
-                    "model.reroll(...) from a module of your own, or use a method without heads"
+                    f"the tokens of '{name}' are not in the order of the image (Hiera, before its "
+                    "last stage): return model.reroll(...) from a module of your own, or use a "
+                    "method without heads"
                 )
             self.shapes[unit] = tuple(as_map(feature, self.layouts[name], name).shape[1:])
         linear = [
             (name, args[0], out) for name, args, out in seen
             if args and isinstance(m := modules[name], nn.Linear) and m.out_features == num_classes
         ]  # fmt: skip
-        of_logits = [n for n, _, z in linear if is_close(z, logits)]
-        self.classifier = classifier or ([None] + [n for n, _, _ in linear] + of_logits)[-1]
-        inputs = [x for _, x, _ in linear]  # two classifiers of two features may be averaged
-        several = not of_logits and not all(is_close(x, inputs[0]) for x in inputs)
-        self.several = several and not classifier
+        linear = [run for run in linear if is_close(run[2], logits)] or linear
+        self.classifier = classifier or (linear[-1][0] if linear else None)
+        # Two classifiers of two features may be averaged.
+        others = [x for name, x, _ in linear if name != self.classifier]
+        self.several = not classifier and not all(is_close(x, linear[-1][1]) for x in others)
         self.width = getattr(modules.get(self.classifier), "in_features", None)
         if frozen:
             model.requires_grad_(False).eval()
@@ -735,10 +736,12 @@ def check_layout(
 
         what, side = f"the submodule '{name}' returns {shape_of(feature)}", min(height, width)
         first, last = distances(feature)
-        either = max(first, last) < side and any(is_last(out) for _, _, out in seen)
+        parent = name.rpartition(".")[0]
+        beside = [out for other, _, out in seen if other.rpartition(".")[0] == parent]
+        either = max(first, last) < side and any(map(is_last, beside))
         if not layout and (is_last(feature) or either):
             raise UsageError(
-                f"{what}, which looks like channels last: "
+                f"{what}, which {'may be' if either else 'looks like'} channels last: "
                 'give layout="channels_last" or layout="channels_first"'
             )
         if layout and images and first < side <= last:
@@ -763,7 +766,9 @@ def as_map(feature: Tensor, layout: str, name: str = "") -> Tensor:
 
 
 def is_close(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and (y.is_meta or torch.allclose(x.to(y), y, rtol=1e-4, atol=1e-5))
+    if not isinstance(x, Tensor) or x.shape != y.shape:
+        return False
+    return y.is_meta or torch.allclose(x.to(y), y, rtol=1e-4, atol=1e-5)
 
 
 def shape_of(output: Any) -> Any:
@@ -830,7 +835,8 @@ def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
         network = copy.deepcopy(model)
     except Exception:  # for example because of tensors that are no leaves
         network, state = model, {name: t.clone() for name, t in model.state_dict().items()}
-        held = [(m, n, b, b.clone()) for m in modes for n, b in m._buffers.items() if b is not None]
+        buffers = [(m, n, b) for m in modes for n, b in m._buffers.items()]
+        held = [(*buffer, copy.deepcopy(buffer[2])) for buffer in buffers]
     try:
         with torch.no_grad(), explain(what, "give example_input=, an input that it accepts"):
             modules = {name: module for name, module in network.named_modules() if name}
@@ -842,9 +848,11 @@ def run_once(model: nn.Module, x: Any) -> tuple[Any, list]:
                 return watch(network, modules, x)  # a network whose input is a tuple
     finally:
         if state is not None:
-            model.load_state_dict(state)
             for module, name, buffer, value in held:  # also those that are not in the state dict
-                module._buffers[name] = buffer.copy_(value)
+                module._buffers[name] = buffer
+                if buffer is not None and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+            model.load_state_dict(state)
             for module, mode in modes.items():
                 module.training = mode
 
@@ -891,7 +899,8 @@ def mhkd_loss(
         student_logits: a list with a tensor [..., K] for each head, the final output first: [B, K]
             for images, [B, T, K] for a language model.
         teacher_logits: as many tensors of the same shape. The divergence gives them no gradient.
-        labels: class indices or UNLABELLED [...], int64. None: all rows are unlabelled.
+        labels: class indices or UNLABELLED [...], int64. None: all rows are unlabelled; for logits
+            [B, K] or [B, T, K].
         tau: temperature, > 0. tau, alpha and the weights are numbers and get no gradient. Above
             about 1000 the divergence is below the precision of float32: give float64 logits.
         alpha: weight of the divergence, 0 to 1; the student's cross-entropy has 1 - alpha.
@@ -1488,10 +1497,11 @@ class Distiller(nn.Module):
                 )  # fmt: skip
             needy = [n for n, method in methods.items() if name in method.needs_penultimate]
             extractors[name].uses_penultimate = bool(needy)
-            if needy and extractors[name].width is None:
+            if needy and (extractors[name].width is None or extractors[name].several):
+                number = "several" if extractors[name].several else "none"
                 raise UsageError(
                     f"--method {needy[0]} needs the input of a linear classifier, and the {name} "
-                    f"{getattr(config, name)} has none: use kd or mhkd"
+                    f"{getattr(config, name)} has {number}: use kd or mhkd"
                 )
         self.student = extractors["student"]
         self._teacher = (extractors.get("teacher"),)  # in a tuple: not part of the state dict
@@ -2087,7 +2097,7 @@ def gather_from_processes(rows: Tensor) -> Tensor:
 def runtime(config: Config) -> Iterator[torch.device]:
     """The device, the process group under torchrun and PyTorch's switches.
 
-    At the end the switches and all generators of random numbers are as before.
+    At the end the switches and the generators of the CPU and of this device are as before.
     """
     device = find_device(config)
     start = sibling("mhkd_runs").under_torchrun() and not dist.is_initialized()

@@ -217,9 +217,10 @@ class Config:
     def __post_init__(self) -> None:
         check_name("data set", self.dataset, DATASETS)
         for name, facts in FIELDS.items():
-            number = facts["option"].parse in (int, float)
-            if number and isinstance(value := getattr(self, name), str):
-                raise UsageError(f"{flag_of(name)} must be a number, not the text '{value}'")
+            kind = {int: "a number", float: "a number", bool: "True or False"}
+            kind = kind.get(facts["option"].parse)
+            if kind and isinstance(value := getattr(self, name), str):
+                raise UsageError(f"{flag_of(name)} must be {kind}, not the text '{value}'")
         for name in ("student_units", "teacher_units"):
             if isinstance(names := getattr(self, name), str):
                 setattr(self, name, words(names))
@@ -227,7 +228,7 @@ class Config:
         self.method = "+".join(methods)
         if not self.student:
             raise UsageError(
-                "--student is missing, for example: python mhkd.py --teacher vgg13 --student vgg8"
+                "give --student, for example: python mhkd.py --teacher vgg13 --student vgg8"
             )
         if self.view_seed is None and (self.teacher_store or self.teacher_views):
             self.view_seed = 0
@@ -376,7 +377,10 @@ class Config:
     def replace(self, **changes: Any) -> Config:
         """The same with changes; values of the recipe are determined again."""
         views = {"teacher_views": self._given_views} if "epochs" in changes else {}
-        return Config(**{**self.arguments(), **views, **changes})
+        new = Config(**{**self.arguments(), **views, **changes})
+        if changes.keys().isdisjoint(("epochs", "teacher_views")):
+            new._given_views = self._given_views
+        return new
 
     def of_teacher(self) -> Config:
         """The run that trains the teacher: the same recipe, with its own rate and epochs."""

@@ -61,7 +61,10 @@ def linear_mhkd_loss(
     heads = len(student_hidden)
     head_weights = [1.0] + [beta] * (heads - 1) if head_weights is None else head_weights
     weights = {"head_weights": head_weights, "kl_weights": kl_weights, "ce_weights": ce_weights}
-    mhkd._check_settings(student_hidden, student_hidden, tau, alpha, weights, [False] * heads)
+    try:
+        mhkd._check_settings(student_hidden, student_hidden, tau, alpha, weights, [False] * heads)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"linear_{error}") from None
     mhkd.check_name("backend", backend, mhkd.BACKENDS)
     kl_weights = [w * alpha for w in head_weights] if kl_weights is None else kl_weights
     ce_weights = [w * (1 - alpha) for w in head_weights] if ce_weights is None else ce_weights

@@ -32,7 +32,7 @@ import mhkd_runs
 import mhkd_tables as tables
 from mhkd import UsageError
 from mhkd_config import Config
-from mhkd_tables import BEST, PAIR_A, PRIMARY, PRIMARY_SEEDS
+from mhkd_tables import BEST, PAIR_A, PAIR_B, PRIMARY, PRIMARY_SEEDS
 
 # --------------------------------------------------------------------------------------------------
 # 1. Records, and which of them can be compared
@@ -98,12 +98,16 @@ NUMBER = (int, float)
 TYPES = {"name": str, "config": dict, "differs": dict, "data_sha256": str, "student_sha256": str}
 TYPES |= {"accuracy": NUMBER, "epochs": int, "seconds": NUMBER, "class_accuracy": dict}
 IN_CONFIG = {"seed": int, "dataset": str, "student": str, "method": str, "options": dict}
+IN_CONFIG |= {"image_size": int, "teacher": (str, type(None))}
+IF_THERE = {"normalisation": dict, "init_sha256": str, "initial_weights": str}
+IF_THERE |= {"teacher_heads_sha256": (str, type(None))}
 
 
 def check_types(run: Mapping[str, Any]) -> None:
     """Raise ValueError unless a record has the values that the report uses."""
     config, places = run["config"], run["environments"]
     wanted = [(n, run[n], kind) for n, kind in TYPES.items()]
+    wanted += [(n, run[n], kind) for n, kind in IF_THERE.items() if n in run]
     config = config if isinstance(config, dict) else {}
     wanted += [(n, config.get(n), kind) for n, kind in IN_CONFIG.items()]
     if config.get("teacher"):
@@ -367,7 +371,7 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
     of_protocol = {run["student_sha256"]: run["key"] == key for run in runs}
     notes, groups = {}, {}
     for group in group_runs([run for run in runs if is_of_study(run)]):
-        if group.teacher:
+        if (pair := f"{group.teacher}:{group.student}") in (PAIR_A, PAIR_B):
             found = of_protocol.get(sha256 := group.one["teacher_sha256"])
             name = f"Teacher {sha256[:8]} ({group.one['teacher_accuracy']:.2f} %): its"
             if found is None:
@@ -375,7 +379,7 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
             elif not found:
                 notes[name] = "settings are not those of the protocol, its students do not count."
             if found is not False:
-                groups[group] = f"{group.teacher}:{group.student}"
+                groups[group] = pair
     for group, pair in groups.items():
         several = [*groups.values()].count(pair) > 1
         hashes = {n: group.one[f"{n}_sha256"][:8] for n in ("teacher", "data")}
@@ -410,7 +414,8 @@ def rows_of_protocol() -> frozenset[str]:
 
 
 def row_of_protocol(student: str, method: str, differs: Mapping[str, Any]) -> str:
-    left = {n: v for n, v in differs.items() if n not in OTHERWISE}
+    left = json.dumps({n: v for n, v in differs.items() if n not in OTHERWISE})
+    left = json.loads(left, parse_int=float)  # 1 and 1.0 are the same
     return json.dumps([student, method, left], sort_keys=True)
 
 
@@ -556,8 +561,8 @@ def what_varies(group: Group) -> list[str]:
     for row in group.rows:  # settings that follow from others, in another way in another version
         configs = [{**run["config"], **run["config"]["options"]} for run in row.runs.values()]
         for name in sorted({*configs[0]}.intersection(*configs) - {"options", "seed"}):
-            if len(found := {str(config[name]) for config in configs}) > 1:
-                varying.append(f"{name} of {row.name} ({', '.join(sorted(found))})")
+            if len(found := {*sum((shown({name: c[name]}) for c in configs), [])}) > 1:
+                varying.append(f"in {row.name} {' or '.join(sorted(found))}")
     texts = [f"Not the same in all runs: {'; '.join(varying)}."] if varying else []
     if all(name.endswith(CHANGES) for name in values.get("commit", [""])):
         texts.append("The code has changes that were not committed: they may differ between runs.")
@@ -571,7 +576,11 @@ def completion(group: Group, folder: Path) -> str:
     if not group.teacher or group.differences(group.alone) or group.differences(group.kd_of):
         return ""
     commands, last = [], group.rows[-1]
-    alike = [r for r in group.rows if r.method == "ce" or last.weights[0] in (None, r.weights[0])]
+    same = last.weights, last.views
+    alike = [
+        row for row in group.rows
+        if row.method == "ce" or last.weights[0] is None or (row.weights, row.views) == same
+    ]  # fmt: skip
     there = {(row.method, seed) for row in alike for seed in row.runs}
     for seed, run in last.runs.items():
         here, c = run["environments"][-1], {**run["config"], "out": str(folder)}

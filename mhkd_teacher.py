@@ -122,9 +122,9 @@ def check_init(config: Config, data: Data) -> None:
         if len(theirs) == len(data.classes):
             mhkd.log(f"note: the classifier of the initial weights '{path}' is of other classes")
     used = {"mean": [*data.mean], "std": [*data.std]}
-    given = {name: content[name] for name in used if name in content}
-    if given and given != used:
-        what = "; ".join(f"{name} {given.get(name)}, here {used[name]}" for name in used)
+    given = {n: [*map(float, content[n])] for n in used if "model" in content and n in content}
+    if differ := [name for name in given if given[name] != used[name]]:
+        what = "; ".join(f"{name} {given[name]}, here {used[name]}" for name in differ)
         mhkd.log(
             f"note: the initial weights '{path}' are of images of another normalisation: {what}"
         )

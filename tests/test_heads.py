@@ -351,8 +351,12 @@ class Averaged(nn.Module):
 
 def test_the_classifier_is_the_layer_that_returns_the_logits_or_has_the_one_feature():
     x = images(2, 3, 32, 32)
-    with pytest.raises(mhkd.UsageError, match="name one with classifier="):
-        mhkd.MultiHead(Averaged(shared=False), [], 5)(x, penultimate=True)
+    equal = Averaged(shared=False)
+    for layer in (equal.fc, equal.fc_2):  # each returns the logits before training
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    for network in (equal, Averaged(shared=False)):
+        with pytest.raises(mhkd.UsageError, match="name one with classifier="):
+            mhkd.MultiHead(network, [], 5)(x, penultimate=True)
     mhkd.MultiHead(Averaged(shared=False), ["unit"], 5)(x)  # heads need no penultimate feature
     for network, name in (
         (mhkd.MultiHead(Averaged(shared=False), [], 5, classifier="fc"), "fc"),
@@ -362,6 +366,21 @@ def test_the_classifier_is_the_layer_that_returns_the_logits_or_has_the_one_feat
         feature = F.adaptive_avg_pool2d(network.model.unit(x), 1).flatten(1)
         torch.testing.assert_close(network(x, penultimate=True)[1], feature)
         assert network.classifier == name
+    with torch.device("meta"):
+        assert not mhkd.MultiHead(Averaged(shared=True), [], 5).several
+    one = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
+    nn.init.constant_(one[1].bias, torch.nan)
+    assert mhkd.MultiHead(one, [], 5, frozen=True)(x, penultimate=True)[1].shape == (2, 3 * 32 * 32)
+
+
+def test_a_layer_that_returns_more_than_a_tensor_is_not_compared():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    network = nn.Sequential(nn.Flatten(), Pair(3 * 32 * 32, 5))
+    z = mhkd.MultiHead(network, [], 5, output=lambda pair: pair[0])(images(2, 3, 32, 32))
+    assert z[0].shape == (2, 5)
 
 
 def test_freezing_the_heads_changes_no_mode_of_the_network_and_stops_optimizers():
@@ -383,6 +402,8 @@ def test_a_network_that_cannot_be_copied_keeps_buffers_that_are_not_in_its_state
     class Counting(Small):
         def __init__(self):
             super().__init__()
+            self.register_buffer("filled", None)
+            self.register_buffer("view", torch.ones(1).expand(6), persistent=False)
             self.register_buffer("calls", torch.zeros(()), persistent=False)
             self.register_buffer("last", torch.zeros(()), persistent=False)
 
@@ -391,11 +412,11 @@ def test_a_network_that_cannot_be_copied_keeps_buffers_that_are_not_in_its_state
 
         def forward(self, x):
             self.calls += 1
-            self.last = x.mean()
+            self.last, self.filled = x.mean(), x
             return super().forward(x)
 
     network = mhkd.MultiHead(Counting(), ["unit"], 5)
-    assert network.model.calls == 0 == network.model.last
+    assert network.model.calls == 0 == network.model.last and network.model.filled is None
 
 
 def test_a_cube_is_not_taken_for_channels_first_in_a_network_of_channels_last():
@@ -409,10 +430,27 @@ def test_a_cube_is_not_taken_for_channels_first_in_a_network_of_channels_last():
             x = self.reduce(self.unit(self.embed(x).permute(0, 2, 3, 1)))  # [B, 8, 8, 8], [.., 6]
             return self.fc(x.mean((1, 2)))
 
-    with pytest.raises(mhkd.UsageError, match="looks like channels last"):
+    with pytest.raises(mhkd.UsageError, match="may be channels last"):
         mhkd.MultiHead(Last(), ["unit"], 5)
+
+    class Mixed(Last):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.stem = nn.Conv2d(6, 8, 1), nn.Conv2d(3, 6, 4, 4)
+
+        def forward(self, x):
+            return super().forward(self.stem(x))  # [B, 6, 8, 8]
+
+    mixed = mhkd.MultiHead(Mixed(), ["stem"], 5, example_input=images(2, 3, 32, 32))
+    assert mixed.layouts == {"stem": "channels_first"}
     network = mhkd.MultiHead(Last(), ["unit"], 5, layout="channels_last")
     assert network.layouts == {"unit": "channels_last"}
+    timm = pytest.importorskip("timm")
+    inside = timm.create_model("convnext_atto", num_classes=5)  # channels last inside its blocks
+    x = images(1, 3, 160, 160)  # [1, 40, 40, 40]
+    assert mhkd.MultiHead(inside, ["stages.0"], 5, example_input=x).layouts == {
+        "stages.0": "channels_first"
+    }
     first = nn.Sequential(
         nn.Conv2d(3, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)
     )

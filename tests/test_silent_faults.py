@@ -1128,8 +1128,10 @@ def test_initial_weights_of_another_class_order_are_refused_and_other_images_not
     assert run(tmp_path, *options, f"file:{path}", *taught) == 0
     said = capsys.readouterr().out
     assert "the classifier of the initial weights" in said and "another normalisation" in said
-    assert run(tmp_path, *options, f"file:{teacher}") == 0
-    assert "the initial weights" not in capsys.readouterr().out
+    torch.save(content | {"classes": [*"abcdefg"], "mean": tuple(content["mean"])}, path)
+    for file in (path, teacher):  # other classes would be of other rows; the same normalisation
+        assert run(tmp_path, *options, f"file:{file}") == 0
+        assert "the initial weights" not in capsys.readouterr().out
 
 
 SLOW = """
@@ -1157,9 +1159,28 @@ def test_a_buffer_outside_of_the_state_dict_that_changes_slowly_is_refused(tmp_p
     (tmp_path / "net.py").write_text(SLOW)
     options = [*ALONE, "--student", f"{tmp_path / 'net.py'}:build"]
     assert "not in buffers with persistent=False" in failing(tmp_path / "o", *options)
-    text = SLOW.replace("if self.training", "if False")
-    (tmp_path / "other.py").write_text(text)  # a constant
-    assert run(tmp_path / "o", *options[:-1], f"{tmp_path / 'other.py'}:build") == 0
+    for text in (
+        SLOW.replace("if self.training", "if False"),  # a constant
+        SLOW.replace("x - self.centre)", "x)"),  # without an effect on the logits
+    ):
+        (tmp_path / "other.py").write_text(text)
+        assert run(tmp_path / "o", *options[:-1], f"{tmp_path / 'other.py'}:build") == 0
+        shutil.rmtree(tmp_path / "o")
+
+
+def test_a_saved_student_that_is_worse_than_the_trained_one_gives_a_note(tmp_path, capsys):
+    text = SLOW.replace(
+        'register_buffer("centre", torch.zeros(768), persistent=False)', "steps = 0"
+    )
+    text = text.replace(
+        "self.centre += 0.002 * (x.detach().mean(0) - self.centre)", "self.steps += 1"
+    )
+    text = text.replace("x - self.centre)", "x) * (-1 if self.steps > 9 else 1)")
+    (tmp_path / "net.py").write_text(text)
+    options = [*ALONE, "--student", f"{tmp_path / 'net.py'}:build"]
+    assert run(tmp_path / "o", *options) == 0
+    said = capsys.readouterr().out
+    assert "and saved it has" in said and "something that is not in its state dict" in said
 
 
 def test_equal_milestones_views_and_warmup_are_kept_in_other_runs():
@@ -1172,16 +1193,18 @@ def test_equal_milestones_views_and_warmup_are_kept_in_other_runs():
     assert config.teacher_views is None and config.replace(epochs=20).teacher_views == 5
     assert config.replace(epochs=20, teacher_views=7).teacher_views == 7
     assert config.replace(seed=1).differs == config.differs
+    again = config.replace(epochs=20).replace(epochs=5).replace(seed=1).replace(epochs=20)
+    assert again.teacher_views == 5 and config.replace(teacher_views=None).views == 5
     config = mhkd.Config(**own, epochs=7, teacher_epochs=29, warmup=7)
     assert config.of_teacher().warmup == 29
 
 
 @pytest.mark.parametrize("settings", [
-    {"epochs": "3"}, {"lr": "0.1"}, {"options": {"tau": "4"}}, {"seed": "1"}
+    {"epochs": "3"}, {"lr": "0.1"}, {"options": {"tau": "4"}}, {"seed": "1"}, {"compile": "no"}
 ])  # fmt: skip
 def test_texts_in_place_of_numbers_are_refused_by_name(settings):
     own = {"dataset": "digits", "teacher": "resnet14", "student": "resnet8", "method": "kd"}
-    with pytest.raises(mhkd.UsageError, match="must be a number, not the text"):
+    with pytest.raises(mhkd.UsageError, match="must be (a number|True or False), not the text"):
         mhkd.Config(**own, **settings)
 
 

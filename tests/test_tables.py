@@ -798,6 +798,8 @@ def test_what_is_damaged_or_not_of_its_record_is_named_and_stops_nothing(tmp_pat
     ("environments", []), ("environments", [1]), ("accuracy", None), ("accuracy", "70"),
     ("seconds", None), ("differs", []), ("teacher_accuracy", None), ("config", 7), ("epochs", 1.5),
     ("seed", None), ("options", 7), ("method", None), ("class_accuracy", 5), ("student", None),
+    ("normalisation", None), ("teacher_heads_sha256", 7), ("init_sha256", [1]), ("image_size", [1]),
+    ("teacher", 1.5),
 ])  # fmt: skip
 def test_a_record_with_an_impossible_value_is_named_and_stops_nothing(
     name, value, tmp_path, report
@@ -805,7 +807,8 @@ def test_a_record_with_an_impossible_value_is_named_and_stops_nothing(
     record(tmp_path, 70.0, **PAIR, method="kd")
     path = record(tmp_path, 70.0, **PAIR, method="kd", seed=1) / "result.json"
     content = json.loads(path.read_text())
-    (content if name in content else content["config"])[name] = value
+    of_config = {"seed", "options", "method", "student", "teacher", "image_size"}
+    (content["config"] if name in of_config else content)[name] = value
     mhkd_runs.write_json(path, content)
     parts = report()
     assert f"'{path}' is damaged" in parts["Not used"] and name in parts["Not used"]
@@ -899,6 +902,13 @@ def test_the_commands_that_complete_have_the_processes_and_leave_out_what_is_the
         more={"config": {**kd.recorded(), "processes": 2}})  # fmt: skip
     text = mhkd_report.report(tmp_path).partition("These commands")[2]
     assert launcher + "ce" in text and "--method kd" not in text
+
+
+def test_kd_with_the_views_of_the_row_completes_the_comparison(tmp_path):
+    record(tmp_path, 69.0, **PAIR, method="kd", view_seed=0)
+    record(tmp_path, 70.0, **PAIR, method="mhkd", teacher_views=2)
+    text = mhkd_report.report(tmp_path).partition("These commands")[2]
+    assert "--method kd" in text and "--teacher-views 2" in text
 
 
 def test_runs_of_other_views_are_rows_of_their_own_and_are_compared(tmp_path, report):
@@ -1046,6 +1056,25 @@ def test_claims_need_the_teacher_and_the_rows_of_the_protocol(tmp_path, report):
     assert "Teacher" not in part and rows_of(part)[claim][0] == "2"
 
 
+def test_other_teachers_make_no_claims_and_whole_numbers_are_numbers(tmp_path, report):
+    for teacher in ("resnet110", "timm:resnet18"):
+        settings = {**tables.STUDY_STUDENT, "options": {}, "teacher": teacher, "student": "resnet8"}
+        record(tmp_path, 30.0, b"u", **settings, method="kd", teacher_weights="t.pt")
+    assert "Claims of the second study" not in report()
+    pair = {"teacher": "wrn_16_2", "student": "resnet8", "method": "kd", **tables.STUDY_STUDENT}
+    for seed, one in enumerate((1, 1.0)):
+        record(tmp_path, 31.0, **{**pair, "options": {"gamma": one, "kd_weight": one}}, seed=seed)
+        record(tmp_path, 30.0, **{**pair, "options": {}}, seed=seed)
+        record(
+            tmp_path, 20.0, **{**pair, "teacher": None, "method": "ce", "options": {}}, seed=seed
+        )
+    part = report()["Claims of the second study"]
+    found = [
+        cells[0] for name, cells in rows_of(part).items() if "kd, gamma 1, kd_weight 1" in name
+    ]
+    assert found == ["2"] and "Not the same" not in report()["cifar100: wrn_16_2 → resnet8"]
+
+
 def test_students_of_a_teacher_with_other_settings_do_not_count(tmp_path, report):
     study(tmp_path, {"kd" + tables.EQUAL: [33.0, 33.5], "mhkd" + tables.EQUAL: [34.0, 34.4]})
     record(tmp_path, 21.0, weights=b"t", **{**tables.STUDY_TEACHER, "subset": 5000})
@@ -1102,7 +1131,7 @@ def test_versions_and_code_that_vary_are_said(tmp_path, report):
     part = report()["cifar100: wrn_40_2 → wrn_16_2"]
     (line,) = [line for line in part.splitlines() if line.startswith("Not the same in all runs")]
     texts = ["timm (0.9, 1.0)", "compile (False, True)", "commit (11111111, 11111111 with changes)"]
-    texts += ["accuracy of the teacher (74.00 %, 75.00 %)", "tau of kd (3.0, 4.0)"]
+    texts += ["accuracy of the teacher (74.00 %, 75.00 %)", "in kd tau 3 or tau 4"]
     assert [text for text in texts if text not in line] == []
     assert "not committed" not in part
 
