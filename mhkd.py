@@ -585,9 +585,10 @@ class FeatureExtractor(nn.Module):
         penultimate = of_classifier[-1][0] if of_classifier else None
         if self.uses_penultimate and penultimate is not None:
             if self.several:
-                what = f"several linear layers with {self.num_classes} outputs run, and none"
-                raise UsageError(f"{what} returns the logits: name one with classifier=, or use kd "
-                                 "or mhkd")  # fmt: skip
+                what = (
+                    f"several linear layers with {self.num_classes} outputs may be the classifier"
+                )
+                raise UsageError(f"{what}: name one with classifier=, or use kd or mhkd")
             if len(of_classifier) > 1 or penultimate.dim() != 2:
                 ran = " and ".join(str(shape_of(args[0])) for args in of_classifier)
                 what = f"the classifier '{self.classifier}' must run once on [B, C]"
