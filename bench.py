@@ -294,10 +294,10 @@ def bench_step(args, device: torch.device) -> dict:
         if args.teacher_store:
             pairs = zip(taken["stored"], taken["ce"])
             row["stored_by_ce"] = statistics.median(s / c for s, c in pairs)
-            print(f"  a step with stored outputs takes {row['stored_by_ce']:.3f} steps of ce")
+            print(f"  time of a step, stored outputs / ce: {row['stored_by_ce']:.3f}")
             sums = (sum(taken[n][: args.rounds // epoch * epoch]) for n in ("storing", "step"))
             row["storing_epoch"] = operator.truediv(*sums)
-            print(f"  an epoch that stores takes {row['storing_epoch']:.3f} epochs that do not")
+            print(f"  time of an epoch, storing / without: {row['storing_epoch']:.3f}")
         elif method in ("kd", "mhkd"):
             row["fractions"] = ways["step"].parts(args.rounds)
             print("  parts:", ", ".join(f"{part} {s:.1%}" for part, s in row["fractions"].items()))

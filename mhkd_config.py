@@ -217,10 +217,7 @@ class Config:
     def __post_init__(self) -> None:
         check_name("data set", self.dataset, DATASETS)
         for name, facts in FIELDS.items():
-            kind = {int: "a number", float: "a number", bool: "True or False"}
-            kind = kind.get(facts["option"].parse)
-            if kind and isinstance(value := getattr(self, name), str):
-                raise UsageError(f"{flag_of(name)} must be {kind}, not the text '{value}'")
+            check_no_text(name, facts["option"], getattr(self, name))
         for name in ("student_units", "teacher_units"):
             if isinstance(names := getattr(self, name), str):
                 setattr(self, name, words(names))
@@ -290,8 +287,7 @@ class Config:
         rules = {n: facts["option"] for n, facts in FIELDS.items()} | declared
         for name, option in rules.items():
             value = values[name]
-            if option.parse in (int, float) and isinstance(value, str):
-                raise UsageError(f"{flag_of(name)} must be a number, not the text '{value}'")
+            check_no_text(name, option, value)
             if option.parse is int and isinstance(value, float):
                 raise UsageError(f"{flag_of(name)} must be a whole number, not {value}")
             if option.rule and value is not None and not option.rule[0](value):
@@ -428,6 +424,12 @@ def scaled(steps: Sequence[int], factor: float) -> tuple[int, ...]:
         lowest = found[-1] + (step != before) if found else min(step, 1)  # not before epoch 1
         found.append(max(round(step * factor), lowest))
     return tuple(found)
+
+
+def check_no_text(name: str, option: Option, value: Any) -> None:
+    kind = {int: "a number", float: "a number", bool: "True or False"}.get(option.parse)
+    if kind and isinstance(value, str):
+        raise UsageError(f"{flag_of(name)} must be {kind}, not the text '{value}'")
 
 
 def foreign_option(name: str, method: str) -> str:

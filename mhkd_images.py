@@ -284,9 +284,8 @@ def decode(
             todo = chunks[len(done) :]
             number = sum(map(len, todo))
             if todo:
-                mhkd.log(
-                    f"decoding {number} images into '{folder}'; others beside it may be deleted"
-                )
+                what = f"decoding {number} images into '{folder}'"
+                mhkd.log(f"{what}; older folders beside it may be deleted")
             bar = mhkd.progress_bar(len(files), "decoding", len(files) - number)
             for chunk in todo:
                 decoded = dict(enumerate(pool.map(pixels_or_reason, chunk)))

@@ -10,6 +10,7 @@ import copy
 import datetime
 import hashlib
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -146,10 +147,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     elif (processors := Path("/proc/cpuinfo")).is_file():
-        lines = (
-            line.partition(":") for line in processors.read_text().split("\n\n")[0].splitlines()
-        )
-        entries = {name.strip(): value.strip() for name, _, value in lines}
+        first = processors.read_text().partition("\n\n")[0]
+        entries = dict(re.findall(r"(.+?)\s*: (.*)", first))
         hardware = entries.get("model name") or hardware
         if {"cpu family", "model"} <= entries.keys():  # the name alone may be "AMD EPYC"
             hardware += f" (family {entries['cpu family']}, model {entries['model']})"

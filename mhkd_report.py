@@ -369,15 +369,17 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
     teacher = Config(**tables.STUDY_TEACHER)
     key = tables.key_of(teacher.recorded(), teacher.data)
     of_protocol = {run["student_sha256"]: run["key"] == key for run in runs}
+    sentences = {
+        None: "run is not here, so that its settings cannot be checked.",
+        False: "settings are not those of the protocol, its students do not count.",
+    }
     notes, groups = {}, {}
     for group in group_runs([run for run in runs if is_of_study(run)]):
         if (pair := f"{group.teacher}:{group.student}") in (PAIR_A, PAIR_B):
             found = of_protocol.get(sha256 := group.one["teacher_sha256"])
-            name = f"Teacher {sha256[:8]} ({group.one['teacher_accuracy']:.2f} %): its"
-            if found is None:
-                notes[name] = "run is not here, so that its settings cannot be checked."
-            elif not found:
-                notes[name] = "settings are not those of the protocol, its students do not count."
+            if not found:
+                accuracy = f"{group.one['teacher_accuracy']:.2f} %"
+                notes[f"Teacher {sha256[:8]} ({accuracy}): its {sentences[found]}"] = None
             if found is not False:
                 groups[group] = pair
     for group, pair in groups.items():
@@ -401,7 +403,7 @@ def claims(runs: Sequence[dict[str, Any]]) -> str:
             claim = f"{group.student}: best mhkd ({row.name}) above best kd ({base.name})"
             add(claim, row, base, 0.95)
     text = markdown(["claim", "n", "difference", "verdict"], lines) if lines else ""
-    return "\n\n".join(filter(None, [*map(" ".join, notes.items()), text]))
+    return "\n\n".join(filter(None, [*notes, text]))
 
 
 @functools.cache

@@ -222,7 +222,7 @@ part() { # name, seconds, command: run it and append the result to the report of
     } >>"$report"
 }
 
-usage() { sed -n '2,27s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; } # the comment at the top
 
 case "${1:-help}" in
     setup) setup ;;

@@ -1200,12 +1200,13 @@ def test_equal_milestones_views_and_warmup_are_kept_in_other_runs():
 
 
 @pytest.mark.parametrize("settings", [
-    {"epochs": "3"}, {"lr": "0.1"}, {"options": {"tau": "4"}}, {"seed": "1"}, {"compile": "no"}
+    {"epochs": "3"}, {"lr": "0.1"}, {"options": {"tau": "4"}}, {"seed": "1"}, {"compile": "no"},
+    {"method": "dhkd", "options": {"dhkd_align": "False"}},
 ])  # fmt: skip
 def test_texts_in_place_of_numbers_are_refused_by_name(settings):
     own = {"dataset": "digits", "teacher": "resnet14", "student": "resnet8", "method": "kd"}
     with pytest.raises(mhkd.UsageError, match="must be (a number|True or False), not the text"):
-        mhkd.Config(**own, **settings)
+        mhkd.Config(**{**own, **settings})
 
 
 @pytest.mark.parametrize("part, label", [("test", 10), ("test", -1), ("train", 10), ("val", -1)])

@@ -407,6 +407,8 @@ def test_a_wrong_name_ends_run_all_with_status_2_and_help_on_stderr(tmp_path):
     assert "there is no target 'tabel1'" in wrong.stderr and "table1" in wrong.stderr
     assert run_all(tmp_path, "table1", "--dryrun").returncode == 2
     assert run_all(tmp_path).returncode == 0
+    top = (ROOT / "run_all.sh").read_text().partition("\nset ")[0].splitlines()
+    assert [f"# {line}".strip() for line in run_all(tmp_path).stdout.splitlines()] == top[1:]
 
 
 @pytest.mark.parametrize("part", ["demo", "test", "small", "table1", "all"])
