@@ -313,7 +313,8 @@ def for_run(config: Config, data: Data) -> Data:
             labels = data.labels[getattr(data, name)]
             if len(labels) and not lowest <= labels.min() <= labels.max() < len(data.classes):
                 what = f"labels from {labels.min()} to {labels.max()} in data.{name}"
-                raise UsageError(f"there are {what}, and {len(data.classes)} classes")
+                last = len(data.classes) - 1
+                raise UsageError(f"there are {what}: give labels from {lowest} to {last}")
         sha256 = hashlib.sha256(f"{data.sha256} {changed}".encode()).hexdigest()
         data = dataclasses.replace(data, sha256=sha256, labels_sha256=None)
     if data.settings:

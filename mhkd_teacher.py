@@ -118,7 +118,8 @@ def check_init(config: Config, data: Data) -> None:
     theirs = content.get("classes")
     if isinstance(theirs, (list, tuple)) and (theirs := [str(c) for c in theirs]) != data.classes:
         if sorted(theirs) == sorted(data.classes):
-            raise UsageError(f"the initial weights '{path}' have another class order than the data")
+            what = f"the initial weights '{path}' have another class order than the data"
+            raise UsageError(f"{what}: use weights that were trained with this order")
         if len(theirs) == len(data.classes):
             mhkd.log(f"note: the classifier of the initial weights '{path}' is of other classes")
     used = {"mean": [*data.mean], "std": [*data.std]}
